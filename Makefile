@@ -1,0 +1,49 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need first.
+.PHONY: setup demo test test-all lint format bench lock clean
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+
+export DS_ACCELERATOR ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
+export TOKENIZERS_PARALLELISM := false
+
+setup: $(STAMP)
+
+# The lock holds every version; pip installs it without resolving anything anew.
+$(STAMP): requirements.lock pyproject.toml
+	@command -v g++ >/dev/null || { echo "g++ is missing (DeepSpeed compiles one small op): apt-get install g++"; exit 1; }
+	@command -v python3.11 >/dev/null || { echo "python3.11 is missing: apt-get install python3.11 python3.11-venv"; exit 1; }
+	test -x $(PYTHON) || python3.11 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup
+	$(PYTHON) jobs/demo.py
+
+test: setup
+	$(PYTHON) -m pytest -m "not slow"
+
+test-all: setup
+	$(PYTHON) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: setup
+	set -e; for script in benchmarks/[a-z]*.py; do $(PYTHON) $$script --quick; done
+
+# After a change of dependencies; needs `pip install uv`.
+lock:
+	uv pip compile pyproject.toml --extra dev --extra smollm2 --python-version 3.11 --no-annotate --no-header -o requirements.lock
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

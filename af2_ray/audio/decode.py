@@ -1,0 +1,286 @@
+"""Any uri to mono float32 at 16 kHz: soundfile reads, soxr resamples, nothing else is tried.
+
+A file is recognised by its content, never by its name. Only the stretch asked for is read: local files and object-store
+objects are seeked, and a small object is fetched in one request. Samples come in blocks of which one channel (or the
+mean) is kept, so eight channels at 192 kHz cost no more memory than one. Whatever is wrong with a file becomes one
+`AudioError` with a short stable reason, which is what the run counts and lists.
+
+The trade-off: libsndfile's formats (WAV, FLAC, OGG, Opus, MP3, AIFF ...) and no video containers, for one decoder
+without child processes whose failures are all visible here.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Literal
+
+import fsspec
+import numpy as np
+import soundfile as sf
+import soxr
+from numpy.typing import NDArray
+
+from af2_ray.audio.windows import SAMPLE_RATE
+
+MAX_BYTES = 4 * 2**30
+MAX_DURATION_S = 3600.0
+
+Channel = Literal["first", "mix"]
+
+_BLOCK_S = 30.0  # samples are read in blocks: a header that claims a day of audio costs nothing
+_WHOLE_BYTES = 8 * 2**20  # a remote object up to this size comes in one request
+_RANGE_BYTES = 2**20  # block of a ranged read of a larger one
+_RETRIES = 3  # of a remote open or read, with a pause that doubles from half a second
+_SILENCE = 2.0**-15  # one step of 16 bits: a smaller peak, or a smaller swing around a constant, carries no sound
+_SHORT_SHARE, _SHORT_S = 0.05, 0.5  # a stretch may fall short of its stated length by this much (rounding, codec delay)
+_UNKNOWN_FRAMES = 2**40  # libsndfile's frame count for a stream whose header names none is near 2**63
+
+
+class AudioError(Exception):
+    """A stretch of audio that cannot be used.
+
+    Attributes:
+        uri: the file.
+        reason: short and stable, for counting: `missing`, `forbidden`, `empty file`, `unreadable`, `no samples`,
+            `truncated`, `not finite`, `silent`, `constant`, `zero duration`, `starts past the end`, `too long`,
+            `too large`.
+        detail: what the decoder said, for reading.
+    """
+
+    def __init__(self, uri: str, reason: str, detail: str = "") -> None:
+        super().__init__(uri, reason, detail)
+        self.uri, self.reason, self.detail = uri, reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+def decode(
+    uri: str,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
+    *,
+    channel: Channel = "first",
+    max_bytes: int = MAX_BYTES,
+    max_duration_s: float = MAX_DURATION_S,
+    allow_silent: bool = True,
+) -> NDArray[np.float32]:
+    """Read a stretch of an audio file.
+
+    Args:
+        uri: local path, `file://`, `s3://` or another scheme of fsspec; credentials come from the environment.
+        offset_s: where the stretch begins.
+        duration_s: its length; none: to the end of the file.
+        channel: `first` keeps channel 0 (the reference), `mix` the mean of all.
+        max_bytes: largest file.
+        max_duration_s: longest stretch.
+        allow_silent: false makes silence and a constant an `AudioError`, as training wants it.
+
+    Returns:
+        float32 [T] at 16 kHz, at most `round(duration_s * 16000)` samples; finite, not scaled.
+
+    Raises:
+        AudioError: the stretch cannot be used; see its reasons.
+    """
+    _check_stretch(uri, offset_s, duration_s)
+    with _opened(uri, max_bytes) as file:
+        return _read(uri, file, offset_s, duration_s, channel, max_duration_s, allow_silent)
+
+
+def decode_bytes(
+    data: bytes,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
+    *,
+    name: str = "<bytes>",
+    channel: Channel = "first",
+    max_duration_s: float = MAX_DURATION_S,
+    allow_silent: bool = True,
+) -> NDArray[np.float32]:
+    """Like `decode`, of a file already in memory; `name` stands for its uri in errors."""
+    _check_stretch(name, offset_s, duration_s)
+    with _sound_file(name, io.BytesIO(data), len(data)) as file:
+        return _read(name, file, offset_s, duration_s, channel, max_duration_s, allow_silent)
+
+
+def probe(uri: str, *, max_bytes: int = MAX_BYTES) -> float:
+    """Duration in seconds as the file's header gives it; `AudioError` if it gives none."""
+    with _opened(uri, max_bytes) as file:
+        if not 0 < file.frames < _UNKNOWN_FRAMES:
+            raise AudioError(uri, "no samples", "the header gives no length")
+        return float(file.frames / file.samplerate)
+
+
+def _check_stretch(uri: str, offset_s: float, duration_s: float | None) -> None:
+    if not (math.isfinite(offset_s) and offset_s >= 0):
+        raise AudioError(uri, "starts past the end", f"offset {offset_s} s")
+    if duration_s is not None and not (math.isfinite(duration_s) and duration_s > 0):
+        raise AudioError(uri, "zero duration", f"duration {duration_s} s")
+
+
+# --- Opening -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
+    """Open a uri as a sound file; every failure of the way there is an `AudioError`."""
+    path = uri.removeprefix("file://")
+    try:
+        if "://" in path:
+            stream, size = _open_remote(path, max_bytes)
+        else:
+            stream = open(path, "rb")  # noqa: SIM115 - closed below, with the sound file
+            size = os.fstat(stream.fileno()).st_size
+    except FileNotFoundError as error:
+        raise AudioError(uri, "missing") from error
+    except PermissionError as error:
+        raise AudioError(uri, "forbidden", str(error)) from error
+    except OSError as error:
+        raise AudioError(uri, "unreadable", str(error)) from error
+    with stream:
+        if size > max_bytes:
+            raise AudioError(uri, "too large", f"{size} bytes, the limit is {max_bytes}")
+        with _sound_file(uri, stream, size) as file:
+            yield file
+
+
+def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
+    """Open an object: whole if it is small, else for ranged reads; a passing fault is tried again."""
+    for attempt in range(_RETRIES + 1):
+        try:
+            fs, path = fsspec.url_to_fs(uri)
+            size = int(fs.info(path)["size"])
+            if size <= min(_WHOLE_BYTES, max_bytes):
+                return io.BytesIO(fs.cat_file(path)), size
+            return fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"), size
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError:
+            if attempt == _RETRIES:
+                raise
+            time.sleep(0.5 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _sound_file(uri: str, stream: IO[bytes], size: int) -> Iterator[sf.SoundFile]:
+    """Give the stream to libsndfile; a real file by its descriptor, which is faster and hides the file's name."""
+    if size == 0:
+        raise AudioError(uri, "empty file")
+    source: int | IO[bytes]
+    try:
+        source = os.dup(stream.fileno())
+    except OSError:  # not backed by a descriptor (io.UnsupportedOperation is an OSError)
+        source = stream
+    try:
+        file = sf.SoundFile(source, closefd=True)
+    except (sf.LibsndfileError, RuntimeError, OSError) as error:
+        raise AudioError(uri, "unreadable", _message(error)) from error
+    with file:
+        yield file
+
+
+def _message(error: Exception) -> str:
+    return getattr(error, "error_string", "") or str(error) or type(error).__name__
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def _read(
+    uri: str,
+    file: sf.SoundFile,
+    offset_s: float,
+    duration_s: float | None,
+    channel: Channel,
+    max_duration_s: float,
+    allow_silent: bool,
+) -> NDArray[np.float32]:
+    """Seek, read block by block, check, resample."""
+    rate = file.samplerate
+    start = round(offset_s * rate)
+    total = file.frames if file.frames < _UNKNOWN_FRAMES else None
+    if total == 0:
+        raise AudioError(uri, "no samples", "the header counts none")
+    if total is not None and start >= total:
+        raise AudioError(uri, "starts past the end", f"offset {offset_s} s of {total / rate:.3f} s")
+    wanted = round(duration_s * rate) if duration_s is not None else None
+    if wanted == 0:
+        raise AudioError(uri, "zero duration", f"duration {duration_s} s")
+    promised = total - start if total is not None else None
+    target = min((n for n in (wanted, promised) if n is not None), default=None)
+    limit = round(max_duration_s * rate)
+    if target is not None and target > limit:
+        raise AudioError(uri, "too long", f"{target / rate:.1f} s, the limit is {max_duration_s} s")
+
+    mono, fault = _blocks(file, start, target if target is not None else limit + 1, channel)
+    if len(mono) == 0:
+        raise AudioError(uri, "no samples", fault)
+    if len(mono) > limit:
+        raise AudioError(uri, "too long", f"the limit is {max_duration_s} s")
+    expected = wanted if wanted is not None else target
+    if fault or (wanted is None and _is_cut(file)):
+        raise AudioError(uri, "truncated", fault or "the file ends before its header says")
+    if expected is not None and len(mono) < expected - max(_SHORT_SHARE * expected, _SHORT_S * rate):
+        raise AudioError(uri, "truncated", f"{len(mono) / rate:.3f} s of {expected / rate:.3f} s")
+    _check_content(uri, mono, allow_silent)
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    if duration_s is not None:
+        mono = mono[: max(1, round(duration_s * SAMPLE_RATE))]
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _blocks(file: sf.SoundFile, start: int, num_frames: int, channel: Channel) -> tuple[NDArray[np.float32], str]:
+    """Read up to `num_frames` from `start`, one channel: the samples [T] and the decoder's complaint, if any."""
+    parts: list[NDArray[np.float32]] = []
+    block = round(_BLOCK_S * file.samplerate)
+    fault = ""
+    try:
+        if start:
+            file.seek(start)
+        while num_frames > 0:
+            frames = file.read(min(block, num_frames), dtype="float32", always_2d=True)
+            if len(frames) == 0:
+                break
+            parts.append(frames[:, 0].copy() if channel == "first" else frames.mean(axis=1, dtype=np.float32))
+            num_frames -= len(frames)
+    except (sf.LibsndfileError, RuntimeError, OSError) as error:
+        fault = _message(error)
+        if not parts and _has_samples(file, start):  # cut within the first block: tell it from a bare header
+            parts.append(np.zeros(1, np.float32))
+    return (np.concatenate(parts) if parts else np.empty(0, np.float32)), fault
+
+
+def _has_samples(file: sf.SoundFile, start: int) -> bool:
+    """Whether anything at all can be read at `start`."""
+    try:
+        file.seek(start)
+        return len(file.read(1)) > 0
+    except (sf.LibsndfileError, RuntimeError, OSError):
+        return False
+
+
+def _is_cut(file: sf.SoundFile) -> bool:
+    """Whether a WAV or AIFF claims more data than it holds: libsndfile reads what is there and tells only its log.
+
+    A claim of all ones is a stream's way of saying that the length was not known.
+    """
+    claims = re.findall(r"(?:data|SSND) : (\d+) \(should be", file.extra_info)
+    return any(int(claim) < 0x7FFFF000 for claim in claims)
+
+
+def _check_content(uri: str, mono: NDArray[np.float32], allow_silent: bool) -> None:
+    low, high = float(mono.min()), float(mono.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise AudioError(uri, "not finite", "NaN or infinite samples")
+    if not allow_silent and max(-low, high) < _SILENCE:
+        raise AudioError(uri, "silent")
+    if not allow_silent and high - low < _SILENCE:
+        raise AudioError(uri, "constant", f"every sample is about {high:.4f}")

@@ -1,0 +1,150 @@
+"""What a person sees of a job: headings, progress bars, tables. Everything else goes to log files.
+
+Used by `jobs/` alone; the library itself logs. Progress of a training step is read from its growing `metrics.jsonl`,
+since the loop runs in other processes, perhaps on other machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.rule import Rule
+
+from af2_ray.config import recipe_names
+from af2_ray.train.run import read_metrics
+
+POLL_S = 0.5
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_screen = os.fdopen(os.dup(1), "w", buffering=1)  # stays the screen while `logs_to` has the rest
+console = Console(file=_screen, highlight=False, soft_wrap=not _screen.isatty())
+
+
+def parser(description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+    """A job's argument parser: recipe, overrides and run directory."""
+    result = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("recipe", help=f"a shipped recipe ({', '.join(recipe_names())}) or a .yaml file")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="for instance stages.pretrain.steps=5")
+    return result
+
+
+def main(job: Callable[[], None]) -> None:
+    """Run a job and turn its end into an exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    try:
+        job()
+    except ValueError as error:
+        console.print(f"[bold red]bad input:[/] {error}", markup=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        console.print("[bold]interrupted[/]: the same command goes on from the last checkpoint")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def heading(title: str) -> None:
+    """A stage heading."""
+    console.print(Rule(f"[bold]{title}", align="left", style="dim"))
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar; yields a function that sets (done, note). Off a terminal it prints one line at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+@contextmanager
+def watch(title: str, folder: Path, num_steps: int) -> Iterator[None]:
+    """Heading and progress bar of a training step, from the metrics it writes to `folder`."""
+    heading(title)
+    if (folder / "done.json").is_file():
+        console.print("done before")
+        yield
+        return
+    stop = threading.Event()
+    with bar("steps", num_steps) as update:
+
+        def follow() -> None:
+            while not stop.wait(POLL_S):
+                show()
+
+        def show() -> None:
+            if history := read_metrics(folder):
+                update(history[-1]["step"], f"loss {history[-1]['loss']:.3f}")
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            show()
+
+
+@contextmanager
+def logs_to(path: Path) -> Iterator[None]:
+    """Send all output of this process but the console's to a file: logging, warnings, what native code prints."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.captureWarnings(True)
+    with path.open("a") as file:
+        saved = [os.dup(1), os.dup(2)]
+        sys.stdout.flush()
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            for descriptor, before in zip((1, 2), saved, strict=True):
+                os.dup2(before, descriptor)
+                os.close(before)
+
+
+@contextmanager
+def cluster(log_dir: Path) -> Iterator[Any]:
+    """Join the Ray cluster this job was submitted to, or start one on this machine for the time of the job.
+
+    Ray's and the workers' output goes to Ray's session logs, not to the console; `logs/ray` in the run links there.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    import ray
+
+    owned = not ray.is_initialized()
+    context = ray.init(
+        ignore_reinit_error=True,
+        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    with suppress(OSError):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        link = log_dir / "ray"
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(ray._private.worker._global_node.get_logs_dir_path()))
+    try:
+        yield context
+    finally:
+        if owned:
+            ray.shutdown()

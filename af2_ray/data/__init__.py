@@ -1,0 +1,1 @@
+"""From a manifest to batches: read, blend, plan, decode and collate, feed."""

@@ -1,0 +1,301 @@
+"""Rows of the plan to batches: decode the clips, cut windows, tokenise.
+
+Ragged in windows, each clip once: nothing is padded where it would be expensive. A batch is made of numpy arrays in a
+decode task, which needs no torch (450 MB and 2.5 s less a worker process), and of torch tensors in the trainer;
+`to_row` and `from_row` are the way through Ray's object store. A clip that fails is left out with all that was asked
+of it and recorded; nothing takes its place. A row with no clip left keeps its place as one silent window without
+labels, so that no rank waits for another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from af2_ray import text
+from af2_ray.audio.decode import AudioError, Channel, decode
+from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES, to_windows
+from af2_ray.data import quarantine
+from af2_ray.data.batching import Row
+from af2_ray.data.manifest import CaptionSet, Sample, Stretch
+from af2_ray.data.quarantine import Failure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Array = Any  # numpy in a decode task, torch in the trainer
+ItemT = TypeVar("ItemT", Sample, CaptionSet)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What both batches carry beside their tensors, and the way through the object store."""
+
+    row: int  # its number in the plan
+    num_clips: int  # planned, the failed ones included
+    failures: tuple[Failure, ...]
+    sample_ids: tuple[str, ...]
+    num_truncated: int
+
+    SHAPES: ClassVar[Mapping[str, str]] = {}
+
+    def to_row(self) -> dict[str, Any]:
+        """A flat dict of 1-D arrays, shapes and one JSON string: what Arrow stores without copies or objects."""
+        row: dict[str, Any] = {}
+        for name in _array_names(type(self)):
+            array = np.asarray(getattr(self, name))
+            row[name], row[f"{name}_shape"] = array.reshape(-1), np.array(array.shape, np.int64)
+            if array.size == 0:  # Arrow has no tensor without elements: the shape tells that this one is not real
+                row[name] = np.zeros(1, array.dtype)
+        return row | {
+            "row": self.row,
+            "num_clips": self.num_clips,
+            "num_truncated": self.num_truncated,
+            "failures": quarantine.to_json(self.failures),
+            "sample_ids": "\n".join(self.sample_ids),
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Inverse of `to_row`, with torch tensors that share the row's memory (do not write to them)."""
+        tensors = {}
+        for name in _array_names(cls):
+            shape = tuple(np.asarray(row[f"{name}_shape"]).tolist())
+            tensors[name] = _tensor(np.asarray(row[name])[: int(np.prod(shape))].reshape(shape))
+        return cls(
+            row=int(row["row"]),
+            num_clips=int(row["num_clips"]),
+            num_truncated=int(row["num_truncated"]),
+            failures=quarantine.from_json(str(row["failures"])),
+            sample_ids=tuple(str(row["sample_ids"]).split("\n")) if row["sample_ids"] else (),
+            **tensors,
+        )
+
+    def tensors(self) -> Self:
+        """The same batch with torch tensors in place of numpy arrays."""
+        return type(self)(
+            **{
+                f.name: _tensor(value) if isinstance(value := getattr(self, f.name), np.ndarray) else value
+                for f in fields(self)
+            }
+        )
+
+    def to(self, device: Any) -> Self:
+        """The same batch with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _array_names(type(self))}
+        return type(self)(**({f.name: getattr(self, f.name) for f in fields(self)} | moved))
+
+
+@dataclass(frozen=True)
+class LmBatch(_Batch):
+    """Questions about clips. B questions, C clips, S windows of all clips, K audios a question (1), T text tokens.
+
+    `audio_index` [B, K] names the clips of each question (-1: none); `sample_ids` has one entry a question.
+    """
+
+    waveforms: Array = field(kw_only=True)  # int16 [S, 160000]
+    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
+    audio_index: Array = field(kw_only=True)  # int64 [B, K]
+    input_ids: Array = field(kw_only=True)  # int64 [B, T]
+    attention_mask: Array = field(kw_only=True)  # int64 [B, T]
+    labels: Array = field(kw_only=True)  # int64 [B, T], -100 where nothing is learned
+
+
+@dataclass(frozen=True)
+class ClapBatch(_Batch):
+    """Clips with their captions. C clips, S windows, N captions of all clips (ragged), T text tokens.
+
+    A caption's place in the loss is (`caption_owner`, `caption_slot`, `caption_rank`): clip, positive m, and 0 for the
+    positive itself or n+1 for its negative n. `sample_ids` has one entry a clip.
+    """
+
+    waveforms: Array = field(kw_only=True)  # int16 [S, 160000]
+    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
+    text_ids: Array = field(kw_only=True)  # int64 [N, T]
+    text_mask: Array = field(kw_only=True)  # int64 [N, T]
+    caption_owner: Array = field(kw_only=True)  # int64 [N], clip
+    caption_kind: Array = field(kw_only=True)  # int64 [N], 0 positive, 1 negative
+    caption_slot: Array = field(kw_only=True)  # int64 [N], m
+    caption_rank: Array = field(kw_only=True)  # int64 [N], 0 positive, n+1 negative
+
+
+def _array_names(batch_type: type[_Batch]) -> list[str]:
+    return [f.name for f in fields(batch_type) if f.kw_only]
+
+
+def _tensor(array: NDArray[Any]) -> Any:
+    """A torch tensor over the array's memory; Ray's arrays are read-only, which torch would warn of each time."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+# --- Collators ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LmCollator:
+    """Turns a row of samples into an `LmBatch` (numpy).
+
+    Attributes:
+        tokenizer: with the model's special tokens.
+        max_windows: of a clip; what lies beyond is not read.
+        max_text_tokens: of a question with its answer.
+        with_answers: false stops the text at `<SEP>` and pads on the left, for generation.
+        channel, allow_silent: see `audio.decode`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_windows: int
+    max_text_tokens: int = 512
+    with_answers: bool = True
+    channel: Channel = "first"
+    allow_silent: bool = False
+
+    def __call__(self, row: Row[Sample]) -> LmBatch:
+        """Decode and collate one row."""
+        return collate_lm(row, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class ClapCollator:
+    """Turns a row of caption sets into a `ClapBatch` (numpy), with at most M positives and N negatives for each."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_windows: int = 1
+    max_text_tokens: int = 77
+    num_positives: int = 3
+    num_negatives: int = 3
+    channel: Channel = "first"
+    allow_silent: bool = False
+
+    def __call__(self, row: Row[CaptionSet]) -> ClapBatch:
+        """Decode and collate one row."""
+        return collate_clap(row, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def collate_lm(
+    row: Row[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_windows: int,
+    max_text_tokens: int = 512,
+    with_answers: bool = True,
+    channel: Channel = "first",
+    allow_silent: bool = False,
+) -> LmBatch:
+    """Decode a row's clips and encode its questions; see `LmCollator`."""
+    clips, waveforms, failures = _hear(row, max_windows, channel, allow_silent)
+    samples = [sample for clip in clips for sample in clip]
+    encoded = text.encode(
+        tokenizer,
+        [sample.prompt for sample in samples] or [""],
+        ([sample.answer for sample in samples] or [""]) if with_answers else None,
+        max_tokens=max_text_tokens,
+        padding_side="right" if with_answers else "left",
+    )
+    return LmBatch(
+        row=row.index,
+        num_clips=len(row.clips),
+        failures=failures,
+        sample_ids=tuple(sample.id for sample in samples),
+        num_truncated=encoded.num_truncated if samples else 0,
+        waveforms=np.concatenate(waveforms),
+        windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
+        audio_index=np.repeat(np.arange(len(waveforms)), [len(clip) for clip in clips] or [1])[:, None],
+        input_ids=encoded.input_ids,
+        attention_mask=encoded.attention_mask,
+        labels=encoded.labels if samples else np.full_like(encoded.labels, text.IGNORE),
+    )
+
+
+def collate_clap(
+    row: Row[CaptionSet],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_windows: int = 1,
+    max_text_tokens: int = 77,
+    num_positives: int = 3,
+    num_negatives: int = 3,
+    channel: Channel = "first",
+    allow_silent: bool = False,
+) -> ClapBatch:
+    """Decode a row's clips and tokenise their captions, padded to the longest; see `ClapCollator`.
+
+    A row with no clip left has one silent window and no caption (text tensors [0, 1]).
+    """
+    clips, waveforms, failures = _hear(row, max_windows, channel, allow_silent)
+    captions, places = [], []
+    for owner, (clip, *_) in enumerate(clips):
+        for slot, positive in enumerate((clip.caption, *clip.positives)[:num_positives]):
+            wrong = clip.negatives[slot][:num_negatives] if slot < len(clip.negatives) else ()
+            captions += [positive, *wrong]
+            places += [(owner, slot, rank) for rank in range(1 + len(wrong))]
+    owner_, slot_, rank_ = np.array(places, np.int64).reshape(-1, 3).T
+    ids, mask, num_truncated = _tokenise(tokenizer, captions, max_text_tokens)
+    return ClapBatch(
+        row=row.index,
+        num_clips=len(row.clips),
+        failures=failures,
+        sample_ids=tuple(clip.id for clip, *_ in clips),
+        num_truncated=num_truncated,
+        waveforms=np.concatenate(waveforms),
+        windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
+        text_ids=ids,
+        text_mask=mask,
+        caption_owner=owner_,
+        caption_kind=(rank_ > 0).astype(np.int64),
+        caption_slot=slot_,
+        caption_rank=rank_,
+    )
+
+
+def _hear(
+    row: Row[ItemT], max_windows: int, channel: Channel, allow_silent: bool
+) -> tuple[list[tuple[ItemT, ...]], list[NDArray[np.int16]], tuple[Failure, ...]]:
+    """Decode a row: the clips that could be read, windows int16 [W, 160000] of each, and the failures.
+
+    With no clip left, one silent window stands in the second list.
+    """
+    clips, waveforms, failures = [], [], []
+    for clip in row.clips:
+        try:
+            waveforms.append(read_windows(clip[0], max_windows, channel=channel, allow_silent=allow_silent))
+            clips.append(clip)
+        except AudioError as error:
+            failures.append(
+                Failure(error.uri, error.reason, clip[0].offset_s, error.detail, row.index, num_samples=len(clip))
+            )
+    return clips, waveforms or [np.zeros((1, WINDOW_SAMPLES), np.int16)], tuple(failures)
+
+
+def read_windows(
+    stretch: Stretch, max_windows: int, *, channel: Channel = "first", allow_silent: bool = False
+) -> NDArray[np.int16]:
+    """Decode a sample's stretch, as much of it as `max_windows` hold: int16 [W, 160000]. Raises `AudioError`."""
+    duration_s = min(stretch.duration_s, float(max_windows * WINDOW_S))
+    mono = decode(stretch.uri, stretch.offset_s, duration_s, channel=channel, allow_silent=allow_silent)
+    return to_windows(mono, max_windows)
+
+
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Token ids and mask [N, T], padded on the right, with the tokenizer's own end token; how many texts were cut."""
+    if not texts:
+        return np.zeros((0, 1), np.int64), np.zeros((0, 1), np.int64), 0
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the caption tokenizer has no padding token: set tokenizer.pad_token")
+    full = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    batch = tokenizer(
+        texts, padding=True, truncation=True, max_length=max_tokens, padding_side="right", return_tensors="np"
+    )
+    ids, mask = batch["input_ids"].astype(np.int64), batch["attention_mask"].astype(np.int64)
+    return ids, mask, sum(length > max_tokens for length in full)

@@ -1,0 +1,264 @@
+"""Manifests to samples: NVIDIA's JSON for questions, JSON lines for AF-CLAP's caption sets.
+
+Two kinds of wrong are kept apart. A manifest that cannot be understood (broken JSON, a line without its keys) stops the
+run with the file and the line: somebody must mend it. An understood sample that cannot be used (no duration, an empty
+question) is set aside with its reason by `check_samples`, counted, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import fsspec
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question about one stretch of audio."""
+
+    id: str
+    uri: str
+    offset_s: float
+    duration_s: float
+    prompt: str
+    answer: str
+    task: str
+    dataset: str
+    skill: str = ""
+    options: tuple[str, ...] = ()
+    pair: str = ""  # samples of one counterbalanced pair share it
+    template: str = ""  # samples asked in the same words share it
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionSet:
+    """A clip with its caption, M-1 paraphrases, and for each of those M texts N captions that are wrong of it."""
+
+    uri: str
+    offset_s: float
+    duration_s: float
+    caption: str
+    positives: tuple[str, ...]
+    negatives: tuple[tuple[str, ...], ...]
+    relations: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """The clip, as the failures and batches of a run name it."""
+        return f"{self.uri}@{self.offset_s:g}" if self.offset_s else self.uri
+
+
+class Stretch(Protocol):
+    """What the plan needs to know of a sample: which stretch of which file."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def uri(self) -> str: ...
+    @property
+    def offset_s(self) -> float: ...
+    @property
+    def duration_s(self) -> float: ...
+
+
+StretchT = TypeVar("StretchT", bound=Stretch)
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
+    """Read a manifest in NVIDIA's JSON format (PAPER 4).
+
+    Args:
+        manifest_uri: local path or any uri of fsspec.
+        root: folder of the audio, found at `root/split_path/name`; none: the manifest's own folder. A name that is
+            absolute or has a scheme stays as it is.
+
+    Raises:
+        ValueError: the file cannot be read as a manifest; the message names it and the line.
+    """
+    text = _read_text(manifest_uri)
+    try:
+        manifest = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{manifest_uri}, line {error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("data"), dict):
+        raise ValueError(f"{manifest_uri}, line 1: a manifest is an object with a `data` object of numbered samples")
+    folder, stem = _split_uri(manifest_uri)
+    dataset = folder.rstrip("/").rsplit("/", 1)[-1] or stem
+    split = str(manifest.get("split") or stem)
+    flamingo_task = str(manifest.get("flamingo_task") or dataset)
+    base = _join(root if root is not None else folder, str(manifest.get("split_path") or ""))
+    samples = []
+    for key, item in manifest["data"].items():
+        try:
+            samples.append(_sample(item, f"{dataset}/{split}/{key}", base, dataset, flamingo_task.rsplit("-", 1)[-1]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{manifest_uri}, line {_line_of(text, key)}: sample {key!r}: {_told(error)}") from error
+    return samples
+
+
+def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet]:
+    """Read AF-CLAP caption sets, one JSON object a line; audio at `root/name`, root defaults to the file's folder.
+
+    Raises:
+        ValueError: a line cannot be understood; the message names the file and the line.
+    """
+    base = root if root is not None else _split_uri(captions_uri)[0]
+    sets = []
+    for number, line in enumerate(_read_text(captions_uri).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            sets.append(_caption_set(json.loads(line), base))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{captions_uri}, line {number}: {_told(error)}") from error
+    return sets
+
+
+_SAMPLE_KEYS = {"name", "prompt", "output", "duration", "audio_start", "skill", "options", "pair", "template"}
+
+
+def _sample(item: Any, id_: str, base: str, dataset: str, task: str) -> Sample:
+    _need_object(item)
+    return Sample(
+        id=id_,
+        uri=_join(base, _text(item, "name")),
+        offset_s=_seconds(item.get("audio_start"), missing=0.0),
+        duration_s=_seconds(item.get("duration"), missing=math.nan),
+        prompt=_text(item, "prompt"),
+        answer=_text(item, "output"),
+        task=task,
+        dataset=dataset,
+        skill=str(item.get("skill") or ""),
+        options=tuple(str(option) for option in item.get("options") or ()),
+        pair=str(item.get("pair") or ""),
+        template=str(item.get("template") or ""),
+        meta={key: value for key, value in item.items() if key not in _SAMPLE_KEYS},
+    )
+
+
+def _caption_set(item: Any, base: str) -> CaptionSet:
+    _need_object(item)
+    return CaptionSet(
+        uri=_join(base, _text(item, "name")),
+        offset_s=_seconds(item.get("audio_start"), missing=0.0),
+        duration_s=_seconds(item.get("duration"), missing=math.nan),
+        caption=_text(item, "caption"),
+        positives=tuple(str(text) for text in item.get("positives") or ()),
+        negatives=tuple(tuple(str(text) for text in group) for group in item.get("negatives") or ()),
+        relations=tuple(str(kind) for kind in item.get("relations") or ()),
+    )
+
+
+def _need_object(item: Any) -> None:
+    if not isinstance(item, dict):
+        raise TypeError(f"expected an object with name, duration ..., got {type(item).__name__}")
+
+
+def _text(item: dict[str, Any], key: str) -> str:
+    if not isinstance(item[key], str):
+        raise TypeError(f"key {key!r} must be a string, got {item[key]!r}")
+    return item[key]
+
+
+def _seconds(value: Any, missing: float) -> float:
+    if value is None:
+        return missing
+    if isinstance(value, bool):
+        raise TypeError(f"seconds must be a number, got {value!r}")
+    return float(value)
+
+
+def _told(error: Exception) -> str:
+    return f"key {error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _line_of(text: str, key: str) -> int:
+    """Line of a sample in the manifest's text (after its `data` key, where the numbers are)."""
+    start = max(0, text.find('"data"'))
+    found = re.compile(rf"{re.escape(json.dumps(key))}\s*:").search(text, start)
+    return text.count("\n", 0, found.start() if found else start) + 1
+
+
+def _read_text(uri: str) -> str:
+    try:
+        with fsspec.open(uri, "rt", encoding="utf-8") as file:
+            return str(file.read())
+    except FileNotFoundError as error:
+        raise ValueError(f"{uri}: no such manifest") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri}: not UTF-8 text: {error}") from error
+
+
+def _split_uri(uri: str) -> tuple[str, str]:
+    """Folder and stem of a uri."""
+    folder, _, name = uri.rpartition("/")
+    return folder or ".", name.split(".", 1)[0]
+
+
+def _join(base: str, name: str) -> str:
+    if "://" in name or name.startswith("/"):
+        return name
+    return f"{base.rstrip('/')}/{name}" if name else base
+
+
+# --- Checking ----------------------------------------------------------------------------------------------------
+
+
+def check_samples(samples: Iterable[StretchT]) -> tuple[list[StretchT], list[tuple[StretchT, str]]]:
+    """Part the usable samples from the others, without opening a file.
+
+    Returns:
+        The good ones in order, and the bad ones with a short stable reason: `no duration`, `zero duration`,
+        `negative offset`, `empty prompt`, `empty answer`, `empty caption`, `ragged captions`.
+    """
+    good, bad = [], []
+    for sample in samples:
+        reason = _fault(sample)
+        if reason:
+            bad.append((sample, reason))
+        else:
+            good.append(sample)
+    return good, bad
+
+
+def _fault(sample: Stretch) -> str:
+    if not math.isfinite(sample.duration_s):
+        return "no duration"
+    if sample.duration_s <= 0:
+        return "zero duration"
+    if not (math.isfinite(sample.offset_s) and sample.offset_s >= 0):
+        return "negative offset"
+    if isinstance(sample, Sample):
+        if not sample.prompt.strip():
+            return "empty prompt"
+        return "" if sample.answer.strip() else "empty answer"
+    if isinstance(sample, CaptionSet):
+        if not all(text.strip() for text in (sample.caption, *sample.positives)):
+            return "empty caption"
+        if sample.negatives and len(sample.negatives) != 1 + len(sample.positives):
+            return "ragged captions"
+    return ""
+
+
+def fingerprint(samples: Sequence[Stretch]) -> str:
+    """SHA-256 (first 16 hex digits) of what the samples say, in order; a moved corpus keeps its fingerprint."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        name = "/".join(sample.uri.rsplit("/", 2)[-2:])
+        told: tuple[Any, ...] = (name, sample.offset_s, sample.duration_s)
+        if isinstance(sample, Sample):
+            told += (sample.id, sample.prompt, sample.answer)
+        elif isinstance(sample, CaptionSet):
+            told += (sample.caption, sample.positives, sample.negatives)
+        digest.update(json.dumps(told, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""What was set aside: counted, listed with its reason, and the end of the run where it is too much.
+
+One JSON line a failure in the run's `quarantine.jsonl`. The trade-off: a run survives some bad files without a
+substitute ever taking their place, and a wrong path or a lost bucket still ends it soon instead of training on nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One clip or sample that was left out: `row` is the plan's row (-1: before planning, from the manifest)."""
+
+    uri: str
+    reason: str
+    offset_s: float = 0.0
+    detail: str = ""
+    row: int = -1
+    num_samples: int = 1
+
+
+def to_json(failures: Iterable[Failure]) -> str:
+    """Failures as the JSON array that travels in a row."""
+    return json.dumps([asdict(failure) for failure in failures])
+
+
+def from_json(text: str) -> tuple[Failure, ...]:
+    """Inverse of `to_json`."""
+    return tuple(Failure(**item) for item in json.loads(text))
+
+
+class TooManyBad(RuntimeError):
+    """More was set aside than the recipe allows."""
+
+
+class Quarantine:
+    """The list of a run, kept by one process (the controller or rank 0).
+
+    Args:
+        path: the JSONL file, local or any uri of fsspec; one that exists is continued, so that a restarted run neither
+            forgets nor lists twice.
+        max_bad_share: largest share of items set aside.
+        min_items: the share is judged from this many items on (one bad file of three is no verdict).
+    """
+
+    def __init__(self, path: str, max_bad_share: float = 0.02, *, min_items: int = 200) -> None:
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={max_bad_share}: give a share from 0 to 1")
+        self.path, self.max_bad_share, self.min_items = path, max_bad_share, min_items
+        self.num_items = self.num_bad = 0
+        self.reasons: Counter[str] = Counter()
+        self._fs, self._file = fsspec.url_to_fs(path)
+        self._lines: list[str] = []
+        if self._fs.exists(self._file):
+            self._lines = self._fs.cat_file(self._file).decode().splitlines()
+        self._known = set(self._lines)
+
+    @property
+    def bad_share(self) -> float:
+        """Share of the items seen by this process that were set aside."""
+        return self.num_bad / max(1, self.num_items)
+
+    def add(self, failures: Sequence[Failure | Mapping[str, Any]], num_items: int) -> None:
+        """Count `num_items` clips (or samples) of which `failures` (or their dicts) were set aside, and list those.
+
+        Raises:
+            TooManyBad: the share is above `max_bad_share`; the message names the reasons and the list.
+        """
+        told = [failure if isinstance(failure, Failure) else Failure(**failure) for failure in failures]
+        self.num_items += num_items
+        self.num_bad += len(told)
+        self.reasons.update(failure.reason for failure in told)
+        lines = [json.dumps(asdict(failure)) for failure in told]
+        fresh = [line for line in dict.fromkeys(lines) if line not in self._known]
+        if fresh:
+            log.warning("set aside: %s", "; ".join(f"{f.uri}: {f.reason}" for f in told[:3]))
+            self._lines += fresh
+            self._known.update(fresh)
+            self._fs.makedirs(self._fs._parent(self._file), exist_ok=True)
+            self._fs.pipe_file(self._file, ("\n".join(self._lines) + "\n").encode())
+        if self.num_items >= self.min_items and self.bad_share > self.max_bad_share:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
+            raise TooManyBad(
+                f"{self.num_bad} of {self.num_items} items were set aside ({self.bad_share:.1%}, allowed "
+                f"{self.max_bad_share:.1%}: faults.max_bad_share): {reasons}; listed in {self.path}"
+            )

@@ -1,0 +1,165 @@
+"""Accuracy by skill and duration with intervals, over questions that come in counterbalanced pairs.
+
+The two questions of a pair share their words and stand or fall together, so the bootstrap resamples pairs, not
+questions: the interval is wider and honest. A question alone is a pair of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from af2_ray.data.manifest import Sample
+from af2_ray.evaluate.answers import DURATION_BANDS, Prediction, duration_band, normalise
+
+Scores = NDArray[np.float64]
+"""[N] one value a question: 1 right, 0 wrong, a probability for chance, NaN where a system gave no answer."""
+
+CONTROLS = ("deaf", "majority", "text_only")
+
+
+def interval95(resampled: Scores) -> list[float]:
+    """[low, high]: the middle 95 % of resampled values."""
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def mean_score(scores: Scores) -> float | None:
+    """Mean over the questions that were answered; None when there are none."""
+    return round(float(np.nanmean(scores)), 4) if np.isfinite(scores).any() else None
+
+
+class PairBootstrap:
+    """Resampled means of any system over the same draws of pairs, so that differences are paired too."""
+
+    def __init__(self, samples: Sequence[Sample], *, num_draws: int = 2000, seed: int = 0) -> None:
+        names = [sample.pair or f"alone:{index}" for index, sample in enumerate(samples)]
+        _, self.unit = np.unique(names, return_inverse=True)
+        self.num_units = int(self.unit.max()) + 1 if names else 0
+        rng = np.random.default_rng(seed)
+        self.draws = rng.multinomial(self.num_units, np.full(self.num_units, 1 / max(1, self.num_units)), num_draws)
+
+    def means(self, scores: Scores) -> Scores:
+        """[R] the mean of `scores` [N] in each of R draws."""
+        answered = np.isfinite(scores)
+        total = np.bincount(self.unit, np.where(answered, scores, 0.0), self.num_units)
+        count = np.bincount(self.unit, answered, self.num_units)
+        with np.errstate(invalid="ignore"):
+            return np.asarray((self.draws @ total) / (self.draws @ count))
+
+
+def pair_accuracy(samples: Sequence[Sample], right: Scores) -> float | None:
+    """Share of complete pairs with both questions right; None without a pair."""
+    members: dict[str, list[float]] = {}
+    for sample, value in zip(samples, right, strict=True):
+        if sample.pair:
+            members.setdefault(sample.pair, []).append(float(value))
+    both = [all(value == 1 for value in values) for values in members.values() if len(values) == 2]
+    return round(float(np.mean(both)), 4) if both else None
+
+
+def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[str, Any]:
+    """Accuracy of every system over all questions, with intervals, and how far the model is above the best control.
+
+    Args:
+        samples: the N questions (captions left out).
+        systems: scores [N] of `model`, of any of CONTROLS and of `chance`.
+
+    Raises:
+        ValueError: no questions.
+    """
+    if not samples:
+        raise ValueError("no questions to score: the manifests hold only captions, or every clip was set aside")
+    bootstrap = PairBootstrap(samples)
+    resampled = {name: bootstrap.means(scores) for name, scores in systems.items()}
+    row: dict[str, Any] = {"questions": len(samples), "pairs": pair_accuracy(samples, systems["model"])}
+    row |= {name: mean_score(scores) for name, scores in systems.items()}
+    row["ci95"] = {name: interval95(values) for name, values in resampled.items() if row[name] is not None}
+    controls = {name: row[name] for name in CONTROLS if row.get(name) is not None}
+    if controls:
+        best = max(controls, key=lambda name: controls[name])
+        # The best control is chosen anew in each draw: the interval then includes the luck of that choice.
+        lead = resampled["model"] - np.nanmax([resampled[name] for name in controls], axis=0)
+        row |= {
+            "best_control": best,
+            "above_best_control": round(row["model"] - controls[best], 4),
+            "above_best_control_ci95": interval95(lead),
+        }
+    return row
+
+
+def by_group(
+    samples: Sequence[Sample], systems: Mapping[str, Scores], group_of: Callable[[Sample], str]
+) -> dict[str, dict[str, Any]]:
+    """`summarise` for each group of questions (a skill, a duration band), in alphabetical order."""
+    groups: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(group_of(sample), []).append(index)
+    return {
+        name: summarise([samples[i] for i in indices], {key: scores[indices] for key, scores in systems.items()})
+        for name, indices in sorted(groups.items())
+    }
+
+
+def by_skill(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
+    """`summarise` for each skill."""
+    return by_group(samples, systems, lambda sample: sample.skill or "unnamed")
+
+
+def by_duration(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
+    """`summarise` for each duration band, short to long."""
+    found = by_group(samples, systems, lambda sample: duration_band(sample.duration_s))
+    return {name: found[name] for name, _ in DURATION_BANDS if name in found}
+
+
+# --- Captions ------------------------------------------------------------------------------------------------------
+
+
+def event_mentions(text: str, words: Mapping[str, str]) -> list[str]:
+    """The labels of the events that `text` names, in the order of their first mention.
+
+    Args:
+        words: wording -> label; a longer wording wins over one that is a part of it (`snare drum` over `drum`).
+    """
+    rest, found = f" {normalise(text)} ", dict[str, int]()
+    for wording in sorted(words, key=len, reverse=True):
+        part = f" {normalise(wording)} "
+        while (position := rest.find(part)) >= 0:
+            label = words[wording]
+            found[label] = min(position, found.get(label, position))
+            rest = rest.replace(part, f" {'#' * (len(part) - 2)} ", 1)
+    return sorted(found, key=lambda label: found[label])
+
+
+def caption_scores(predictions: Sequence[Prediction], words: Mapping[str, str]) -> dict[str, Any]:
+    """How well captions name the events: micro F1 of labels (heard and deaf), share with the same labels, exact share.
+
+    Args:
+        predictions: caption questions only.
+        words: wording of an event -> its label.
+    """
+
+    def named(text: str) -> set[str]:
+        return set(event_mentions(text, words))
+
+    true = [named(prediction.sample.answer) for prediction in predictions]
+    given = [named(prediction.text) for prediction in predictions]
+    deaf = [(named(p.deaf_text), want) for p, want in zip(predictions, true, strict=True) if p.deaf_text is not None]
+    same = [a == b for a, b in zip(given, true, strict=True)]
+    return {
+        "captions": len(predictions),
+        "event_f1": micro_f1(given, true),
+        "deaf_event_f1": micro_f1([a for a, _ in deaf], [b for _, b in deaf]),
+        "same_events": round(float(np.mean(same)), 4) if same else None,
+        "exact": round(float(np.mean([p.right for p in predictions])), 4) if predictions else None,
+    }
+
+
+def micro_f1(given: Sequence[set[str]], true: Sequence[set[str]]) -> float | None:
+    """Harmonic mean of precision and recall over all sets together; None where both are empty."""
+    hits = sum(len(a & b) for a, b in zip(given, true, strict=True))
+    total = sum(map(len, given)) + sum(map(len, true))
+    return round(2 * hits / total, 4) if total else None

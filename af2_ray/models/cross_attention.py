@@ -1,0 +1,154 @@
+"""Gated cross-attention from text to audio (XATTN-Dense), and the cache of its keys and values.
+
+Keys and values depend on the audio alone: they are projected once a clip, whatever the number of questions about it,
+and while generating they stay in the cache beside the text's, instead of being projected again at every token (69 % of
+the reference's decoding time at 5 minutes of audio).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class AudioCache(DynamicCache):
+    """The text cache, with each layer's audio keys and values beside it.
+
+    Reordering, selecting and repeating rows take the audio along; cropping the text leaves it alone; a reset drops it.
+
+    Attributes:
+        audio: layer index -> keys and values, each [B, H, K * A, d].
+        tokens_heard: bool [B, K, A], which audio tokens are real; none before prefill or without audio.
+        markers: int [B], how many `<audio>` markers each row has had so far.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.audio: dict[int, tuple[Tensor, Tensor]] = {}
+        self.tokens_heard: Tensor | None = None
+        self.markers: Tensor | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of `beam_idx`, as beam search asks."""
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def reset(self) -> None:
+        """Forget text and audio."""
+        super().reset()
+        self.audio, self.tokens_heard, self.markers = {}, None, None
+
+    def _map_rows(self, change: Any) -> None:
+        self.audio = {layer: (change(keys), change(values)) for layer, (keys, values) in self.audio.items()}
+        self.tokens_heard = None if self.tokens_heard is None else change(self.tokens_heard)
+        self.markers = None if self.markers is None else change(self.markers)
+
+
+@dataclass
+class AudioContext:
+    """What the text of one forward pass hears; handed to every layer by keyword.
+
+    Attributes:
+        hidden: audio states [C, A, D]; none when the cache holds the keys and values already.
+        audio_index: [B, K], the clip of each audio of each row (-1: none); none means row b hears clip b.
+        mask: bool [B, 1, T, K * A], which audio tokens each text token attends to. Rows that hear nothing are all true
+            here (an empty softmax is NaN) and blanked by `hears`.
+        hears: bool [B, T, 1], false where a text token hears nothing: there the layer changes nothing.
+        cache: where keys and values are kept; none when training.
+    """
+
+    hidden: Tensor | None
+    audio_index: Tensor | None
+    mask: Tensor
+    hears: Tensor
+    cache: AudioCache | None
+
+
+class GatedCrossAttention(GradientCheckpointingLayer):
+    """x += tanh(attn_gate) * attention(x, audio); x += tanh(ff_gate) * feed_forward(x). Gates start at 0.
+
+    Heads are `head_dim` wide whatever the widths of text and audio. Queries come from the LayerNorm of the text; keys
+    and values from the audio states as they are, by one packed projection (keys first). No biases.
+    """
+
+    def __init__(
+        self,
+        text_width: int,
+        audio_width: int,
+        layer_idx: int,
+        *,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        ff_mult: int = 4,
+    ) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = num_heads, head_dim
+        inner = num_heads * head_dim
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.norm = nn.LayerNorm(text_width)
+        self.to_q = nn.Linear(text_width, inner, bias=False)
+        self.to_kv = nn.Linear(audio_width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, text_width, bias=False)
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+        self.ff_norm = nn.LayerNorm(text_width)
+        self.fc1 = nn.Linear(text_width, ff_mult * text_width, bias=False)
+        self.fc2 = nn.Linear(ff_mult * text_width, text_width, bias=False)
+
+    def forward(self, x: Tensor, audio: AudioContext) -> Tensor:
+        """Text states [B, T, D] with what they hear added."""
+        rows, length, _ = x.shape
+        keys, values = self._keys_values(audio)
+        q = self.to_q(self.norm(x)).view(rows, length, self.num_heads, self.head_dim).transpose(1, 2)
+        y = nnf.scaled_dot_product_attention(q, keys, values, attn_mask=audio.mask)
+        y = self.to_out(y.transpose(1, 2).reshape(rows, length, -1)) * self.attn_gate.tanh()
+        heard = x + y
+        heard = heard + self.fc2(nnf.gelu(self.fc1(self.ff_norm(heard)))) * self.ff_gate.tanh()
+        return torch.where(audio.hears, heard, x)
+
+    def _keys_values(self, audio: AudioContext) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, K * A, d]: from the cache, else projected once a clip and handed to its rows."""
+        if audio.cache is not None and self.layer_idx in audio.cache.audio:
+            return audio.cache.audio[self.layer_idx]
+        assert audio.hidden is not None, "audio states are needed where the cache holds no keys and values"
+        clips, tokens, _ = audio.hidden.shape
+        packed = self.to_kv(audio.hidden).view(clips, tokens, 2, self.num_heads, self.head_dim)
+        keys, values = packed.permute(2, 0, 3, 1, 4)  # [C, H, A, d] each
+        if audio.audio_index is not None:
+            index = audio.audio_index.clamp(min=0)
+            keys, values = (t[index].transpose(1, 2).flatten(2, 3) for t in (keys, values))
+        if audio.cache is not None:
+            keys, values = keys.contiguous(), values.contiguous()
+            audio.cache.audio[self.layer_idx] = keys, values
+        return keys, values
+
+
+class GatedDecoderLayer(nn.Module):
+    """An LM layer, and before it the cross-attention that belongs to it, if any; hands everything else on."""
+
+    def __init__(self, decoder_layer: nn.Module, cross_attention: GatedCrossAttention | None) -> None:
+        super().__init__()
+        self.cross_attention = cross_attention
+        self.decoder_layer = decoder_layer
+
+    def forward(self, hidden_states: Tensor, *args: Any, audio: AudioContext | None = None, **kwargs: Any) -> Any:
+        """As the LM's own layer, with what the text hears as the keyword `audio`."""
+        if self.cross_attention is not None and audio is not None:
+            hidden_states = self.cross_attention(hidden_states, audio)
+        return self.decoder_layer(hidden_states, *args, **kwargs)

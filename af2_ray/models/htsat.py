@@ -1,0 +1,193 @@
+"""The HTSAT audio tower: 10 s windows in, 64 dense features a window out.
+
+The parameters are transformers' `ClapAudioModel`, so weights in that layout load as they are; the forward pass is our
+own, over the same modules. It packs q, k and v, uses PyTorch's attention, builds the shifted-window masks once, skips
+pooling, heads and the fusion branch (our windows are never "longer" than 10 s) and takes each window once instead of
+four times. Against `ClapAudioModel.forward` it gives equal features in about two thirds of the time.
+
+The mel BatchNorm never uses batch statistics, so features do not depend on what else is in the batch: a converted tower
+keeps its statistics, a new one gets them from `calibrate`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import ClapAudioConfig, ClapAudioModel
+
+from af2_ray.audio.mel import LogMel
+
+WINDOWS_PER_PART = {"cpu": 8, "cuda": 128}
+"""How many windows a tower that does not train takes at a time; bounds its memory whatever the batch."""
+SHIFT_PENALTY = -100.0
+
+
+def tower_config(
+    embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], *, window_size: int = 8, **settings: Any
+) -> ClapAudioConfig:
+    """A tower configuration of the given size; dropout and drop-path are 0 unless named in `settings`."""
+    if len(depths) != len(num_heads):
+        raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} need one number a stage each")
+    settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0, **settings}
+    return ClapAudioConfig(
+        patch_embeds_hidden_size=embed_dim,
+        hidden_size=embed_dim * 2 ** (len(depths) - 1),
+        depths=list(depths),
+        num_attention_heads=list(num_heads),
+        window_size=window_size,
+        **settings,
+    )
+
+
+class AudioTower(nn.Module):
+    """Mel front end, mel BatchNorm and Swin encoder; shapes: S windows, R rows = columns of a stage, C channels."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any = staticmethod(functools.partial(checkpoint, use_reentrant=False))
+
+    def __init__(self, config: ClapAudioConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.log_mel = LogMel()
+        config._attn_implementation = "eager"  # of ClapAudioModel's own forward, the only one it knows; ours is below
+        self.model = ClapAudioModel(config)
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def output_size(self) -> int:
+        """Width of a feature."""
+        return int(self.model.audio_encoder.num_features)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter is to be trained; if none is, the tower runs without gradients, in eval mode."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def train(self, mode: bool = True) -> AudioTower:
+        """Eval mode if the tower is frozen, whatever is asked; the BatchNorms stay in eval mode always."""
+        super().train(mode and self.trains)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Dense features [S, 64, D] of windows, int16 or float in [-1, 1], [S, 160000]."""
+        if self.trains:
+            return self.encode(self.log_mel(waveforms))
+        if self.training:
+            self.eval()
+        with torch.no_grad():
+            parts = waveforms.split(WINDOWS_PER_PART.get(waveforms.device.type, 32))
+            return torch.cat([self.encode(self.log_mel(part)) for part in parts])
+
+    @torch.no_grad()
+    def calibrate(self, waveforms: Tensor) -> None:
+        """Take the mel BatchNorm's mean and variance from windows [S, 160000]; further calls add to the same estimate.
+
+        Only for a new tower: its statistics must come from training audio alone, before the first step.
+        """
+        norm = self.model.audio_encoder.batch_norm
+        mel = self.log_mel(waveforms).double()
+        old, new = int(norm.num_batches_tracked), waveforms.shape[0]  # counted in windows
+        variance, mean = torch.var_mean(mel, dim=(0, 1), correction=0)
+        share = new / (old + new)
+        shift = mean - norm.running_mean.double()
+        merged = torch.lerp(norm.running_var.double(), variance, share) + share * (1 - share) * shift.square()
+        norm.running_var.copy_(merged if old else variance)
+        norm.running_mean.copy_(norm.running_mean.double() + share * shift)
+        norm.num_batches_tracked.fill_(old + new)
+
+    def encode(self, mel: Tensor) -> Tensor:
+        """Features [S, 64, D] of log-mel spectrograms [S, frames, 64]: 2 frequency bands, each of 32 time steps."""
+        encoder = self.model.audio_encoder
+        x = self._embed_patches(mel)
+        for stage in encoder.layers:
+            for index, block in enumerate(stage.blocks):
+                x = self._run(block, x, shifted=index % 2 == 1)
+            if stage.downsample is not None:
+                num, rows, columns, _ = x.shape
+                x = stage.downsample(x.flatten(1, 2), (rows, columns)).view(num, rows // 2, columns // 2, -1)
+        x = encoder.norm(x)
+        num, rows, columns, width = x.shape
+        x = x.view(num, encoder.freq_ratio, rows // encoder.freq_ratio, columns, width)  # [S, time, band, step, D]
+        return x.transpose(1, 2).reshape(num, rows * columns, width)
+
+    def _embed_patches(self, mel: Tensor) -> Tensor:
+        """[S, frames, 64] -> patches [S, 64, 64, C]: normalise, stretch to 1024 frames, fold to 256 x 256, convolve."""
+        encoder = self.model.audio_encoder
+        norm, embed = encoder.batch_norm, encoder.patch_embed
+        num, frames, bins = mel.shape
+        x = nnf.batch_norm(
+            mel.reshape(-1, bins),
+            norm.running_mean.float(),
+            norm.running_var.float(),
+            norm.weight.float(),
+            norm.bias.float(),
+            training=False,
+            eps=norm.eps,
+        )
+        image = encoder.reshape_mel2img(x.view(num, 1, frames, bins)).to(embed.proj.weight.dtype)
+        return embed.norm(embed.proj(image).permute(0, 2, 3, 1))
+
+    def _run(self, block: Any, x: Tensor, shifted: bool) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(self._block, block, x, shifted)
+        return self._block(block, x, shifted)
+
+    def _block(self, block: Any, x: Tensor, shifted: bool) -> Tensor:
+        """One pre-norm Swin block on [S, R, R, C]: attention in windows (odd blocks shift them), then an MLP."""
+        rows = x.shape[1]
+        size = min(self.config.window_size, rows)
+        shift = size // 2 if shifted and rows > size else 0
+        y = block.layernorm_before(x)
+        if shift:
+            y = y.roll((-shift, -shift), dims=(1, 2))
+        y = self._attend(block.attention, y, size, shift)
+        if shift:
+            y = y.roll((shift, shift), dims=(1, 2))
+        x = x + block.drop_path(y)
+        return x + block.output(block.intermediate(block.layernorm_after(x)))
+
+    def _attend(self, attention: Any, x: Tensor, size: int, shift: int) -> Tensor:
+        """Self-attention within windows of `size` x `size` patches, with relative position bias; [S, R, R, C]."""
+        inner = attention.self
+        num, rows, _, width = x.shape
+        across, area, heads = rows // size, size * size, inner.num_attention_heads
+        x = x.view(num, across, size, across, size, width).transpose(2, 3)  # [S, n, n, w, w, C]
+        weight = torch.cat([inner.query.weight, inner.key.weight, inner.value.weight])
+        bias = None if inner.query.bias is None else torch.cat([inner.query.bias, inner.key.bias, inner.value.bias])
+        packed = nnf.linear(x.reshape(num, across * across, area, width), weight, bias)
+        q, k, v = packed.view(num, across * across, area, 3, heads, width // heads).permute(3, 0, 1, 4, 2, 5)
+        scores = inner.relative_position_bias_table[inner.relative_position_index.flatten()]
+        mask = scores.view(area, area, heads).permute(2, 0, 1)  # [H, area, area]
+        if shift:
+            # Windows differ in their mask: they go beside the heads, the mask is broadcast over S.
+            mask = (mask + self._shift_mask(rows, size, shift, mask)).flatten(0, 1)
+            q, k, v = (t.flatten(1, 2) for t in (q, k, v))
+        else:
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        dropout = inner.dropout.p if self.training else 0.0
+        y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], dropout_p=dropout)
+        y = y.reshape(num, across * across, heads, area, width // heads).transpose(2, 3)
+        y = attention.output(y.reshape(num, across, across, size, size, width), None)
+        return y.transpose(2, 3).reshape(num, rows, rows, width)
+
+    def _shift_mask(self, rows: int, size: int, shift: int, like: Tensor) -> Tensor:
+        """[n * n, 1, area, area]: -100 between patches that only the cyclic shift made neighbours, else 0."""
+        key = (rows, size, shift, like.dtype, like.device)
+        if key not in self._masks:
+            line = torch.arange(rows, device=like.device)
+            region = (line >= rows - size).long() + (line >= rows - shift).long()
+            regions = region[:, None] * 3 + region[None, :]
+            across = rows // size
+            regions = regions.view(across, size, across, size).transpose(1, 2).reshape(across * across, 1, size * size)
+            apart = regions[..., :, None] != regions[..., None, :]
+            self._masks[key] = apart.to(like.dtype) * SHIFT_PENALTY
+        return self._masks[key]

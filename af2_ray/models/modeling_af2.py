@@ -1,0 +1,385 @@
+"""Audio Flamingo 2: an audio tower, an audio transformer, and an LM that hears through gated cross-attention.
+
+Nothing is kept on layers between calls: what the text hears goes down as one keyword, and keys and values of the audio
+live in the generation cache. Audio is ragged (real windows only, each clip once) until after the tower; padding to a
+rectangle happens where it is cheap. The LM's rows stay untouched: the four added tokens have a parameter of their own,
+joined at input and output.
+
+Shapes: S windows of all clips, C clips, A audio tokens of the longest, B rows of text, K audios a row, T text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from af2_ray.models.configuration_af2 import AudioFlamingo2Config
+from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer
+from af2_ray.models.htsat import AudioTower
+from af2_ray.models.transform import AudioTransform
+from af2_ray.text import IGNORE, SPECIAL_TOKENS
+
+
+@dataclass(frozen=True)
+class AudioStates:
+    """Encoded clips: `hidden` [C, A, D] and bool `mask` [C, A] of real tokens. Keep them for further questions."""
+
+    hidden: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def select(self, clips: Tensor | Sequence[int]) -> AudioStates:
+        """The states of these clips, without the padding that none of them needs."""
+        index = torch.as_tensor(clips, device=self.hidden.device)
+        hidden, mask = self.hidden[index], self.mask[index]
+        length = int(mask.sum(dim=1).max()) if len(mask) else 0
+        return AudioStates(hidden[:, :length], mask[:, :length])
+
+    @staticmethod
+    def concat(states: Sequence[AudioStates]) -> AudioStates:
+        """All clips of several states, padded to the longest."""
+        length = max(part.hidden.shape[1] for part in states)
+        return AudioStates(
+            torch.cat([nnf.pad(part.hidden, (0, 0, 0, length - part.hidden.shape[1])) for part in states]),
+            torch.cat([nnf.pad(part.mask, (0, length - part.mask.shape[1])) for part in states]),
+        )
+
+
+@dataclass
+class AudioFlamingo2Output(CausalLMOutputWithPast):
+    """As `CausalLMOutputWithPast`; `loss` is the mean over answer tokens, `audio_states` can be passed in again."""
+
+    audio_states: AudioStates | None = None
+
+
+class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The whole model; `forward` and `generate` take text beside waveforms, or beside states encoded before.
+
+    Parameter groups: `audio_tower.*` (clap), `audio_transform.*` (transform), `*.cross_attention.*` (xattn),
+    `added_embeddings*` (tokens), and the rest of `language_model.*` (lm).
+    """
+
+    config: AudioFlamingo2Config
+    config_class = AudioFlamingo2Config
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["GatedDecoderLayer", "AudioTower"]  # noqa: RUF012 - transformers' own class attribute
+    _keep_in_fp32_modules_strict = {"audio_encoder.batch_norm"}  # noqa: RUF012
+
+    def __init__(self, config: AudioFlamingo2Config) -> None:
+        super().__init__(config)
+        self.audio_tower = AudioTower(config.audio_config)
+        audio_width = self.audio_tower.output_size
+        self.audio_transform = AudioTransform(
+            audio_width,
+            config.transform_layers,
+            config.transform_heads,
+            config.transform_inner_size,
+            config.transform_rope_base,
+        )
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        width = config.text_config.hidden_size
+        layers = self.language_model.model.layers
+        for index, layer in enumerate(layers):
+            hears = (index + 1) % config.cross_attn_every == 0
+            attention = GatedCrossAttention(
+                width,
+                audio_width,
+                index,
+                num_heads=config.cross_attn_heads,
+                head_dim=config.cross_attn_head_dim,
+                ff_mult=config.cross_attn_ff_mult,
+            )
+            layers[index] = GatedDecoderLayer(layer, attention if hears else None)
+        self.added_embeddings = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), width))
+        if not config.text_config.tie_word_embeddings:
+            self.added_embeddings_out = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), width))
+        self.post_init()
+        self.generation_config.pad_token_id = config.pad_token_id
+        self.generation_config.eos_token_id = _stop_ids(config)
+
+    @classmethod
+    def from_parts(
+        cls, config: AudioFlamingo2Config, lm: PreTrainedModel, audio_tower: AudioTower
+    ) -> AudioFlamingo2ForConditionalGeneration:
+        """A new model around a trained LM and a trained tower, whose weights are copied.
+
+        The added tokens start at the mean of the LM's rows with a little noise; the gates start at 0, so the model
+        starts as the bare LM.
+        """
+        model = cls(config)
+        model.audio_tower.load_state_dict(audio_tower.state_dict())
+        state = {_wrapped_name(name): value for name, value in lm.state_dict().items()}
+        fresh = model.language_model.state_dict()
+        model.language_model.load_state_dict(
+            state | {name: fresh[name] for name in fresh if ".cross_attention." in name}
+        )
+        model.init_added_embeddings()
+        return model
+
+    @torch.no_grad()
+    def init_added_embeddings(self, noise: float = 0.1) -> None:
+        """The added tokens at the mean of the LM's rows, plus `noise` times the rows' standard deviation."""
+        tables = {"added_embeddings": self.language_model.get_input_embeddings()}
+        if hasattr(self, "added_embeddings_out"):
+            tables["added_embeddings_out"] = self.language_model.get_output_embeddings()
+        for name, table in tables.items():
+            rows = table.weight[: self.config.audio_token_id].float()
+            parameter = getattr(self, name)
+            scatter = noise * rows.std(dim=0) * torch.randn(parameter.shape, device=rows.device)
+            parameter.copy_(rows.mean(dim=0) + scatter)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LM's own table, without the added tokens."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM's own head, without the added tokens."""
+        return self.language_model.get_output_embeddings()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the reference: PyTorch's linear initialisation in the new parts, gates at 0."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, GatedCrossAttention):
+            init.zeros_(module.attn_gate)
+            init.zeros_(module.ff_gate)
+        elif module is self:
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.startswith("added_embeddings"):
+                    init.normal_(parameter, std=getattr(self.config.text_config, "initializer_range", 0.02))
+
+    # --- Audio ------------------------------------------------------------------------------------------------------
+
+    def encode_audio(self, waveforms: Tensor, windows_per_clip: Tensor | Sequence[int]) -> AudioStates:
+        """Encode clips once, for any number of questions: windows [S, 160000] of C clips -> `AudioStates`."""
+        counts = windows_per_clip.tolist() if isinstance(windows_per_clip, Tensor) else list(windows_per_clip)
+        if not counts or min(counts) < 1 or sum(counts) != waveforms.shape[0]:
+            raise ValueError(f"windows_per_clip {counts} must be 1 or more each, {len(waveforms)} (the windows) in all")
+        if max(counts) > self.config.max_windows:
+            raise ValueError(
+                f"a clip of {max(counts)} windows is over the limit of {self.config.max_windows}: "
+                "cut it when making windows, or raise max_windows in the configuration"
+            )
+        features = self.audio_tower(waveforms)  # [S, F, D]
+        rectangle = pad_sequence([clip.flatten(0, 1) for clip in features.split(counts)], batch_first=True)
+        lengths = torch.tensor(counts, device=features.device) * features.shape[1]
+        mask = torch.arange(rectangle.shape[1], device=features.device) < lengths[:, None]
+        return AudioStates(self.audio_transform(rectangle, mask), mask)
+
+    def _listen(
+        self, input_ids: Tensor, states: AudioStates | None, audio_index: Tensor | None, cache: AudioCache | None
+    ) -> AudioContext | None:
+        """What each text token hears: every audio whose `<audio>` marker is at or before it. None: no audio at all."""
+        heard = None if cache is None else cache.tokens_heard
+        markers = (input_ids == self.config.audio_token_id).cumsum(dim=1)
+        if heard is None:
+            if states is None:
+                return None
+            audio_index = _checked_index(audio_index, len(states), markers)
+            if audio_index is None:
+                heard = states.mask[:, None, :]
+            else:
+                heard = states.mask[audio_index.clamp(min=0)] & (audio_index >= 0)[..., None]  # [B, K, A]
+        elif cache is not None and cache.markers is not None:
+            markers = markers + cache.markers[:, None]
+        if cache is not None:
+            cache.tokens_heard, cache.markers = heard, markers[:, -1]
+        ordinals = torch.arange(1, heard.shape[1] + 1, device=heard.device)
+        visible = (markers[..., None] >= ordinals) & heard.any(dim=2)[:, None, :]  # [B, T, K]
+        mask = (visible[..., None] & heard[:, None]).flatten(2)[:, None]  # [B, 1, T, K * A]
+        dtype = self.dtype
+        penalty = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        hidden = None if states is None else states.hidden
+        return AudioContext(hidden, audio_index, penalty, visible.any(dim=2, keepdim=True), cache)
+
+    # --- Text -------------------------------------------------------------------------------------------------------
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [B, T, D]: the LM's rows, and the added tokens' own."""
+        first = self.config.audio_token_id
+        rows = self.language_model.get_input_embeddings()(input_ids.clamp(max=first - 1))
+        added = self.added_embeddings[(input_ids - first).clamp(min=0)]
+        return torch.where((input_ids >= first)[..., None], added.to(rows.dtype), rows)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] over the LM's tokens and the four added ones."""
+        head = self.language_model.get_output_embeddings()
+        added = getattr(self, "added_embeddings_out", self.added_embeddings)
+        return torch.cat((head(hidden)[..., : self.config.audio_token_id], hidden @ added.to(hidden.dtype).T), dim=-1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        waveforms: Tensor | None = None,
+        windows_per_clip: Tensor | Sequence[int] | None = None,
+        audio_index: Tensor | None = None,
+        audio_states: AudioStates | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: AudioCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        answers_only: bool = False,
+        **kwargs: Any,
+    ) -> AudioFlamingo2Output:
+        """One pass over text, hearing clips given as waveforms or as states encoded before, or none.
+
+        Args:
+            input_ids: [B, T], each row with one `<audio>` marker an audio, in order.
+            attention_mask: [B, T], 1 where text is real; padding may be on either side.
+            waveforms: windows of all clips, int16 or float in [-1, 1], [S, 160000].
+            windows_per_clip: [C], adding up to S.
+            audio_index: [B, K], the clips of each row's audios, -1 for none; left out, row b hears clip b.
+            labels: [B, T], -100 where nothing is learned; gives `loss`, the mean over answer tokens.
+            logits_to_keep: only the last so many positions, or the positions in a tensor; 0 for all.
+            answers_only: with `labels`, compute logits [N, V] only where the next token is an answer token, in the
+                order of `labels[:, 1:][labels[:, 1:] != -100]`: a fraction of the memory with a large vocabulary.
+        """
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = AudioCache(config=self.config.text_config)
+        if waveforms is not None and audio_states is None and (cache is None or cache.tokens_heard is None):
+            if windows_per_clip is None:
+                raise ValueError("windows_per_clip is needed beside waveforms: the number of windows of each clip")
+            audio_states = self.encode_audio(waveforms, windows_per_clip)
+        if audio_states is not None and cache is not None and not isinstance(cache, AudioCache):
+            raise ValueError(f"audio needs an AudioCache for past_key_values, not {type(cache).__name__}")
+        audio = self._listen(input_ids, audio_states, audio_index, cache) if audio_states or cache else None
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = self.language_model.model(
+            inputs_embeds=self.embed_tokens(input_ids),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=bool(use_cache),
+            audio=audio,
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
+        if answers_only:
+            if labels is None:
+                raise ValueError("answers_only needs labels: they say where the answers are")
+            hidden = hidden[:, :-1][labels[:, 1:] != IGNORE]
+        else:
+            hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        logits = self.compute_logits(hidden)
+        loss = None if labels is None else _mean_loss(logits, labels)
+        return AudioFlamingo2Output(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            audio_states=audio_states,
+        )
+
+    # --- Generation -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        waveforms: Tensor | None = None,
+        windows_per_clip: Tensor | Sequence[int] | None = None,
+        audio_index: Tensor | None = None,
+        audio_states: AudioStates | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate` (greedy, sampling, beams, streaming), hearing audio as `forward` does.
+
+        Audio is encoded once, before the first token. Prompts of unequal length are padded on the left.
+        """
+        if audio_states is None and waveforms is not None:
+            if windows_per_clip is None:
+                raise ValueError("windows_per_clip is needed beside waveforms: the number of windows of each clip")
+            audio_states = self.encode_audio(waveforms, windows_per_clip)
+        if audio_states is not None and audio_index is None:
+            # A tensor, so that beams and samples of a row take its clip along.
+            audio_index = torch.arange(len(audio_states), device=audio_states.mask.device)[:, None]
+        return super().generate(inputs, *args, audio_states=audio_states, audio_index=audio_index, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """A cache that holds the audio too, unless the caller brings or forbids one."""
+        wanted = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
+        if wanted and generation_config.cache_implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = AudioCache(config=self.config.text_config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _checked_index(audio_index: Tensor | None, num_clips: int, markers: Tensor) -> Tensor | None:
+    """`audio_index` if it fits clips and markers [B, T] (counted so far); else a ValueError that says what does not."""
+    rows = markers.shape[0]
+    if audio_index is None:
+        if num_clips != rows:
+            raise ValueError(
+                f"{num_clips} clips for {rows} rows of text: say which row hears which by audio_index [B, K]"
+            )
+        wanted = torch.ones(rows, dtype=torch.long, device=markers.device)
+    else:
+        audio_index = audio_index.to(markers.device)
+        if audio_index.dim() != 2 or audio_index.shape[0] != rows:
+            raise ValueError(f"audio_index must be [B, K] with B={rows}, got {tuple(audio_index.shape)}")
+        if int(audio_index.max()) >= num_clips or int(audio_index.min()) < -1:
+            raise ValueError(f"audio_index must be -1 (none) to {num_clips - 1}, got {audio_index.tolist()}")
+        wanted = (audio_index >= 0).sum(dim=1)
+    if bool((wanted > markers[:, -1]).any()):
+        row = int((wanted > markers[:, -1]).nonzero()[0])
+        raise ValueError(
+            f"row {row} has {int(wanted[row])} audios but {int(markers[row, -1])} <audio> markers: give one each"
+        )
+    return audio_index
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over answer tokens; 0 with zero gradients if there are none."""
+    targets = labels[:, 1:]
+    if logits.dim() == 3:
+        logits, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
+    else:
+        targets = targets[targets != IGNORE]
+    total = nnf.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def _stop_ids(config: AudioFlamingo2Config) -> list[int]:
+    """Ids that end an answer: `<|endofchunk|>` and the LM's end of sequence."""
+    eos = config.eos_token_id
+    return [config.end_of_chunk_token_id, *([] if eos is None else eos if isinstance(eos, list) else [eos])]
+
+
+def _wrapped_name(name: str) -> str:
+    """The name of a bare LM's tensor inside the wrapped LM."""
+    return re.sub(r"^(model\.layers\.\d+\.)", r"\1decoder_layer.", name)
+
+
+AutoConfig.register(AudioFlamingo2Config.model_type, AudioFlamingo2Config, exist_ok=True)
+AutoModelForCausalLM.register(AudioFlamingo2Config, AudioFlamingo2ForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,147 @@
+"""From audio arrays and prompts to what the model takes: windows, token ids, and who hears what.
+
+Decoding files is done before (`af2_ray.audio.decode`): here audio is mono float arrays at 16 kHz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    AutoFeatureExtractor,
+    AutoProcessor,
+    BatchFeature,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from af2_ray.audio.windows import SAMPLE_RATE, num_windows, to_windows
+from af2_ray.models.configuration_af2 import AudioFlamingo2Config
+from af2_ray.text import encode
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message.content is string -%}{{ message.content | trim | lower }}"
+    "{%- else -%}"
+    "{%- for part in message.content if part.type in ['audio', 'input_audio'] -%}<audio>{%- endfor -%}"
+    "{%- for part in message.content if part.type == 'text' -%}"
+    "{{ part.text | trim | lower }}{%- if not loop.last %} {% endif -%}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- if message.role == 'assistant' -%}<|endofchunk|>{{ eos_token }}{%- else -%}<SEP>{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""A conversation as the model was trained: audio markers, question, `<SEP>`, answer, `<|endofchunk|>`, end of text."""
+
+AudioInput = NDArray[np.floating]
+
+
+class AudioFlamingo2FeatureExtractor(FeatureExtractionMixin):
+    """Cuts clips into int16 windows.
+
+    Args:
+        max_windows: the longest clip, in windows of 10 s; a longer one is an error unless `truncate` is set.
+    """
+
+    model_input_names = ["waveforms", "windows_per_clip"]  # noqa: RUF012 - transformers' own class attribute
+
+    def __init__(self, max_windows: int = 30, sampling_rate: int = SAMPLE_RATE, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_windows = max_windows
+        self.sampling_rate = sampling_rate
+
+    def __call__(
+        self, audio: Sequence[AudioInput], sampling_rate: int | None = None, *, truncate: bool = False
+    ) -> BatchFeature:
+        """`waveforms` int16 [S, 160000] and `windows_per_clip` [C] of C mono arrays [T] at 16 kHz."""
+        if sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"sampling_rate={sampling_rate}: the model takes {self.sampling_rate} Hz; resample, and pass "
+                f"sampling_rate={self.sampling_rate}"
+            )
+        windows = []
+        for index, clip in enumerate(audio):
+            array = np.asarray(clip)
+            if not np.issubdtype(array.dtype, np.floating):
+                raise ValueError(f"audio {index} has type {array.dtype}: pass floats in [-1, 1]")
+            count = num_windows(array.size)
+            if count > self.max_windows and not truncate:
+                raise ValueError(
+                    f"audio {index} has {count} windows of 10 s, over the limit of {self.max_windows}: "
+                    "cut it, or pass truncate=True to keep its beginning"
+                )
+            try:
+                windows.append(to_windows(array, self.max_windows))
+            except ValueError as error:
+                raise ValueError(f"audio {index}: {error}") from error
+        waveforms = np.concatenate(windows) if windows else np.zeros((0, 0), np.int16)
+        return BatchFeature(
+            {
+                "waveforms": torch.from_numpy(waveforms),
+                "windows_per_clip": torch.tensor([len(part) for part in windows], dtype=torch.long),
+            }
+        )
+
+
+class AudioFlamingo2Processor(ProcessorMixin):
+    """Windows and tokens of a batch of questions, ready for `generate` (or, with answers, for training)."""
+
+    def __init__(
+        self,
+        feature_extractor: AudioFlamingo2FeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        audio: AudioInput | Sequence[AudioInput | Sequence[AudioInput]] | None = None,
+        *,
+        sampling_rate: int | None = None,
+        answers: Sequence[str] | None = None,
+        max_tokens: int = 512,
+        truncate: bool = False,
+    ) -> BatchFeature:
+        """Inputs of B questions: one array each, a list of arrays each (several audios, or an empty one), or no audio.
+
+        Prompts are padded on the left for generation; with `answers` on the right, and `labels` are given.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        if audio is None:
+            clips: list[list[AudioInput]] = [[] for _ in prompts]
+        elif isinstance(audio, np.ndarray):
+            clips = [[audio]]
+        else:
+            clips = [[item] if isinstance(item, np.ndarray) else list(item) for item in audio]
+        if len(clips) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but audio for {len(clips)}: give one entry a prompt")
+        counts = [len(row) for row in clips]
+        side: Literal["left", "right"] = "left" if answers is None else "right"
+        batch = encode(self.tokenizer, prompts, answers, max_tokens=max_tokens, num_audios=counts, padding_side=side)
+        if batch.num_truncated and answers is None:
+            raise ValueError(f"a prompt is over {max_tokens} tokens, which leaves no room for an answer: shorten it")
+        data = {name: torch.from_numpy(getattr(batch, name)) for name in ("input_ids", "attention_mask")}
+        if answers is not None:
+            data["labels"] = torch.from_numpy(batch.labels)
+        if any(counts):
+            flat = [clip for row in clips for clip in row]
+            data |= self.feature_extractor(flat, sampling_rate, truncate=truncate)
+            index = torch.full((len(prompts), max(counts)), -1)
+            index[torch.arange(max(counts)) < torch.tensor(counts)[:, None]] = torch.arange(len(flat))
+            data["audio_index"] = index
+        return BatchFeature(data)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model takes."""
+        return ["input_ids", "attention_mask", "waveforms", "windows_per_clip", "audio_index"]
+
+
+AutoFeatureExtractor.register(AudioFlamingo2Config, AudioFlamingo2FeatureExtractor, exist_ok=True)
+AutoProcessor.register(AudioFlamingo2Config, AudioFlamingo2Processor, exist_ok=True)

@@ -1,0 +1,295 @@
+"""OpenAI's chat completions as far as a model that hears and writes text can honour them.
+
+Keys we do not know are ignored, because every client version sends a few more. Keys we do know are strict in type, and
+a value that would silently change the answer's meaning (`n: 2`, tools, JSON mode) is refused with what to do instead:
+better a 400 at once than an answer that ignored half of the question.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+
+from af2_ray.serve.request import FinishReason
+
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "functions": ([],),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+}
+"""Keys this server cannot honour, with the values that ask for nothing (besides null)."""
+
+
+class ApiError(Exception):
+    """A request that cannot be answered, as OpenAI's clients expect to be told.
+
+    Attributes:
+        status: the HTTP status this stands for; 4xx is the caller's to mend, 5xx ours.
+        message: one sentence that says what to do.
+        param: the key at fault, dotted.
+        code: a short stable word for programs.
+        retry_after_s: when to try again, for 429 and 503.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+# --- Requests ----------------------------------------------------------------------------------------------------
+
+
+class _Incoming(BaseModel):
+    """Strict in the types it knows, deaf to the keys it does not."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TextPart(_Incoming):
+    """Words of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class InputAudio(_Incoming):
+    """A whole audio file: base64 of its bytes. The content decides how it is read, `format` only names it."""
+
+    data: str = Field(repr=False)
+    format: Literal["wav", "flac", "ogg", "mp3"]
+
+
+class AudioPart(_Incoming):
+    """A recording of a message."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class Message(_Incoming):
+    """One turn: a string, or parts of text and audio."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Annotated[TextPart | AudioPart, Field(discriminator="type")]]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _string_is_one_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    def text(self) -> str:
+        """The words of this turn, parts on lines of their own."""
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    def audios(self) -> list[InputAudio]:
+        """The recordings of this turn, in order."""
+        return [part.input_audio for part in self.content if isinstance(part, AudioPart)]
+
+
+class StreamOptions(_Incoming):
+    """`include_usage`: one more chunk at the end, with the counts."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Incoming):
+    """`POST /v1/chat/completions`. Without a temperature the answer is greedy."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=64)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_ignored(cls, raw: Any) -> Any:
+        """Refuse what would change the answer's meaning and is not supported."""
+        if isinstance(raw, dict):
+            for key, harmless in _NO_EFFECT.items():
+                value = raw.get(key)
+                if value is not None and value not in harmless:
+                    wanted = f"leave it out or send {harmless[0]!r}" if harmless else "leave it out"
+                    raise ValueError(f"{key!r} is not supported by this server; {wanted}")
+        return raw
+
+    @field_validator("stop")
+    @classmethod
+    def _few_real_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > 4 or not all(0 < len(text) <= 256 for text in stops):
+            raise ValueError("give at most 4 stop strings of 1 to 256 characters")
+        return stop
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> ChatRequest:
+        if self.messages[-1].role != "user":
+            raise ValueError(f"the last message must be the user's, got role {self.messages[-1].role!r}")
+        if not self.prompt():
+            raise ValueError("the messages have no text: add a {'type': 'text', 'text': ...} part with the question")
+        if any(message.audios() for message in self.messages if message.role != "user"):
+            raise ValueError("only user messages may carry input_audio parts")
+        return self
+
+    def prompt(self) -> str:
+        """All words of all turns, one after another: the model was trained on single questions, not on chats."""
+        return "\n".join(text for message in self.messages if (text := message.text().strip()))
+
+    def audios(self) -> list[InputAudio]:
+        """All recordings of all turns, in order."""
+        return [audio for message in self.messages for audio in message.audios()]
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Read a request body; `ApiError` 400 names the first key at fault."""
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        raise ApiError(400, f"the body is not JSON: {message}", code="invalid_json")
+    if first["type"] == "union_tag_invalid":
+        message = "this server takes content parts of type 'text' and 'input_audio'"
+    raise ApiError(400, f"{param}: {message}" if param else message, code="invalid_request", param=param)
+
+
+# --- Responses ---------------------------------------------------------------------------------------------------
+
+
+class PromptDetails(BaseModel):
+    """What the prompt held besides words."""
+
+    audio_seconds: float
+
+
+class Usage(BaseModel):
+    """Text tokens read and written, and the seconds of audio heard (audio is not counted in tokens)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int, audio_s: float) -> Usage:
+        """Add it up."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptDetails(audio_seconds=round(audio_s, 3)),
+        )
+
+
+class ReplyMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(BaseModel):
+    """The one answer of a completion."""
+
+    index: int = 0
+    message: ReplyMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """The whole answer at once."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int = Field(default_factory=lambda: int(time.time()))
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """What a chunk adds to the answer; what it does not add is left out."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+    @model_serializer
+    def _given(self) -> dict[str, str]:
+        return {key: value for key, value in (("role", self.role), ("content", self.content)) if value is not None}
+
+
+class ChunkChoice(BaseModel):
+    """The one answer of a chunk."""
+
+    index: int = 0
+    delta: Delta
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """One server-sent event of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+    def event(self) -> str:
+        """The chunk as a server-sent event."""
+        return f"data: {self.model_dump_json(exclude={'usage'} if self.usage is None else None)}\n\n"
+
+
+class ModelCard(BaseModel):
+    """One model of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "af2_ray"
+
+
+class ModelList(BaseModel):
+    """`GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

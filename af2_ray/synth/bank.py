@@ -1,0 +1,144 @@
+"""The sounds that scenes are mixed from, in one memory-mapped file that all processes share.
+
+Training clips lie there several times, augmented (pitch, EQ, noise): a variant costs disk once instead of time in
+every scene. Held-out clips lie there once, untouched. int16 with a gain of its own each, so that soft tails survive.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from af2_ray.audio.windows import SAMPLE_RATE
+from af2_ray.synth.curate import LEVEL, Clip, loudness
+
+NUM_VARIANTS = 5  # augmented copies of a training clip
+Wave = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A background: its kind decides how loud it is and over which sounds it may lie."""
+
+    id: str
+    kind: str  # noise, ambience or music
+    split: str
+    package: str
+    file: str
+    licence: str
+    wave: Wave
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored sound: where it lies in the file and what to multiply it with."""
+
+    id: str
+    label: str  # of a bed: its kind
+    split: str
+    start: int
+    length: int
+    gain: float
+
+
+def augmented(wave: Wave, rng: np.random.Generator) -> Wave:
+    """A clip that could have been another recording: pitch (and length) +-3 semitones, EQ +-6 dB, a little noise."""
+    factor = 2 ** (rng.uniform(-3, 3) / 12)
+    shifted = soxr.resample(wave, SAMPLE_RATE, SAMPLE_RATE / factor, quality="LQ")
+    spectrum = np.fft.rfft(shifted)
+    knots_hz = np.array([0, 200, 600, 1500, 4000, 8000])
+    gain_db = np.interp(np.linspace(0, 8000, len(spectrum)), knots_hz, rng.uniform(-6, 6, len(knots_hz)))
+    shaped = np.fft.irfft(spectrum * 10 ** (gain_db / 20), len(shifted))
+    noise = rng.standard_normal(len(shaped)) * loudness(shaped.astype(np.float32)) * 10 ** (rng.uniform(-50, -30) / 20)
+    out = shaped + noise * np.minimum(1, np.arange(len(shaped), 0, -1) / (0.02 * SAMPLE_RATE))
+    return np.asarray(out * (LEVEL / loudness(out.astype(np.float32))), np.float32)
+
+
+class Bank:
+    """Stored clips and beds by split; opens quickly, reads on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        index = json.loads((folder / "bank.json").read_text())
+        self.samples: NDArray[np.int16] = np.load(folder / "bank.npy", mmap_mode="r")
+        self.musical: dict[str, bool] = index["musical"]
+        self.phrases: dict[str, list[str]] = index["phrases"]
+        self._clips: dict[tuple[str, str], dict[str, list[Entry]]] = {}
+        self._beds: dict[tuple[str, str], list[Entry]] = {}
+        for row in index["clips"]:
+            entry = Entry(**row)
+            self._clips.setdefault((entry.split, entry.label), {}).setdefault(entry.id, []).append(entry)
+        for row in index["beds"]:
+            entry = Entry(**row)
+            self._beds.setdefault((entry.split, entry.label), []).append(entry)
+
+    @property
+    def labels(self) -> list[str]:
+        """All classes."""
+        return list(self.phrases)
+
+    def clip(self, split: str, label: str, rng: np.random.Generator, *, augment: bool) -> Entry:
+        """A random clip of a class; with `augment`, one of its variants."""
+        clips = self._clips[split, label]
+        variants = clips[sorted(clips)[int(rng.integers(len(clips)))]]
+        return variants[int(rng.integers(len(variants)))] if augment else variants[0]
+
+    def bed(self, split: str, kind: str, rng: np.random.Generator) -> Entry:
+        """A random bed of a kind; noise where the split has none of that kind."""
+        beds = self._beds.get((split, kind)) or self._beds[split, "noise"]
+        return beds[int(rng.integers(len(beds)))]
+
+    def read(self, entry: Entry, start: int = 0, length: int | None = None) -> Wave:
+        """Samples of an entry as float32; a bed is read around its end where `length` runs past it."""
+        length = entry.length if length is None else length
+        whole = self.samples[entry.start : entry.start + entry.length]
+        if start + length <= entry.length:
+            part = whole[start : start + length]
+        else:
+            part = whole[np.arange(start, start + length) % entry.length]
+        return part.astype(np.float32) * np.float32(entry.gain)
+
+
+def write_bank(
+    folder: Path,
+    clips: Sequence[Clip],
+    beds: Sequence[Bed],
+    phrases: dict[str, list[str]],
+    musical: dict[str, bool],
+    seed: int,
+) -> None:
+    """Store clips (training clips with their variants) and beds as `bank.npy` and `bank.json`."""
+    rows: list[dict[str, object]] = []
+    parts: list[NDArray[np.int16]] = []
+    start = 0
+    stored: Iterable[tuple[str, str, str, Wave]] = (
+        *((c.id, c.label, c.split, wave) for c in clips for wave in _variants(c, seed)),
+        *((b.id, b.kind, b.split, b.wave) for b in beds),
+    )
+    for id_, label, split, wave in stored:
+        peak = max(float(np.abs(wave).max()), 1e-6)
+        parts.append(np.round(wave * (32767 / peak)).astype(np.int16))
+        rows.append(asdict(Entry(id_, label, split, start, len(wave), peak / 32767)))
+        start += len(wave)
+    num_beds = len(beds)
+    np.save(folder / "bank.npy", np.concatenate(parts))
+    index = {
+        "clips": rows[: len(rows) - num_beds],
+        "beds": rows[len(rows) - num_beds :],
+        "phrases": phrases,
+        "musical": musical,
+    }
+    (folder / "bank.json").write_text(json.dumps(index))
+
+
+def _variants(clip: Clip, seed: int) -> Iterator[Wave]:
+    yield clip.wave
+    if clip.split == "train":
+        rng = np.random.default_rng([seed, 2, int(clip.id, 16)])
+        for _ in range(NUM_VARIANTS):
+            yield augmented(clip.wave, rng)

@@ -1,0 +1,328 @@
+"""A corpus from one recipe block: source clips, scenes, audio, manifests, caption sets.
+
+Everything follows from the block and its seed: the same block gives the same bytes whatever the number of processes
+(each block of four scenes has a random stream of its own). What is finished is not made again: a set is marked with the
+fingerprint of what it was made from, so a cut run goes on and a changed recipe makes only what it changed.
+
+    DIR/sources.csv                     every source clip: package, file, licence, split, measures, group
+    DIR/SET/SPLIT/00001.flac            16 kHz mono
+    DIR/SET/SPLIT.json                  questions, NVIDIA's manifest
+    DIR/SET/SPLIT.captions.jsonl        caption sets of AF-CLAP
+    DIR/SET/SPLIT.scenes.jsonl          the truth
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from af2_ray.audio.windows import SAMPLE_RATE
+from af2_ray.config import Corpus, SceneSet
+from af2_ray.synth import packages, sources
+from af2_ray.synth.bank import Bank, Bed, write_bank
+from af2_ray.synth.captions import make_captions
+from af2_ray.synth.catalogue import CLASSES
+from af2_ray.synth.curate import Clip, grouped, split_clips
+from af2_ray.synth.scenes import Scene, compose_block, render_scene
+from af2_ray.synth.skills import make_questions
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raise it when the same recipe would give other bytes
+BLOCK = 4  # scenes
+Row = dict[str, Any]
+Progress = Callable[[int, int, str], None]  # (done, total, what)
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """What was made: the folder, its source clips and classes, hours of scenes, one digest over all of it."""
+
+    dir: str
+    num_source_clips: int
+    num_classes: int
+    hours: float
+    sha256: str
+
+
+def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_processes: int | None = None) -> CorpusReport:
+    """Make what is not there yet and report on the whole.
+
+    Args:
+        corpus: the recipe's block.
+        progress: called with (scenes done, scenes in all, what is being made).
+        num_processes: processes that render; default: the CPUs of this process.
+
+    Raises:
+        ValueError: the sources give too few classes, or a setting cannot be met; the message names the fix.
+    """
+    folder = Path(corpus.dir)
+    report_path = folder / "corpus.json"
+    fingerprint = _fingerprint(corpus)
+    if report_path.is_file() and (known := json.loads(report_path.read_text()))["fingerprint"] == fingerprint:
+        return CorpusReport(**known["report"])
+    tell = progress or (lambda done, total, what: None)
+    total = sum(_num_blocks(scenes) * BLOCK for scenes in corpus.sets)
+    tell(0, total, "source clips")
+    facts = _make_sources(corpus, folder)
+    done, hours, digests = 0, 0.0, [facts["sha256"]]
+    for scenes in corpus.sets:
+        what = f"{scenes.name}/{scenes.split}"
+        made = _make_set(corpus, scenes, folder, lambda n, at=done, what=what: tell(at + n, total, what), num_processes)
+        done += _num_blocks(scenes) * BLOCK
+        hours += made["hours"]
+        digests.append(made["sha256"])
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    report = CorpusReport(corpus.dir, facts["num_clips"], len(facts["classes"]), round(hours, 3), digest)
+    _write_json(report_path, {"fingerprint": fingerprint, "report": asdict(report)})
+    tell(total, total, "done")
+    return report
+
+
+def _fingerprint(corpus: Corpus, scenes: SceneSet | None = None) -> str:
+    """Digest of the settings that decide the bytes of the source clips, of one set, or (no set) of the corpus."""
+    kept = corpus.model_dump(mode="json", exclude={"dir", "sets"} if scenes else {"dir"})
+    return _digest({"version": VERSION, "corpus": kept, "set": scenes.model_dump(mode="json") if scenes else None})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+# --- Source clips ------------------------------------------------------------------------------------------------
+
+
+def _make_sources(corpus: Corpus, folder: Path) -> Row:
+    """Collect, curate, split and store the source clips; returns what `sources/done.json` keeps."""
+    store = folder / "sources"
+    fingerprint = _digest(
+        [VERSION, corpus.model_dump(mode="json", exclude={"dir", "sets", "num_positives", "num_negatives"})]
+    )
+    done = store / "done.json"
+    if done.is_file() and (known := json.loads(done.read_text()))["fingerprint"] == fingerprint:
+        return dict(known)
+    store.mkdir(parents=True, exist_ok=True)
+    clips, beds = _collect(corpus, folder)
+    clips = split_clips(grouped(clips), corpus.num_classes, corpus.min_clips, corpus.seed)
+    labels = list(dict.fromkeys(clip.label for clip in clips))
+    known_classes = {c.label: c for c in CLASSES}
+    phrases = {
+        label: list(known_classes[label].phrases) if label in known_classes else _phrases(label) for label in labels
+    }
+    musical = {label: label in known_classes and known_classes[label].musical for label in labels}
+    write_bank(store, clips, beds, phrases, musical, corpus.seed)
+    sources.write_table(clips, beds, folder / "sources.csv")
+    facts = {
+        "fingerprint": fingerprint,
+        "num_clips": len(clips),
+        "classes": {label: _per_split(clips, label) for label in labels},
+        "sha256": hashlib.sha256((store / "bank.npy").read_bytes() + (store / "bank.json").read_bytes()).hexdigest(),
+    }
+    _write_json(done, facts)
+    return facts
+
+
+def _collect(corpus: Corpus, folder: Path) -> tuple[list[Clip], list[Bed]]:
+    """All clips there are, before curation, and all beds."""
+    beds = sources.rendered_beds(corpus.seed)
+    if corpus.sources == "packages":
+        cache = folder / "packages"
+        folders = packages.fetch(cache)
+        programs = packages.install_programs(cache) if folders else ()
+        clips = sources.recorded(folders)
+        if "fluidsynth" in programs:
+            clips += sources.soundfont_clips(folders, corpus.seed)
+        if "espeak-ng" in programs:
+            clips += sources.spoken()
+        if clips:
+            order = {c.label: index for index, c in enumerate(CLASSES)}
+            return sorted(clips, key=lambda c: order[c.label]), beds + sources.recorded_beds(folders, corpus.seed)
+        log.warning("no package could be had: the corpus is made of sounds rendered here")
+    elif corpus.sources != "rendered":
+        return sources.from_folder(Path(corpus.sources)), beds + sources.rendered_beds(
+            corpus.seed, ("ambience", "music")
+        )
+    return sources.self_rendered(corpus.seed), beds + sources.rendered_beds(corpus.seed, ("ambience", "music"))
+
+
+def _phrases(label: str) -> list[str]:
+    article = "an" if label[0] in "aeiou" else "a"
+    return [f"{article} {label}", f"a {label} sound"]
+
+
+def _per_split(clips: list[Clip], label: str) -> dict[str, int]:
+    return {split: sum(c.label == label and c.split == split for c in clips) for split in ("train", "val", "test")}
+
+
+# --- Scenes ------------------------------------------------------------------------------------------------------
+
+
+def _num_blocks(scenes: SceneSet) -> int:
+    """Scenes come in blocks of four, so their number is rounded up."""
+    return -(-scenes.num_scenes // BLOCK)
+
+
+def _make_set(
+    corpus: Corpus, scenes: SceneSet, folder: Path, tell: Callable[[int], None], num_processes: int | None
+) -> Row:
+    """Render one scene set and write its manifests."""
+    base = folder / scenes.name
+    done = base / f"{scenes.split}.done.json"
+    fingerprint = _fingerprint(corpus, scenes)
+    if done.is_file() and (known := json.loads(done.read_text()))["fingerprint"] == fingerprint:
+        return dict(known)
+    done.unlink(missing_ok=True)
+    shutil.rmtree(base / scenes.split, ignore_errors=True)
+    (base / scenes.split).mkdir(parents=True)
+    truth: list[Row] = []
+    captions: list[Row] = []
+    questions: list[Row] = []
+    for number, (block_truth, block_captions, block_questions) in enumerate(
+        _blocks(corpus, scenes, folder, num_processes)
+    ):
+        truth += block_truth
+        captions += block_captions
+        questions += block_questions
+        tell((number + 1) * BLOCK)
+    _mark_gallery(truth)
+    _write_lines(base / f"{scenes.split}.scenes.jsonl", truth)
+    _write_lines(base / f"{scenes.split}.captions.jsonl", captions)
+    manifest = {
+        "split": scenes.split,
+        "split_path": scenes.split,
+        "flamingo_task": f"{scenes.name}-AQA",
+        "total_num": len(questions),
+        "data": {str(index): question for index, question in enumerate(questions)},
+    }
+    _write_json(base / f"{scenes.split}.json", manifest)
+    digest = hashlib.sha256()
+    for name in ("json", "captions.jsonl", "scenes.jsonl"):
+        digest.update((base / f"{scenes.split}.{name}").read_bytes())
+    facts = {
+        "fingerprint": fingerprint,
+        "num_scenes": len(truth),
+        "hours": sum(row["duration"] for row in truth) / 3600,
+        "sha256": digest.hexdigest(),
+    }
+    _write_json(done, facts)
+    return facts
+
+
+def _blocks(
+    corpus: Corpus, scenes: SceneSet, folder: Path, num_processes: int | None
+) -> Iterator[tuple[list[Row], ...]]:
+    """Blocks in order, made by several processes."""
+    jobs = [(index, corpus, scenes, str(folder)) for index in range(_num_blocks(scenes))]
+    num = min(num_processes or len(os.sched_getaffinity(0)), len(jobs))
+    if num <= 1:
+        yield from map(_make_block, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(num) as pool:
+        yield from pool.imap(_make_block, jobs, chunksize=max(1, min(16, len(jobs) // (4 * num))))
+
+
+_banks: dict[str, Bank] = {}  # of this process
+
+
+def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Compose, render and describe one block: rows of truth, caption sets and questions."""
+    index, corpus, scenes, folder = job
+    store = Path(folder) / "sources"
+    bank = _banks.get(str(store)) or _banks.setdefault(str(store), Bank(store))
+    block = compose_block(scenes, bank, index, corpus.seed)
+    rng = np.random.default_rng([corpus.seed, *f"{scenes.name}/{scenes.split}".encode(), index, 1])
+    pool = [label for label in bank.labels if not (block[0].bed_kind == "music" and bank.musical[label])]
+    truth, captions = [], []
+    for number, scene in enumerate(block):
+        name = f"{index * BLOCK + number + 1:05d}.flac"
+        audio = render_scene(scene, bank)
+        soundfile.write(Path(folder, scenes.name, scenes.split, name), audio, SAMPLE_RATE, "PCM_16", format="FLAC")
+        made = make_captions(scene, bank.phrases, pool, corpus.num_positives, corpus.num_negatives, rng)
+        captions.append(
+            {
+                "name": f"{scenes.split}/{name}",
+                "duration": scene.duration_s,
+                "caption": made.caption,
+                "positives": made.paraphrases,
+                "negatives": made.negatives,
+                "relations": [scene.kind],
+            }
+        )
+        truth.append(_truth(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
+    questions = []
+    for question in make_questions(block, scenes.questions_per_scene, pool, rng):
+        row = {
+            "name": truth[question.scene]["name"],
+            "prompt": question.prompt,
+            "output": question.answer or captions[question.scene]["caption"],
+            "duration": block[question.scene].duration_s,
+            "skill": question.skill,
+            "template": question.template,
+            "num_events": len(block[question.scene].events),
+        }
+        if question.pair:
+            row["pair"] = f"{scenes.name}-{scenes.split}-{question.pair}"
+        if question.options:
+            row["options"] = question.options
+        questions.append(row)
+    return truth, captions, questions
+
+
+def _truth(scene: Scene, name: str, digest: str) -> Row:
+    return {
+        "name": name,
+        "duration": scene.duration_s,
+        "pair": f"{scene.family:06d}",
+        "block": scene.block,
+        "mirror": scene.mirror,
+        "kind": scene.kind,
+        "relation": scene.relation,
+        "focus": scene.focus,
+        "together": scene.together,
+        "bed": {"kind": scene.bed_kind, "id": scene.bed.id, "db": round(scene.bed_db, 1)},
+        "events": [
+            {
+                "label": event.label,
+                "clip": event.clip.id,
+                "onsets_s": event.onsets_s,
+                "hit_s": event.hit_s,
+                "gains_db": event.gains_db,
+                "count": event.count,
+            }
+            for event in scene.events
+        ],
+        "audio_sha256": digest,
+    }
+
+
+def _mark_gallery(truth: list[Row]) -> None:
+    """Mark the first scene of every set of events: scenes marked `gallery` have pairwise different events."""
+    seen: set[tuple[str, ...]] = set()
+    for row in truth:
+        events = tuple(sorted({event["label"] for event in row["events"]}))
+        row["gallery"] = events not in seen
+        seen.add(events)
+
+
+def _write_lines(path: Path, rows: list[Row]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(path)

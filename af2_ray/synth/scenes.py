@@ -1,0 +1,307 @@
+"""Scenes whose truth is known to the sample: which sounds, when, how often, how loud.
+
+Scenes are made in BLOCKS of four of one length: two FAMILIES with different classes, and in each family two mirrored
+scenes that share clips and bed and differ in one relation only (who comes first, how often, who is louder, louder or
+softer, in which part). Every question has its counterpart inside the block, so that the words of a question, the
+length of the clip and the number of its events say nothing about the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from af2_ray.audio.windows import SAMPLE_RATE
+from af2_ray.config import SceneSet
+from af2_ray.synth.bank import Bank, Entry
+from af2_ray.synth.curate import LEVEL
+
+PARTS = ("beginning", "middle", "end")
+KINDS = ("order", "count", "attribute", "position")  # what is exchanged between mirrored scenes
+MAX_COUNT = 4
+MAX_HIT_S = 1.8
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Event:
+    """One sound of a scene: a clip, heard once or several times with gaps."""
+
+    label: str
+    clip: Entry = field(repr=False)
+    hit_s: float  # length of one hit
+    onsets_s: tuple[float, ...]
+    gains_db: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        """How often it is heard."""
+        return len(self.onsets_s)
+
+    @property
+    def span_s(self) -> tuple[float, float]:
+        """From the first onset to the last end."""
+        return self.onsets_s[0], self.onsets_s[-1] + self.hit_s
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene, not yet rendered. `events` are in order of their first onset.
+
+    Attributes:
+        kind: what differs from the mirrored scene (`KINDS`), `relation` its value here: order: forward | reversed;
+            count: the number of hits; attribute: loud | soft (of the first focus event, against the second), or louder |
+            softer (in time); position: one of `PARTS`.
+        focus: labels of the events that the relation is about.
+        family: the same for two mirrored scenes; block: the same for four.
+    """
+
+    block: int
+    family: int
+    mirror: int
+    kind: str
+    relation: str
+    focus: tuple[str, ...]
+    duration_s: float
+    bed: Entry = field(repr=False)
+    bed_kind: str = "noise"
+    bed_start: int = 0
+    bed_db: float = -60.0
+    events: tuple[Event, ...] = ()
+    together: bool = False  # the two focus events sound at the same time
+    peak: float = 0.9
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes in order of onset."""
+        return tuple(event.label for event in self.events)
+
+
+# --- Composing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An event before it has its place: `count` hits of `hit_s` with `gap_s` between them."""
+
+    label: str
+    clip: Entry
+    hit_s: float
+    gap_s: float
+    count: int
+    gains_db: tuple[float, ...]
+
+    @property
+    def span_s(self) -> float:
+        return self.count * self.hit_s + (self.count - 1) * self.gap_s
+
+    def placed(self, onset_s: float) -> Event:
+        onsets = tuple(round(onset_s + i * (self.hit_s + self.gap_s), 4) for i in range(self.count))
+        return Event(self.label, self.clip, self.hit_s, onsets, self.gains_db)
+
+
+def compose_block(scenes: SceneSet, bank: Bank, block: int, seed: int) -> list[Scene]:
+    """The four scenes of a block: family 0 mirror 0 and 1, family 1 mirror 0 and 1. Depends on its arguments alone."""
+    rng = np.random.default_rng([seed, *f"{scenes.name}/{scenes.split}".encode(), block])
+    low, high = scenes.num_events
+    kinds = KINDS if high >= 2 else KINDS[1:]
+    kind = kinds[block % len(kinds)]
+    duration_s = round(float(rng.uniform(*scenes.duration_s)), 2)
+    bed_kind = _bed_kind(duration_s, rng)
+    pool = _pool(bank, bed_kind)
+    if len(pool) < 6:
+        bed_kind, pool = "noise", bank.labels
+    # the change of loudness in time needs one event; who is louder needs two
+    variant = ("binding" if rng.random() < 0.5 and high >= 2 else "change") if kind == "attribute" else kind
+    num_events = int(rng.integers(max(low, 2 if variant in ("order", "binding") else 1), high + 1))
+    num_events = max(
+        min(num_events, (len(pool) - 2) // 2, _fits(duration_s, variant)), 2 if variant in ("order", "binding") else 1
+    )
+    chosen = [str(label) for label in rng.permutation(pool)[: 2 * num_events]]
+    out: list[Scene] = []
+    for family in (0, 1):
+        labels = chosen[family * num_events : (family + 1) * num_events]
+        base = Scene(
+            block, 2 * block + family, 0, kind, "", (), duration_s, bank.bed(_clip_split(scenes.split), bed_kind, rng)
+        )
+        base = replace(
+            base,
+            bed_kind=bed_kind,
+            bed_start=int(rng.integers(base.bed.length)),
+            bed_db=_bed_db(bed_kind, variant, rng),
+            peak=round(float(rng.uniform(0.4, 0.95)), 3),
+        )
+        plans = _plans(labels, scenes.split, bank, duration_s, variant, rng)
+        out += _MIRRORS[variant](base, plans, rng)
+    return out
+
+
+def _clip_split(split: str) -> str:
+    """`seen` scenes are new scenes of training clips."""
+    return "train" if split == "seen" else split
+
+
+def _bed_kind(duration_s: float, rng: Rng) -> str:
+    shares = {"quiet": 0.3, "noise": 0.4, "ambience": 0.2, "music": 0.1}
+    if duration_s > 30:
+        shares = {"quiet": 0.0, "noise": 0.1, "ambience": 0.3, "music": 0.6}
+    return str(rng.choice(list(shares), p=list(shares.values())))
+
+
+def _bed_db(kind: str, variant: str, rng: Rng) -> float:
+    """Level of the bed (RMS) against a hit at 0 dB; the softest hit, at -15 dB, stays 10 dB above it."""
+    if kind == "quiet":
+        return float(rng.uniform(-75, -60))
+    return float(rng.uniform(-42, -30) if variant in ("binding", "change") else rng.uniform(-38, -24))
+
+
+def _pool(bank: Bank, bed_kind: str) -> list[str]:
+    """Classes that may be asked about: none that could be part of the music bed."""
+    return [label for label in bank.labels if not (bed_kind == "music" and bank.musical[label])]
+
+
+def _fits(duration_s: float, variant: str) -> int:
+    """How many events have room: about 2.5 s each, more where one is repeated, and one in each part that is asked for."""
+    if variant == "position":
+        return len(PARTS)
+    return max(1, int(duration_s / (3.2 if variant in ("count", "change") else 2.4)))
+
+
+def _plans(labels: list[str], split: str, bank: Bank, duration_s: float, variant: str, rng: Rng) -> list[_Plan]:
+    """Choose clip, hits and gaps of each event so that all have room; what is counted or changes has twice the room."""
+    repeated = variant in ("count", "change")
+    share_s = 0.8 * duration_s / (len(PARTS) if variant == "position" else len(labels) + repeated)
+    plans = []
+    for index, label in enumerate(labels):
+        asked = index == 0 and repeated
+        room_s, most = (2 * share_s, MAX_COUNT) if asked else (share_s, 1)
+        clip = bank.clip(_clip_split(split), label, rng, augment=split == "train")
+        gap_s = round(float(rng.uniform(0.25, 0.45) if duration_s <= 30 else rng.uniform(0.4, 0.9)), 3)
+        hit_s = round(min(clip.length / SAMPLE_RATE, MAX_HIT_S, (room_s - (most - 1) * gap_s) / most), 3)
+        # enough of it to be noticed: 1-2 s in a short scene, 3-6 s in a long one
+        wanted_s = min(room_s, float(rng.uniform(0.9, 2.0) if duration_s <= 30 else rng.uniform(3, 6)))
+        fitting = int((room_s + gap_s) / (hit_s + gap_s))
+        filling = round((wanted_s + gap_s) / (hit_s + gap_s))
+        count = most if asked else max(1, min(filling, fitting, 8))
+        plans.append(_Plan(label, clip, hit_s, gap_s, count, (round(float(rng.uniform(-3, 0)), 2),) * count))
+    return plans
+
+
+def _spread(spans_s: list[float], duration_s: float, rng: Rng) -> list[float]:
+    """Onsets of events that follow one another, with the free time dealt out at random between them."""
+    free_s = duration_s - 0.2 - sum(spans_s)
+    gaps = rng.dirichlet(np.ones(len(spans_s) + 1))
+    least = min(0.3, 0.5 * free_s / (len(spans_s) + 1))
+    gaps_s = least + gaps * (free_s - least * (len(spans_s) + 1))
+    onsets, now = [], 0.1
+    for gap_s, span_s in zip(gaps_s, spans_s, strict=False):
+        now += float(gap_s)
+        onsets.append(now)
+        now += span_s
+    return onsets
+
+
+def _scene(
+    base: Scene, mirror: int, relation: str, focus: list[str], events: list[Event], together: bool = False
+) -> Scene:
+    ordered = tuple(sorted(events, key=lambda event: event.onsets_s[0]))
+    return replace(base, mirror=mirror, relation=relation, focus=tuple(focus), events=ordered, together=together)
+
+
+def _order(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+    """The same events forwards and backwards, in the same rhythm of gaps."""
+    onsets = _spread([plan.span_s for plan in plans], base.duration_s, rng)
+    forward = [plan.placed(at) for plan, at in zip(plans, onsets, strict=True)]
+    backward = [plan.placed(base.duration_s - event.span_s[1]) for plan, event in zip(plans, forward, strict=True)]
+    labels = [plan.label for plan in plans]
+    return [_scene(base, 0, "forward", labels, forward), _scene(base, 1, "reversed", labels, backward)]
+
+
+def _count(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+    """The first event with two different numbers of hits; the others stay where they are."""
+    order = rng.permutation(len(plans))
+    onsets = dict(zip(order, _spread([plans[i].span_s for i in order], base.duration_s, rng), strict=True))
+    counts = rng.choice(np.arange(1, MAX_COUNT + 1), 2, replace=False)
+    out = []
+    for mirror, count in enumerate(int(count) for count in counts):
+        asked = replace(plans[0], count=count, gains_db=plans[0].gains_db[:count])
+        events = [plan.placed(onsets[i]) for i, plan in enumerate([asked, *plans[1:]])]
+        out.append(_scene(base, mirror, str(count), [asked.label], events))
+    return out
+
+
+def _change(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+    """The first event gets louder, hit by hit, or softer."""
+    order = rng.permutation(len(plans))
+    onsets = dict(zip(order, _spread([plans[i].span_s for i in order], base.duration_s, rng), strict=True))
+    ramp = np.linspace(-15, 0, plans[0].count).round(2)
+    out = []
+    for mirror, (relation, gains) in enumerate((("louder", ramp), ("softer", ramp[::-1]))):
+        asked = replace(plans[0], gains_db=tuple(float(gain) for gain in gains))
+        events = [plan.placed(onsets[i]) for i, plan in enumerate([asked, *plans[1:]])]
+        out.append(_scene(base, mirror, relation, [asked.label], events))
+    return out
+
+
+def _binding(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+    """Two events, one loud and one soft; one time in four they sound at the same time."""
+    together = bool(rng.random() < 0.25)
+    soft_db = -8.0 if together else -13.0
+    first, second, *others = plans
+    rows = [[first, second], *([other] for other in others)] if together else [[plan] for plan in plans]
+    order = rng.permutation(len(rows))
+    spans = [max(plan.span_s for plan in rows[i]) for i in order]
+    onsets = {
+        plan.label: at for i, at in zip(order, _spread(spans, base.duration_s, rng), strict=True) for plan in rows[i]
+    }
+    out = []
+    for mirror, relation in enumerate(("loud", "soft")):
+        events = [replace(other, gains_db=(-5.0,) * other.count).placed(onsets[other.label]) for other in others]
+        for plan, loud in ((first, relation == "loud"), (second, relation == "soft")):
+            events.append(replace(plan, gains_db=(0.0 if loud else soft_db,) * plan.count).placed(onsets[plan.label]))
+        out.append(_scene(base, mirror, relation, [first.label, second.label], events, together))
+    return out
+
+
+def _position(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+    """The first event in one part of the clip or in another, where it changes places with what is there."""
+    parts = [int(part) for part in rng.permutation(len(PARTS))]
+    third = base.duration_s / 3
+    shifts = [float(rng.random()) for _ in plans]
+    target = parts[1] if len(plans) < 2 else parts[int(rng.integers(1, len(plans)))]
+    out = []
+    for mirror in (0, 1):
+        places = parts[: len(plans)]
+        if mirror:
+            places = [target, *(parts[0] if part == target else part for part in places[1:])]
+        events = []
+        for plan, part, shift in zip(plans, places, shifts, strict=True):
+            margin = 0.05 * third
+            events.append(plan.placed(part * third + margin + shift * max(0.0, third - 2 * margin - plan.span_s)))
+        out.append(_scene(base, mirror, PARTS[places[0]], [plans[0].label], events))
+    return out
+
+
+_MIRRORS = {"order": _order, "count": _count, "change": _change, "binding": _binding, "position": _position}
+
+# --- Rendering ---------------------------------------------------------------------------------------------------
+
+
+def render_scene(scene: Scene, bank: Bank) -> NDArray[np.int16]:
+    """Mix a scene: int16 [T] at 16 kHz, its peak at `scene.peak`."""
+    num = round(scene.duration_s * SAMPLE_RATE)
+    mix = bank.read(scene.bed, scene.bed_start, num)
+    mix *= np.float32(LEVEL * 10 ** (scene.bed_db / 20))
+    for event in scene.events:
+        hit = bank.read(event.clip, 0, min(event.clip.length, round(event.hit_s * SAMPLE_RATE)))
+        if len(hit) < event.clip.length:
+            ramp = min(len(hit) // 3, SAMPLE_RATE // 20)
+            hit[-ramp:] *= np.linspace(1, 0, ramp, dtype=np.float32)
+        for onset_s, gain_db in zip(event.onsets_s, event.gains_db, strict=True):
+            start = round(onset_s * SAMPLE_RATE)
+            stop = min(start + len(hit), num)
+            mix[start:stop] += hit[: stop - start] * np.float32(10 ** (gain_db / 20))
+    mix *= np.float32(scene.peak / max(float(np.abs(mix).max()), 1e-6))
+    return np.asarray(mix * 32767, np.int16)

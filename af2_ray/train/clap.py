@@ -1,0 +1,133 @@
+"""AF-CLAP training (PAPER 1): the towers at their start, the mel statistics, and the Ray Train run.
+
+Batches are contrastive batches: `clap.batch_size` clips over all workers, so the plan gives each worker
+`batch_size / num_workers` of them a row and every step one row a worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Config, T5EncoderModel
+
+from af2_ray.audio.decode import AudioError, decode
+from af2_ray.audio.windows import to_windows
+from af2_ray.config import Clap
+from af2_ray.data.batching import plan_captions
+from af2_ray.data.collate import ClapCollator
+from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
+from af2_ray.data.quarantine import Failure, Quarantine
+from af2_ray.models.afclap import AfClapConfig, AfClapModel
+from af2_ray.models.htsat import tower_config
+from af2_ray.train.run import Run, finished, replacing
+from af2_ray.train.task import ClapTask
+from af2_ray.train.tracking import Tracker
+from af2_ray.train.trainer import Job, fit
+
+logger = logging.getLogger(__name__)
+
+
+def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
+    """Train AF-CLAP to `<run>/clap/model`, or return its facts if it is finished."""
+    recipe = run.recipe.clap
+    if recipe is None:
+        raise ValueError(f"recipe {run.recipe.name!r} has no clap block")
+    folder = run.clap_dir
+    if done := finished(folder):
+        return done
+    captions = usable_captions(run, recipe)
+    start = folder / "start"
+    if not start.exists():
+        _make_start(run, recipe, captions)
+    num_workers = run.recipe.cluster.num_workers
+    job = Job(
+        name="afclap",
+        folder=folder,
+        task=ClapTask(start, recipe.optimizer, recipe.num_positives, recipe.num_negatives),
+        plan=plan_captions(
+            captions,
+            recipe.steps,
+            clips_per_row=recipe.batch_size // num_workers,
+            step_batches=num_workers,
+            max_windows=recipe.max_windows,
+            seed=run.recipe.seed,
+        ),
+        collator=ClapCollator(
+            AutoTokenizer.from_pretrained(start),
+            max_windows=recipe.max_windows,
+            num_positives=recipe.num_positives,
+            num_negatives=recipe.num_negatives,
+        ),
+        num_steps=recipe.steps,
+        checkpoint_every=recipe.checkpoint_every,
+    )
+    return fit(run, job, tracker)
+
+
+def usable_captions(run: Run, recipe: Clap) -> list[CaptionSet]:
+    """All usable caption sets of the recipe; the others go to the run's quarantine."""
+    quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
+    usable: list[CaptionSet] = []
+    for dataset in recipe.captions:
+        sets = read_captions(dataset.manifest, dataset.root)
+        good, bad = check_samples(sets)
+        quarantine.add([Failure(item.uri, reason, item.offset_s) for item, reason in bad], len(sets))
+        usable += good
+    return usable
+
+
+def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
+    """Fresh towers (or a given text encoder) with the mel BatchNorm set from one pass over training clips."""
+    settings = run.recipe.model.audio
+    torch.manual_seed(run.recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.text.path or run.lm_dir / "model")
+    audio_config = tower_config(
+        settings.embed_dim, settings.depths, settings.num_heads, window_size=settings.window_size
+    )
+    text = recipe.text
+    text_config = (
+        AutoConfig.from_pretrained(text.path)
+        if text.path
+        else T5Config(
+            vocab_size=len(tokenizer),
+            d_model=text.hidden_size,
+            d_kv=text.hidden_size // text.num_heads,
+            d_ff=text.inner_size,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model = AfClapModel(
+        AfClapConfig(
+            audio_config=audio_config,
+            text_config=text_config,
+            projection_dim=recipe.joint_dim,
+            text_pooling=text.pooling,
+        )
+    )
+    if text.path:
+        pretrained = T5EncoderModel if text_config.model_type == "t5" else AutoModel
+        model.text_tower = pretrained.from_pretrained(text.path, dtype=torch.float32)
+    _set_mel_statistics(model, captions, recipe.mel_statistics_clips, run.recipe.seed)
+    with replacing(run.clap_dir / "start") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _set_mel_statistics(model: AfClapModel, captions: list[CaptionSet], num_clips: int, seed: int) -> None:
+    chosen = np.random.default_rng(seed).permutation(len(captions))[:num_clips]
+    windows = []
+    for index in chosen:
+        item = captions[index]
+        try:
+            windows.append(to_windows(decode(item.uri, item.offset_s, item.duration_s), 1))
+        except AudioError as error:
+            logger.warning("mel statistics go without %s", error)  # the feed counts and lists it
+    if not windows:
+        raise ValueError(f"none of {len(chosen)} clips could be read for the mel statistics; look at their paths")
+    model.audio_tower.calibrate(torch.from_numpy(np.concatenate(windows)))

@@ -1,0 +1,120 @@
+"""What trains and how: freezing by group, optimiser groups, the schedule and the DeepSpeed engine.
+
+The DeepSpeed configuration is derived at every start (micro-batch 1 row, accumulation = step rows / workers), so a
+recipe says nothing of the worker count and means the same after it changes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from af2_ray.config import DeepSpeedSettings, Optimizer
+
+NO_DECAY_GROUPS = {"tokens"}
+
+
+def group_of(name: str) -> str:
+    """The trainable group of a parameter name of `AudioFlamingo2ForConditionalGeneration` (config.Group)."""
+    if name.startswith("audio_tower."):
+        return "clap"
+    if name.startswith("audio_transform."):
+        return "transform"
+    if name.startswith("added_embeddings"):
+        return "tokens"
+    return "xattn" if ".cross_attention." in name else "lm"
+
+
+def freeze_except(model: nn.Module, trainable: Iterable[str]) -> list[str]:
+    """Set `requires_grad` by group and return the names that train. An empty result is a `ValueError`."""
+    wanted = set(trainable)
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(group_of(name) in wanted)
+        if parameter.requires_grad:
+            names.append(name)
+    if not names:
+        raise ValueError(f"nothing to train: the model has no parameter in the groups {sorted(wanted)}")
+    return names
+
+
+def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """AdamW parameter groups: one for each (learning rate, decay or not).
+
+    Vectors (norms, biases, gates) and the added tokens' embeddings do not decay. `settings.lr_scale` multiplies the
+    learning rate of a group; `gates` are the tanh gates of cross-attention, which start at zero.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group = "gates" if name.rsplit(".", 1)[-1].endswith("gate") else group_of(name)
+        lr = settings.lr * settings.lr_scale.get(group, 1.0)  # type: ignore[call-overload]
+        decays = parameter.ndim > 1 and group not in NO_DECAY_GROUPS
+        groups.setdefault((lr, settings.weight_decay if decays else 0.0), []).append(parameter)
+    return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
+
+
+def schedule(settings: Optimizer, num_steps: int, step: int) -> float:
+    """Learning-rate factor at optimiser step `step` (from 0): linear warm-up, then constant or cosine to zero."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    progress = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def deepspeed_config(
+    settings: DeepSpeedSettings, optimizer: Optimizer, *, accumulation: int, bf16: bool
+) -> dict[str, Any]:
+    """The DeepSpeed JSON of a start. `settings.raw` is merged last, key by key."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+    }
+    return _merge(config, settings.raw)
+
+
+def start_engine(
+    model: nn.Module, settings: DeepSpeedSettings, optimizer: Optimizer, *, num_steps: int, accumulation: int
+) -> Any:
+    """Wrap a model whose `requires_grad` flags are set in a DeepSpeed engine, on this worker's device."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # after DS_ACCELERATOR is set: DeepSpeed picks its device at import
+
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
+    adamw = torch.optim.AdamW(optimizer_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas)
+    lr_schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: schedule(optimizer, num_steps, step))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=adamw,
+        lr_scheduler=lr_schedule,
+        config=deepspeed_config(settings, optimizer, accumulation=accumulation, bf16=bf16),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

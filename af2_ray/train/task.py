@@ -1,0 +1,164 @@
+"""A task: model, loss and batch keys in one small object. The loop knows nothing else of what it trains.
+
+Two exist: `LmTask` (the curriculum's stages) and `ClapTask` (AF-CLAP). Both return a loss that is already divided by
+the real global count of the optimiser step, so that every answer token (or clip) weighs alike however the step was
+cut into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from af2_ray.config import Optimizer
+from af2_ray.data.collate import ClapBatch, LmBatch
+from af2_ray.losses import IGNORE, afclap_loss_sum, lm_loss_sum
+from af2_ray.models.afclap import AfClapModel
+from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.train.engine import freeze_except
+
+MAX_LOGIT_SCALE = 100.0  # the usual clamp of contrastive training: a temperature of 0.01
+
+
+class Task(Protocol):
+    """What the loop needs to know of a training task."""
+
+    start: Path
+    optimizer: Optimizer
+
+    @property
+    def batch_type(self) -> type[Any]:
+        """The Batch that the feed hands over."""
+
+    def build(self) -> nn.Module:
+        """The model at its start, with `requires_grad` set to what trains."""
+
+    def count(self, batch: Any) -> int:
+        """What a batch contributes to the step's global count."""
+
+    def loss(self, model: nn.Module, batch: Any, total: int) -> Tensor:
+        """This rank's share of the step's loss: its sum divided by the global `total`."""
+
+
+@dataclass(frozen=True)
+class LmTask:
+    """Next-token loss on answer tokens (a curriculum stage)."""
+
+    start: Path
+    optimizer: Optimizer
+    trainable: tuple[str, ...]
+
+    @property
+    def batch_type(self) -> type[LmBatch]:
+        return LmBatch
+
+    def build(self) -> nn.Module:
+        """The previous stage's export, frozen but for `trainable`."""
+        model = AudioFlamingo2ForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
+        freeze_except(model, self.trainable)
+        return model
+
+    def count(self, batch: LmBatch) -> int:
+        """Answer tokens: labels that some position predicts."""
+        return int((batch.labels[:, 1:] != IGNORE).sum())
+
+    def loss(self, model: nn.Module, batch: LmBatch, total: int) -> Tensor:
+        """Summed cross-entropy over answer tokens, divided by the step's global number of them."""
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            waveforms=batch.waveforms,
+            windows_per_clip=batch.windows_per_clip,
+            audio_index=batch.audio_index,
+        )
+        loss, _ = lm_loss_sum(output.logits, batch.labels)
+        return loss / max(total, 1)
+
+
+@dataclass(frozen=True)
+class ClapTask:
+    """AF-CLAP's composition-aware contrastive loss over the clips of all ranks (PAPER 1)."""
+
+    start: Path
+    optimizer: Optimizer
+    num_positives: int
+    num_negatives: int
+
+    @property
+    def batch_type(self) -> type[ClapBatch]:
+        return ClapBatch
+
+    def build(self) -> nn.Module:
+        """Both towers, all of them training."""
+        model = AfClapModel.from_pretrained(self.start, dtype=torch.float32)
+        model.requires_grad_(True)
+        return model
+
+    def count(self, batch: ClapBatch) -> int:
+        """Clips."""
+        return len(batch.windows_per_clip)
+
+    def loss(self, model: nn.Module, batch: ClapBatch, total: int) -> Tensor:
+        """Loss rows of this rank's clips against the positives of all ranks, divided by all clips of the step."""
+        audio, text, log_scale = model(
+            waveforms=batch.waveforms,
+            windows_per_clip=batch.windows_per_clip,
+            input_ids=batch.text_ids,
+            attention_mask=batch.text_mask,
+        )
+        positives, positive_mask, negatives, negative_mask = self._arrange(batch, text)
+        positives, positive_mask, first = gather_clips(positives, positive_mask)
+        scale = log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        loss, _ = afclap_loss_sum(audio, positives, negatives, positive_mask, negative_mask, scale, first=first)
+        return loss / max(total, 1)
+
+    def _arrange(self, batch: ClapBatch, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scatter ragged captions [N, J] to positives [C, M, J] and negatives [C, M, N, J], with their masks."""
+        num_clips, width = len(batch.windows_per_clip), text.shape[-1]
+        shape = (num_clips, self.num_positives, 1 + self.num_negatives)
+        place = (batch.caption_owner * shape[1] + batch.caption_slot) * shape[2] + batch.caption_rank
+        flat = text.new_zeros(shape[0] * shape[1] * shape[2], width).index_copy(0, place, text)
+        mask = torch.zeros(len(flat), dtype=torch.bool, device=text.device)
+        mask[place] = True
+        table, mask = flat.view(*shape, width), mask.view(shape)
+        return table[:, :, 0], mask[:, :, 0], table[:, :, 1:], mask[:, :, 1:]
+
+
+def gather_clips(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Positives of all ranks [G, M, J] with gradients to their owners, their masks, and where this rank's begin.
+
+    Ranks may hold different numbers of clips (a broken file is left out), so they are padded to the largest with
+    masked-out clips; the offset counts padded places.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features, mask, 0
+    longest = torch.tensor([len(features)], device=features.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    missing = int(longest) - len(features)
+    features = torch.cat([features, features.new_zeros(missing, *features.shape[1:])])
+    mask = torch.cat([mask, mask.new_zeros(missing, mask.shape[1])])
+    masks = [torch.empty_like(mask, dtype=torch.uint8) for _ in range(dist.get_world_size())]
+    dist.all_gather(masks, mask.to(torch.uint8))
+    return _AllGather.apply(features), torch.cat(masks).bool(), dist.get_rank() * int(longest)
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenation over ranks whose backward sums the gradients of all ranks for the rows each one owns."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        size = len(grad) // dist.get_world_size()
+        return grad[dist.get_rank() * size : (dist.get_rank() + 1) * size]

@@ -1,0 +1,155 @@
+"""MLflow: one parent run for a recipe, a child for each step of it.
+
+The run ids live in the run directory, so a restarted job goes on in the same MLflow runs. Metrics are written by the
+Ray Train controller (`ReportCallback`), never by a worker: a worker's death loses nothing and no rank writes twice.
+A tracking server that cannot be reached costs a warning, not the run: `metrics.jsonl` has every step regardless.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from ray.train import Checkpoint, UserCallback
+
+from af2_ray.data.quarantine import Quarantine
+from af2_ray.train.run import Run, write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """The MLflow side of a run. Every method is a no-op with a warning where the server does not answer."""
+
+    def __init__(self, run: Run) -> None:
+        self.uri = run.recipe.tracking.uri or f"sqlite:///{run.root}/mlflow.db"
+        self._run = run
+        self._client = MlflowClient(tracking_uri=self.uri)
+        self._ids_path = run.root / "mlflow.json"
+        self._ids: dict[str, str] = json.loads(self._ids_path.read_text()) if self._ids_path.is_file() else {}
+        try:
+            self._experiment = self._experiment_id(run.recipe.tracking.experiment)
+        except MlflowException as error:
+            logger.warning("MLflow at %s does not answer, going on without it: %s", self.uri, error)
+            self._experiment = ""
+
+    def _experiment_id(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        local = None if self._run.recipe.tracking.uri else (self._run.root / "mlartifacts").as_uri()
+        return str(self._client.create_experiment(name, artifact_location=local))
+
+    def parent(self) -> str:
+        """The parent run's id, made at first use with the recipe as parameters and artifact."""
+        new = "parent" not in self._ids
+        run_id = self._ensure("parent", self._run.recipe.name, {})
+        if new and run_id:
+            self.log_params(run_id, _flatten(self._run.recipe.model_dump(mode="json", exclude={"corpus", "stages"})))
+            self.log_artifact(run_id, self._run.root / "recipe.yaml")
+        return run_id
+
+    def child(self, name: str, params: dict[str, Any]) -> str:
+        """The child run's id of one step of the recipe, made at first use."""
+        parent = self.parent()
+        new = name not in self._ids
+        run_id = self._ensure(name, name, {MLFLOW_PARENT_RUN_ID: parent})
+        if new:
+            self.log_params(run_id, _flatten(params))
+        return run_id
+
+    def _ensure(self, key: str, name: str, tags: dict[str, str]) -> str:
+        if key not in self._ids and self._experiment:
+            created = self._try(self._client.create_run, self._experiment, tags={MLFLOW_RUN_NAME: name, **tags})
+            if created is not None:
+                self._ids[key] = created.info.run_id
+                write_atomic(self._ids_path, json.dumps(self._ids, indent=1))
+        return self._ids.get(key, "")
+
+    def log_params(self, run_id: str, params: dict[str, Any]) -> None:
+        """Parameters of a run; values are cut at MLflow's 6000 characters."""
+        pairs = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for start in range(0, len(pairs), 100):
+            self._log(run_id, self._client.log_batch, params=pairs[start : start + 100])
+
+    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
+        """Metrics of one step."""
+        self.log_history(run_id, [{"step": step, **metrics}])
+
+    def log_history(self, run_id: str, history: list[dict[str, Any]]) -> None:
+        """Metrics of many steps: rows with a `step` and numbers."""
+        now = int(time.time() * 1000)
+        batch = [
+            Metric(key, float(value), now, int(row["step"]))
+            for row in history
+            for key, value in row.items()
+            if key != "step" and isinstance(value, int | float)
+        ]
+        for start in range(0, len(batch), 1000):
+            self._log(run_id, self._client.log_batch, metrics=batch[start : start + 1000])
+
+    def log_artifact(self, run_id: str, path: Path) -> None:
+        """A file of the run directory as an artifact."""
+        self._log(run_id, self._client.log_artifact, str(path))
+
+    def finish(self, name: str, *, failed: bool = False) -> None:
+        """Close the run called `name` (`parent` or a child)."""
+        if run_id := self._ids.get(name):
+            status = RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED)
+            self._try(self._client.set_terminated, run_id, status)
+
+    def num_runs(self) -> int:
+        """How many MLflow runs this run has made."""
+        return len(self._ids)
+
+    def _log(self, run_id: str, call: Any, *args: Any, **kwargs: Any) -> None:
+        if run_id:
+            self._try(call, run_id, *args, **kwargs)
+
+    def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except (MlflowException, OSError) as error:
+            logger.warning("MLflow %s failed: %s", getattr(call, "__name__", call), error)
+            return None
+
+
+class ReportCallback(UserCallback):
+    """Writes what workers report: `metrics.jsonl`, MLflow, `quarantine.jsonl`. Runs in the Ray Train controller."""
+
+    def __init__(self, run_root: Path, folder: Path, mlflow_id: str) -> None:
+        self._run_root = run_root
+        self._folder = folder
+        self._mlflow_id = mlflow_id
+        self._tracker: Tracker | None = None
+        self._quarantine: Quarantine | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Called when every rank has reported; rank 0 carries the history, each rank its own set-aside items."""
+        history = metrics[0]["history"]
+        with (self._folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in history)
+        if self._tracker is None or self._quarantine is None:
+            run = Run.load(self._run_root)
+            self._tracker = Tracker(run)
+            self._quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
+        self._tracker.log_history(self._mlflow_id, history)
+        failures = [failure for rank in metrics for failure in rank["failures"]]
+        self._quarantine.add(failures, sum(row["clips"] for row in history))
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

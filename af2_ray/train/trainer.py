@@ -1,0 +1,154 @@
+"""One TorchTrainer run of a task over a plan: how every stage and AF-CLAP reach Ray.
+
+Stage (NeMo Curator's sense): takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.jsonl` and
+`<folder>/done.json`; needs `cluster.num_workers` workers of `cluster.cpus_per_worker` CPUs (and a GPU each where Ray has
+them) plus `cluster.decode_cpus` a decode task.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from af2_ray.config import Cluster
+from af2_ray.data.batching import Plan
+from af2_ray.data.feed import Collator, data_config, make_dataset
+from af2_ray.train.loop import LoopConfig, train_loop
+from af2_ray.train.run import Run, mark_finished, read_metrics
+from af2_ray.train.task import Task
+from af2_ray.train.tracking import ReportCallback, Tracker
+
+logger = logging.getLogger(__name__)
+
+LOSS_WINDOW = 10  # steps over which the first and the last loss are averaged
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: what, on what, for how long."""
+
+    name: str  # of the MLflow child run
+    folder: Path
+    task: Task
+    plan: Plan[Any]
+    collator: Collator
+    num_steps: int
+    checkpoint_every: int
+
+
+def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
+    """Train to the job's last step, from its last checkpoint if there is one, and mark its folder finished.
+
+    Returns:
+        `name`, `steps`, `loss_first` and `loss_last` (means over 10 steps), `padding_share`,
+        `padding_share_unplanned`, `windows_per_s`, `seconds` (of this call), `plan` (its fingerprint).
+
+    Raises:
+        RuntimeError: the cluster cannot ever hold the workers.
+        ray.train.TrainingFailedError: a worker failed more often than `faults.max_failures`.
+    """
+    recipe = run.recipe
+    started = time.perf_counter()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    mlflow_id = tracker.child(job.name, {"steps": job.num_steps, "plan": job.plan.fingerprint})
+    loop = LoopConfig(
+        task=job.task,
+        deepspeed=recipe.deepspeed,
+        folder=job.folder,
+        num_steps=job.num_steps,
+        step_batches=job.plan.step_batches,
+        checkpoint_every=job.checkpoint_every,
+        threads=recipe.cluster.threads_per_worker,
+        seed=recipe.seed,
+    )
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"loop": loop},
+        scaling_config=scaling(recipe.cluster),
+        datasets={"train": _feed(job, recipe.cluster.decode_cpus)},
+        dataset_config=data_config(),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(job.folder),
+            failure_config=FailureConfig(max_failures=recipe.faults.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[ReportCallback(run.root, job.folder, mlflow_id)],
+        ),
+    )
+    trainer.fit()
+    facts = {"name": job.name, **summary(job), "seconds": round(time.perf_counter() - started, 1)}
+    tracker.log_metrics(mlflow_id, {f"final/{key}": value for key, value in facts.items() if _is_number(value)})
+    tracker.finish(job.name)
+    return mark_finished(job.folder, facts)
+
+
+def scaling(cluster: Cluster) -> ScalingConfig:
+    """Workers of a job; `gpus: auto` gives each one a GPU where the cluster has enough of them.
+
+    Raises:
+        RuntimeError: the cluster as it is now can never hold the workers (it would wait silently for ever).
+    """
+    have = ray.cluster_resources()
+    use_gpu = cluster.gpus == "yes" or (cluster.gpus == "auto" and have.get("GPU", 0) >= cluster.num_workers)
+    needed = cluster.num_workers * cluster.cpus_per_worker + cluster.decode_cpus
+    if not use_gpu and have.get("CPU", 0) < needed:
+        raise RuntimeError(
+            f"{cluster.num_workers} workers of {cluster.cpus_per_worker} CPUs and a decode task need {needed:g} CPUs, "
+            f"the Ray cluster has {have.get('CPU', 0):g}; lower cluster.num_workers or cluster.cpus_per_worker"
+        )
+    return ScalingConfig(
+        num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
+    )
+
+
+def last_cursor(folder: Path) -> int:
+    """Plan rows that the last checkpoint of a job had consumed; 0 before the first one."""
+    path = folder / "train"
+    if not (path / "checkpoint_manager_snapshot.json").is_file():
+        return 0
+    metrics = Result.from_path(str(path)).metrics
+    return int(metrics["cursor"]) if metrics else 0
+
+
+def summary(job: Job) -> dict[str, Any]:
+    """Facts of a finished job from its metrics and its plan."""
+    history = read_metrics(job.folder)
+    losses = [row["loss"] for row in history]
+    steady = history[len(history) // 10 :]
+    seconds = sum(row["step_s"] for row in steady)
+    return {
+        "steps": len(history),
+        "loss_first": float(np.mean(losses[:LOSS_WINDOW])),
+        "loss_last": float(np.mean(losses[-LOSS_WINDOW:])),
+        "windows_per_s": round(sum(row["windows"] for row in steady) / seconds, 2) if seconds else 0.0,
+        "wait_share": round(sum(row["wait_s"] for row in steady) / seconds, 4) if seconds else 0.0,
+        "set_aside": int(sum(row["set_aside"] for row in history)),
+        "plan": job.plan.fingerprint,
+        **asdict(job.plan.stats),
+    }
+
+
+def _feed(job: Job, decode_cpus: float) -> Callable[[], ray.data.Dataset]:
+    """The dataset from the last checkpoint's cursor on; Ray calls it anew at every start of a worker group."""
+
+    def dataset() -> ray.data.Dataset:
+        last_step = len(job.plan) - job.plan.step_batches  # all trained, only the export missing: the feed is not read
+        start = min(last_cursor(job.folder), last_step)
+        return make_dataset(job.plan, job.collator, start=start, decode_cpus=decode_cpus)
+
+    return dataset
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

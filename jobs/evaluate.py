@@ -1,0 +1,121 @@
+"""Score an exported model on manifests: predictions as JSON lines, metrics by skill and by duration.
+
+    python jobs/evaluate.py runs/tiny/stages/long/model data/demo/short/test.json --train data/demo/short/train.json
+
+Beside the model stands what it must beat: itself with another clip (deaf) and, with --train, the majority answer and a
+classifier on the text alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from af2_ray.config import Dataset, Evaluation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when scored, 2 for input that cannot be used."""
+    args = _arguments(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    try:
+        evaluation = Evaluation(
+            manifests=[Dataset(manifest=manifest, root=args.root) for manifest in args.manifests],
+            max_windows=args.max_windows,
+            batch_windows=args.batch_windows,
+            max_new_tokens=args.max_new_tokens,
+        )
+        result = _evaluate(evaluation, args)
+    except ValueError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    console.print(_table(result.details))
+    for line in _closing_lines(result, args.out):
+        console.print(line)
+    return 0
+
+
+def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
+    from transformers.utils.logging import disable_progress_bar  # heavy imports after the arguments are checked
+
+    from af2_ray.evaluate.run import evaluate_run
+
+    disable_progress_bar()
+    train = [Dataset(manifest=manifest, root=args.root) for manifest in args.train]
+    if not args.shards:
+        return evaluate_run(args.model, evaluation, train=train, out_dir=args.out)
+    import ray
+
+    ray.init(ignore_reinit_error=True, log_to_driver=args.verbose)
+    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= args.shards else 0.0
+    return evaluate_run(
+        args.model, evaluation, train=train, out_dir=args.out, num_shards=args.shards, gpus_per_shard=gpus
+    )
+
+
+def _table(details: dict[str, Any]) -> Table:
+    table = Table(title="right answers, %", title_justify="left", header_style="bold")
+    table.add_column("")
+    for heading in ("questions", "model", "95 %", "pairs", "deaf", "majority", "text only", "chance"):
+        table.add_column(heading, justify="right")
+    groups = [
+        ("all", details["all"]),
+        *details["by_skill"].items(),
+        *((f"{band} s", row) for band, row in details["by_duration"].items()),
+    ]
+    ends = {0, len(details["by_skill"])}
+    for place, (name, row) in enumerate(groups):
+        low, high = row["ci95"]["model"]
+        controls = [_percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
+        interval = f"{_percent(low)}-{_percent(high)}"
+        table.add_row(
+            name, str(row["questions"]), _percent(row["model"]), interval, *controls, end_section=place in ends
+        )
+    return table
+
+
+def _closing_lines(result: Any, out: Path) -> list[str]:
+    row, lines = result.details["all"], []
+    if "best_control" in row:
+        low, high = row["above_best_control_ci95"]
+        lead = 100 * row["above_best_control"]
+        lines.append(f"{lead:+.1f} points over {row['best_control']} (95 %: {100 * low:+.1f} to {100 * high:+.1f})")
+    if captions := result.details.get("captions"):
+        lines.append(f"captions: {captions['captions']}, event F1 {captions['event_f1']}")
+    if result.failures:
+        first = result.failures[0]
+        lines.append(f"set aside: {len(result.failures)}, for instance {first.uri}: {first.reason}")
+    return [*lines, f"predictions.jsonl and metrics.json are in {out}"]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jobs/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder")
+    parser.add_argument("manifests", metavar="MANIFEST", nargs="+", help="manifest in NVIDIA's JSON format")
+    parser.add_argument("--train", metavar="MANIFEST", nargs="+", default=[], help="fit the text controls on these")
+    parser.add_argument("--root", help="folder of the audio (default: each manifest's own)")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the results (%(default)s)")
+    parser.add_argument("--shards", type=int, default=0, help="spread over this many Ray actors; 0: this process alone")
+    parser.add_argument("--max-windows", type=int, default=30, help="10 s windows heard of a clip (%(default)s)")
+    parser.add_argument("--batch-windows", type=int, default=32, help="windows encoded at a time (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="length limit of an answer (%(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="say what is being done")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Train a recipe from its first step to its last: corpus, language model, AF-CLAP, curriculum stages.
+
+What is finished is skipped; what was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from af2_ray import console
+from af2_ray.config import load_recipe
+from af2_ray.synth.corpus import make_corpus
+from af2_ray.train.run import Run
+from af2_ray.train.stages import train_run
+
+
+def main() -> None:
+    parser = console.parser(
+        __doc__ or "",
+        epilog="examples:\n  python jobs/train.py tiny\n  python jobs/train.py tiny stages.pretrain.steps=20 --run runs/try\n"
+        "  ray job submit --working-dir . -- python jobs/train.py tiny storage=/shared/runs",
+    )
+    parser.add_argument("--run", metavar="DIR", help="run directory; default: <storage>/<name> of the recipe")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    run = Run.open(recipe, arguments.run)
+    with run.lock(), console.logs_to(run.root / "logs" / "train.log"):
+        if recipe.corpus is not None:
+            console.heading("corpus")
+            report = make_corpus(recipe.corpus)
+            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {Path(report.dir)}")
+        with console.cluster(run.root / "logs"):
+            for facts in train_run(run, watch=console.watch):
+                if "loss_last" in facts:
+                    change = f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}"
+                    console.console.print(f"{facts['name']:>10}  {facts['steps']} steps  {change}")
+    console.console.print(f"model: {run.model_dir}")
+
+
+if __name__ == "__main__":
+    console.main(main)

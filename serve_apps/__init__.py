@@ -1,0 +1,1 @@
+"""Ray Serve applications: they bind `af2_ray.serve` to HTTP and do nothing more."""

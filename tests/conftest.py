@@ -1,0 +1,69 @@
+"""Fixtures for all tests: a small Ray cluster, sound files made on the spot, a tiny tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+MakeSound = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A local Ray cluster of 4 (logical) CPUs, shared by the whole test session."""
+    import ray
+    import ray.data
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_sound(tmp_path: Path) -> MakeSound:
+    """Function that writes a sound file of noise under a tone and returns its path.
+
+    The tone's frequency tells files apart; `channels`, `rate`, `peak` and the name's suffix are free.
+    """
+
+    def make(
+        name: str = "clip.flac",
+        duration_s: float = 1.0,
+        *,
+        hz: float = 440.0,
+        rate: int = 16_000,
+        channels: int = 1,
+        peak: float = 0.5,
+        **write: Any,
+    ) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        t = np.arange(round(duration_s * rate)) / rate
+        tone = peak * (0.9 * np.sin(2 * np.pi * hz * t) + 0.1 * np.random.default_rng(int(hz)).uniform(-1, 1, t.size))
+        sf.write(path, np.stack([tone / (c + 1) for c in range(channels)], axis=1), rate, **write)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer of 320 tokens with the model's special tokens."""
+    from af2_ray.text import add_special_tokens, train_tokenizer
+
+    texts = ["which sound is heard? (a) dog (b) bell (c) drum (d) phone", "a dog barks before a bell rings"]
+    tokenizer = train_tokenizer(texts, vocab_size=320)
+    add_special_tokens(tokenizer)
+    return tokenizer

@@ -1,0 +1,49 @@
+"""The list of what was set aside, and its end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from af2_ray.data.quarantine import Failure, Quarantine, TooManyBad, from_json, to_json
+
+BAD = Failure("a.flac", "truncated", 1.0, "half", row=3)
+
+
+def test_json_round_trip() -> None:
+    assert from_json(to_json([BAD, Failure("b.flac", "missing")])) == (BAD, Failure("b.flac", "missing"))
+    assert from_json(to_json([])) == ()
+
+
+def test_listed_once_even_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "quarantine.jsonl"
+    first = Quarantine(str(path), 0.5)
+    first.add([BAD], 10)
+    first.add([], 10)
+    assert first.bad_share == 0.05
+    assert first.reasons == {"truncated": 1}
+    again = Quarantine(str(path), 0.5)
+    again.add([asdict(BAD), Failure("b.flac", "missing")], 10)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["uri"], line["reason"]) for line in lines] == [("a.flac", "truncated"), ("b.flac", "missing")]
+
+
+def test_too_many_end_the_run_with_reasons(tmp_path: Path) -> None:
+    quarantine = Quarantine(str(tmp_path / "q.jsonl"), 0.1, min_items=20)
+    quarantine.add([BAD] * 3, 10)  # too few to judge
+    with pytest.raises(
+        TooManyBad, match=r"5 of 20 items were set aside \(25\.0%, allowed 10\.0%.*truncated 3, missing 2"
+    ):
+        quarantine.add([Failure(f"{i}.flac", "missing") for i in range(2)], 10)
+    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(ValueError, match="max_bad_share"):
+        Quarantine(str(tmp_path / "q.jsonl"), 2.0)
+
+
+def test_remote_list() -> None:
+    quarantine = Quarantine("memory://runs/1/quarantine.jsonl")
+    quarantine.add([BAD], 5)
+    assert Quarantine("memory://runs/1/quarantine.jsonl")._known

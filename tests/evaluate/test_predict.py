@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serve_toy
+import soundfile as sf
+from quiz import write_corpus
+
+from af2_ray.config import Dataset, Evaluation
+from af2_ray.data.manifest import Sample, read_samples
+from af2_ray.evaluate.controls import deaf_pairs
+from af2_ray.evaluate.predict import answer_one, load_model, plan_asks, predict, predict_on_ray
+from af2_ray.evaluate.run import evaluate_run
+
+JOBS = Path(__file__).parents[2] / "jobs"
+LIMITS: dict[str, Any] = {"max_windows": 3, "batch_windows": 4, "max_new_tokens": 6}
+
+
+def _main(job: str, *arguments: Path | str) -> int:
+    return int(runpy.run_path(str(JOBS / f"{job}.py"))["main"]([str(argument) for argument in arguments]))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    return serve_toy.export(tmp_path_factory.mktemp("model"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("quiz"))
+
+
+@pytest.fixture(scope="module")
+def samples(corpus: Path) -> list[Sample]:
+    return read_samples(str(corpus / "test.json"))
+
+
+def test_batched_answers_are_those_of_one_question_alone(model_dir: Path, samples: list[Sample]) -> None:
+    """Padding of text and audio, shared clips and kept states change nothing; the deaf answer is the other clip's."""
+    model, tokenizer = load_model(model_dir)
+    deaf_of = deaf_pairs(samples)
+    predictions, failures = predict(model, tokenizer, samples, deaf_of=deaf_of, **LIMITS)
+    assert failures == []
+    assert [prediction.sample for prediction in predictions] == samples
+    assert len({prediction.text for prediction in predictions}) > 1, "a model that says one thing tests nothing"
+    for index, prediction in enumerate(predictions):
+        alone = {"max_windows": 3, "max_new_tokens": 6}
+        assert prediction.text == answer_one(model, tokenizer, samples[index].uri, samples[index].prompt, **alone)
+        other = samples[deaf_of[index]].uri
+        assert prediction.deaf_text == answer_one(model, tokenizer, other, samples[index].prompt, **alone)
+        assert prediction.deaf_uri == other
+
+
+def test_plan_keeps_batches_small_and_whole(samples: list[Sample]) -> None:
+    from af2_ray.evaluate.answers import clip_of
+
+    usable = {clip_of(sample) for sample in samples}
+    batches = plan_asks(samples, deaf_pairs(samples), usable, max_windows=3, batch_windows=1)
+    asks = [one for batch in batches for one in batch]
+    assert len({(one.index, one.deaf) for one in asks}) == len(asks) == 2 * len(samples)
+    assert all(len(batch) == 1 or len(batch) * max(one.num_windows for one in batch) <= 4 for batch in batches)
+
+
+def test_bad_clips_are_set_aside_with_the_reason(model_dir: Path, samples: list[Sample], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    silent = tmp_path / "silent.flac"
+    sf.write(silent, np.zeros(16_000), 16_000)
+    broken = [
+        replace(samples[0], id="gone", uri=str(tmp_path / "gone.flac")),
+        replace(samples[0], id="silent", uri=str(silent), duration_s=1.0),
+        replace(samples[0], id="zero", duration_s=0.0),
+    ]
+    model, tokenizer = load_model(model_dir)
+    predictions, failures = predict(model, tokenizer, [*samples[:2], *broken], deaf_of={0: 2, 1: 0}, **LIMITS)
+    assert [prediction.sample.id for prediction in predictions] == [sample.id for sample in samples[:2]]
+    assert {failure.reason for failure in failures} == {"missing", "silent", "zero duration"}
+    assert [prediction.deaf_text is None for prediction in predictions] == [True, False]
+
+
+def test_on_ray_the_answers_are_the_same(model_dir: Path, samples: list[Sample], ray_cluster: Any) -> None:
+    model, tokenizer = load_model(model_dir)
+    deaf_of = deaf_pairs(samples)
+    here, _ = predict(model, tokenizer, samples, deaf_of=deaf_of, **LIMITS)
+    there, failures = predict_on_ray(model_dir, samples, num_shards=2, deaf_of=deaf_of, cpus_per_shard=0.5, **LIMITS)
+    assert there == here
+    assert failures == []
+
+
+def test_a_whole_evaluation(model_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    manifest = str(corpus / "test.json")
+    block = Evaluation(manifests=[Dataset(manifest=manifest)], seen_manifests=[Dataset(manifest=manifest)], **LIMITS)
+    result = evaluate_run(model_dir, block, train=[manifest], out_dir=tmp_path)
+    assert set(result.accuracy) == {
+        *("all", "pairs", "deaf", "majority", "text_only", "questions", "ci95"),
+        *("by_skill", "by_duration", "seen_clips"),
+    }
+    assert result.accuracy["questions"] == 8
+    assert result.accuracy["seen_clips"] == result.accuracy["all"]
+    assert result.details["captions"]["captions"] == 8
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    closed = [row["right"] for row in rows if row["right"] is not None]
+    assert np.mean(closed) == pytest.approx(result.accuracy["all"], abs=1e-4)
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == result.accuracy
+
+
+def test_jobs(model_dir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = str(corpus / "test.json")
+    options = ["--train", manifest, "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    assert _main("evaluate", model_dir, manifest, *options) == 0
+    assert "order" in capsys.readouterr().out
+    assert (tmp_path / "out" / "metrics.json").is_file()
+    assert _main("ask", model_dir, corpus / "test/00000.flac", "Which comes first?") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("broken", ["model", "file", "question", "manifest"])
+def test_bad_input_is_one_line_and_exit_code_2(
+    model_dir: Path, corpus: Path, tmp_path: Path, broken: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"model": str(model_dir), "file": str(corpus / "test/00000.flac"), "question": "what?"}
+    if broken == "manifest":
+        (tmp_path / "bad.json").write_text("{")
+        code = _main("evaluate", model_dir, tmp_path / "bad.json")
+    else:
+        given[broken] = "" if broken == "question" else str(tmp_path / "nothing")
+        code = _main("ask", *given.values())
+    assert code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

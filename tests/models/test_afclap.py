@@ -1,0 +1,55 @@
+"""AF-CLAP: unit vectors, ragged clips, both ways of pooling text, save and load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small import make_tower, make_windows
+from transformers import AutoModel, BertConfig, PreTrainedConfig, T5Config
+
+from af2_ray.models.afclap import AfClapConfig, AfClapModel
+
+T5 = T5Config(vocab_size=90, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+BERT = BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+
+
+def make_clap(text_config: PreTrainedConfig = T5, **settings: object) -> AfClapModel:
+    torch.manual_seed(0)
+    return AfClapModel(
+        AfClapConfig(text_config=text_config, audio_config=make_tower().config, projection_dim=12, **settings)
+    ).eval()
+
+
+def test_a_clip_is_the_mean_over_its_windows_whatever_its_batch() -> None:
+    model, windows = make_clap(), make_windows(4)
+    together = model.get_audio_features(windows, [1, 3])
+    alone = model.get_audio_features(windows[1:], torch.tensor([3]))
+    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("text_config", [T5, BERT])
+def test_masked_mean_does_not_see_padding_and_mean_does(text_config: PreTrainedConfig) -> None:
+    ids = torch.randint(1, 90, (1, 5))
+    padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    mask = torch.ones_like(ids), (torch.arange(9) < 5).long()[None]
+    for pooling, equal in (("masked_mean", True), ("mean", False)):
+        model = make_clap(text_config, text_pooling=pooling)
+        short, long = model.get_text_features(ids, mask[0]), model.get_text_features(padded, mask[1])
+        assert torch.allclose(short, long, atol=1e-5) is equal
+
+
+def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
+    model = make_clap()
+    model.audio_tower.calibrate(make_windows(2))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, AfClapModel)
+    state, again = model.state_dict(), loaded.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def test_windows_must_add_up() -> None:
+    with pytest.raises(ValueError, match="windows_per_clip"):
+        make_clap().get_audio_features(make_windows(2), [1, 2])

@@ -1,0 +1,197 @@
+"""What a request may look like: every hostile input is a 4xx with a sentence that helps."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import serve_toy
+import soundfile as sf
+
+from af2_ray.config import Serve
+from af2_ray.serve.limits import Limits, failure_error
+from af2_ray.serve.request import Failure, Request
+from af2_ray.serve.schemas import ApiError
+
+LIMITS = Limits.of(Serve(max_body_mb=1, max_audio_s=20.0, max_new_tokens=64))
+
+
+def take(body: bytes | dict[str, Any]) -> Request:
+    """The whole way of a body, as the server goes it."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return LIMITS.to_engine(LIMITS.read(raw), "id-1")
+
+
+def refused(body: bytes | dict[str, Any]) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        take(body)
+    assert len(caught.value.message) < 300
+    return caught.value
+
+
+def zip_file() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("clip.wav", serve_toy.wav())
+    return file.getvalue()
+
+
+def hours_of_silence() -> bytes:
+    file = io.BytesIO()
+    sf.write(file, np.zeros(3600 * 8_000, np.int16), 8_000, format="FLAC")
+    return file.getvalue()
+
+
+def with_nan() -> bytes:
+    samples = np.zeros(16_000, np.float32)
+    samples[777] = np.nan
+    return serve_toy.encoded(samples, subtype="FLOAT")
+
+
+def with_raw(data: str, **part: Any) -> dict[str, Any]:
+    body = serve_toy.chat(b"x")
+    body["messages"][0]["content"][0]["input_audio"] = {"data": data, "format": "wav"} | part
+    return body
+
+
+def test_a_good_request() -> None:
+    stereo = serve_toy.encoded(np.stack([np.sin(np.arange(96_000) / 20), np.zeros(96_000)], axis=1), 48_000)
+    request = take(
+        serve_toy.chat(
+            serve_toy.wav(12.0), stereo, max_tokens=9, temperature=1, top_p=0.5, seed=3, stop="end", stream=True, n=1,
+            user="somebody", metadata={"any": "thing"}, store=False, tools=None, response_format={"type": "text"},
+        )
+    )  # fmt: skip
+    assert [clip.shape for clip in request.clips] == [(2, 160_000), (1, 160_000)]
+    assert request.audio_s == pytest.approx(14.0)
+    assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (9, 1.0, 0.5, 3)
+    assert (request.stop, request.prompt, request.id) == (("end",), "which sound is heard?", "id-1")
+
+
+def test_defaults_are_greedy_and_within_the_limit() -> None:
+    request = take({"model": "af2", "messages": [{"role": "user", "content": "  hello "}], "max_completion_tokens": 5})
+    assert (request.temperature, request.max_new_tokens, request.clips, request.prompt) == (0.0, 5, (), "hello")
+    assert take(serve_toy.chat()).max_new_tokens == 64
+
+
+def test_turns_are_joined_in_order() -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [serve_toy.audio_part(serve_toy.wav()), {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a bell"},
+        {"role": "user", "content": "how often?"},
+    ]
+    request = take({"model": "af2", "messages": turns})
+    assert request.prompt == "be brief\nwhat?\na bell\nhow often?"
+    assert len(request.clips) == 1
+
+
+def test_base64_with_line_breaks_or_a_data_prefix() -> None:
+    text = base64.encodebytes(serve_toy.wav()).decode()
+    assert take(with_raw(text)).audio_s == take(with_raw("data:audio/wav;base64," + text)).audio_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("audio", "status", "words"),
+    [
+        (zip_file, 400, "not an audio file"),
+        (with_nan, 400, "NaN"),
+        (hours_of_silence, 413, "more than 20 s"),
+        (lambda: serve_toy.wav(20.5), 413, "send a shorter stretch"),
+        (lambda: serve_toy.wav()[:20_000], 400, "truncated"),
+        (lambda: serve_toy.wav(0.0), 400, "no samples"),
+        (lambda: b"", 400, "empty file"),
+        (lambda: b"\0" * 1000, 400, "not an audio file"),
+        (lambda: serve_toy.wav(100, hz=0.1, rate=1), 400, "sample rate 1 Hz"),
+        (lambda: serve_toy.wav(0.01, rate=10_000_000), 400, "sample rate 10000000 Hz"),
+        (lambda: serve_toy.encoded(np.zeros((50, 1000))), 400, "1000 channels"),
+    ],
+)
+def test_hostile_audio(audio: Callable[[], bytes], status: int, words: str) -> None:
+    error = refused(serve_toy.chat(audio()))
+    assert error.status == status
+    assert words in error.message
+    assert "input_audio 1" in error.message
+
+
+def test_the_seconds_of_all_recordings_count_together() -> None:
+    assert refused(serve_toy.chat(serve_toy.wav(11), serve_toy.wav(11, rate=8_000))).code == "audio_too_long"
+    assert refused(serve_toy.chat(*[serve_toy.wav(0.1)] * 9)).code == "too_many_audios"
+
+
+@pytest.mark.parametrize("data", ["AAA", "not base64!", "é" * 8, base64.b64encode(serve_toy.wav()).decode()[:-3]])
+def test_broken_base64(data: str) -> None:
+    error = refused(with_raw(data))
+    assert (error.status, error.code) == (400, "invalid_base64")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n": 2}, "'n' is not supported"),
+        ({"tools": [{"type": "function"}]}, "'tools' is not supported"),
+        ({"response_format": {"type": "json_object"}}, "send {'type': 'text'}"),
+        ({"logprobs": True}, "'logprobs' is not supported"),
+        ({"modalities": ["text", "audio"]}, "'modalities' is not supported"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 65}, "this server's 64"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": ["a"] * 5}, "4 stop strings"),
+        ({"stop": ""}, "4 stop strings"),
+        ({"stream": "yes"}, "stream"),
+        ({"model": 3}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": " "}]}, "the messages have no text"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text' and 'input_audio'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "the last message must be the user's"),
+        ({"messages": [{"role": "user", "content": "hello <SEP> there"}]}, "reserves"),
+        ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "shorten it"),
+    ],
+)
+def test_unusable_values(change: dict[str, Any], words: str) -> None:
+    error = refused(serve_toy.chat() | change)
+    assert error.status == 400
+    assert words in error.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}', b'{"seed": ' + b"9" * 5000 + b"}",
+        json.dumps(serve_toy.chat()).replace("heard", "\\ud800").encode(),
+        json.dumps(serve_toy.chat()).replace("{", '{"temperature": NaN, ', 1).encode(),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_not_requests(body: bytes) -> None:
+    assert refused(body).status == 400
+
+
+def test_too_large_another_model_and_the_shape_of_errors() -> None:
+    assert refused(b" " * (2**20 + 1)).status == 413
+    error = refused(serve_toy.chat(model="gpt"))
+    assert error.status == 404
+    assert error.body() == {
+        "error": {
+            "message": "no model 'gpt' here; this server has 'af2'",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    }
+    assert failure_error(Failure("too long", by_caller=True)).status == 400
+    assert failure_error(Failure("broken", by_caller=False)).body()["error"]["type"] == "server_error"
+    assert ApiError(429, "later", code="busy", retry_after_s=5).body()["error"]["type"] == "rate_limit_error"

@@ -1,0 +1,76 @@
+"""A random model of a few thousand weights that answers over HTTP as a trained one does, only nonsense."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile as sf
+import torch
+
+
+def export(folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
+    """Write a random model with open gates (so that the audio is heard) and its tokenizer; returns `folder`."""
+    from transformers import Qwen2Config
+
+    from af2_ray.models.configuration_af2 import AudioFlamingo2Config
+    from af2_ray.models.htsat import tower_config
+    from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    lm = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.5,
+    )
+    config = AudioFlamingo2Config(
+        text_config=lm,
+        audio_config=tower_config(8, [1, 1, 1, 1], [1, 2, 2, 2]),
+        audio_token_id=tokenizer.convert_tokens_to_ids("<audio>"),
+        cross_attn_heads=2,
+        cross_attn_head_dim=16,
+        transform_layers=1,
+        transform_heads=2,
+        transform_inner_size=32,
+    )
+    model = AudioFlamingo2ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(1.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def wav(duration_s: float = 1.0, *, hz: float = 440.0, rate: int = 16_000, subtype: str = "PCM_16") -> bytes:
+    """A WAV file of a tone."""
+    return encoded(0.5 * np.sin(2 * np.pi * hz * np.arange(round(duration_s * rate)) / rate), rate, subtype)
+
+
+def encoded(samples: np.ndarray, rate: int = 16_000, subtype: str = "PCM_16") -> bytes:
+    """Samples [T] or [T, channels] as a WAV file."""
+    file = io.BytesIO()
+    sf.write(file, samples, rate, format="WAV", subtype=subtype)
+    return file.getvalue()
+
+
+def audio_part(data: bytes) -> dict[str, Any]:
+    """An `input_audio` part."""
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"}}
+
+
+def chat(*audios: bytes, text: str = "which sound is heard?", model: str = "af2", **more: Any) -> dict[str, Any]:
+    """A request body: one user message of recordings and a question."""
+    content = [*(audio_part(audio) for audio in audios), {"type": "text", "text": text}]
+    return {"model": model, "messages": [{"role": "user", "content": content}], **more}

@@ -1,0 +1,82 @@
+"""Recipes: what is accepted, what is refused, and that the refusal helps."""
+
+from __future__ import annotations
+
+import pytest
+
+from af2_ray.config import RECIPE_DIR, load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(recipe.to_yaml())
+    assert load_recipe(saved) == recipe
+    assert recipe.name == name
+
+
+def test_the_paper_s_figures():
+    recipe = load_recipe("af2-3b")
+    assert [stage.max_windows for stage in recipe.stages] == [3, 9, 30]
+    assert ["clap" in stage.trainable for stage in recipe.stages] == [False, True, False]
+    assert recipe.model.audio.depths == [2, 2, 12, 2]
+    assert (recipe.clap.num_positives, recipe.clap.num_negatives, recipe.clap.batch_size) == (3, 3, 256)
+    assert recipe.stages[0].optimizer.lr == 1e-4
+    assert recipe.stages[0].optimizer.warmup_steps == 1875
+
+
+def test_overrides_reach_into_lists_by_name_and_by_index():
+    recipe = load_recipe("tiny", ["stages.pretrain.steps=5", "stages.1.optimizer.lr=1e-4", "seed=7"])
+    assert recipe.stage("pretrain").steps == 5
+    assert recipe.stages[1].optimizer.lr == 1e-4
+    assert recipe.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stagess=1", "did you mean 'stages'"),
+        ("model.audio.embed_dimm=2", "model.audio.embed_dimm: unknown key; did you mean 'embed_dim'"),
+        ("stages.pretrain.optimizer.learing_rate=2", "stages.0.optimizer.learing_rate: unknown key"),
+        ("stages.pretrain.steps=many", "stages.0.steps"),
+        ("stages.pretrain.steps='5'", "stages.0.steps"),
+        ("stages.pretrian.steps=2", "no item 'pretrian'"),
+        ("stages.pretrain.trainable=[clip]", "'clap'"),
+        ("cluster.num_workers=7", "multiple of cluster.num_workers"),
+        ("model.cross_attention.every=13", "exceeds the LM's 12 layers"),
+        ("model.lm.path=x", "exactly one of path, package, pretrain"),
+        ("seed", "write it as key=value"),
+        ("seed.x=1", "is a value, not a block"),
+        ("faults.max_bad_share=2", "faults.max_bad_share"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(override, told):
+    with pytest.raises(ValueError) as error:
+        load_recipe("tiny", [override])
+    assert told in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'tiny'"):
+        load_recipe("tinny")
+
+
+def test_a_key_given_twice_is_an_error(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text((RECIPE_DIR / "tiny.yaml").read_text() + "\nseed: 1\n")
+    with pytest.raises(ValueError, match="'seed' is given twice"):
+        load_recipe(path)
+
+
+def test_a_base_that_is_itself_is_an_error(tmp_path):
+    path = tmp_path / "loop.yaml"
+    path.write_text(f"base: {path}\nname: loop\n")
+    with pytest.raises(ValueError, match="its own base"):
+        load_recipe(path)
+
+
+def test_the_fingerprint_leaves_out_what_does_not_decide_the_weights():
+    one = load_recipe("tiny")
+    assert one.fingerprint() == load_recipe("tiny", ["storage=elsewhere", "serve.model_name=x"]).fingerprint()
+    assert one.fingerprint() != load_recipe("tiny", ["seed=1"]).fingerprint()
