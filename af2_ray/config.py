@@ -280,6 +280,12 @@ class Serve(Strict):
     max_new_tokens: int = Field(256, ge=1)
     request_timeout_s: float = Field(120.0, gt=0, strict=False)
 
+    @model_validator(mode="after")
+    def _bounds(self) -> Serve:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}")
+        return self
+
 
 class Tracking(Strict):
     """MLflow; without a uri the run directory gets a SQLite store of its own."""

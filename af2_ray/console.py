@@ -30,12 +30,17 @@ _screen = os.fdopen(os.dup(1), "w", buffering=1)  # stays the screen while `logs
 console = Console(file=_screen, highlight=False, soft_wrap=not _screen.isatty())
 
 
-def parser(description: str, *, epilog: str = "") -> argparse.ArgumentParser:
-    """A job's argument parser: recipe, overrides and run directory."""
+def parser(description: str, *, epilog: str = "", default: str | None = None) -> argparse.ArgumentParser:
+    """A job's argument parser: recipe (with `default`: that one where none is named) and overrides."""
     result = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("recipe", help=f"a shipped recipe ({', '.join(recipe_names())}) or a .yaml file")
+    result.add_argument(
+        "recipe",
+        nargs="?" if default else None,
+        default=default,
+        help=f"a shipped recipe ({', '.join(recipe_names())}) or a .yaml file",
+    )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="for instance stages.pretrain.steps=5")
     return result
 

@@ -17,7 +17,8 @@ from af2_ray.train.stages import train_run
 def main() -> None:
     parser = console.parser(
         __doc__ or "",
-        epilog="examples:\n  python jobs/train.py tiny\n  python jobs/train.py tiny stages.pretrain.steps=20 --run runs/try\n"
+        epilog="examples:\n  python jobs/train.py tiny\n"
+        "  python jobs/train.py tiny stages.pretrain.steps=20 --run runs/try\n"
         "  ray job submit --working-dir . -- python jobs/train.py tiny storage=/shared/runs",
     )
     parser.add_argument("--run", metavar="DIR", help="run directory; default: <storage>/<name> of the recipe")

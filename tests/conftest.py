@@ -67,3 +67,39 @@ def tiny_tokenizer() -> Any:
     tokenizer = train_tokenizer(texts, vocab_size=320)
     add_special_tokens(tokenizer)
     return tokenizer
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[str]:
+    """The address of a `ray start --head` of its own, with a dashboard that takes jobs; ended by its pid."""
+    import socket
+    import subprocess
+    import sys
+    import time
+    import urllib.request
+
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    command = [
+        *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"),
+        *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+        *("--disable-usage-stats", f"--temp-dir=/tmp/ray_{os.getpid()}"),
+    ]
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api/version", timeout=2)
+                break
+            except OSError:
+                assert head.poll() is None, (tmp_path / "head.log").read_text()[-2000:]
+                time.sleep(0.5)
+        yield address
+    finally:
+        head.terminate()
+        head.wait(timeout=30)

@@ -52,7 +52,13 @@ def make(folder: Path, *, num_clips: int = 24, min_s: float = 2.0, max_s: float 
                 "relations": ["order"],
             }
         )
-    manifest = {"split": "train", "split_path": "train", "flamingo_task": "toy-QA", "total_num": len(data), "data": data}
+    manifest = {
+        "split": "train",
+        "split_path": "train",
+        "flamingo_task": "toy-QA",
+        "total_num": len(data),
+        "data": data,
+    }
     (root / "train.json").write_text(json.dumps(manifest))
     (root / "train.captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in captions))
     return root

@@ -13,6 +13,7 @@ keeps the last few: tasks themselves carry numbers.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -107,7 +108,7 @@ def _numbers_source() -> type[Any]:
 
         def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
             bounds = [self.num_rows * k // parallelism for k in range(parallelism + 1)]
-            return [self._task(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+            return [self._task(a, b) for a, b in itertools.pairwise(bounds) if a < b]
 
         def _task(self, first: int, stop: int) -> ReadTask:
             size = stop - first

@@ -23,7 +23,7 @@ from af2_ray.audio.decode import decode
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate import plots
-from af2_ray.evaluate.answers import Prediction, normalise
+from af2_ray.evaluate.answers import normalise
 
 TITLES = {"lm": "language model", "clap": "AF-CLAP"}
 
@@ -37,7 +37,7 @@ def write_report(
     losses: Mapping[str, Sequence[tuple[int, float]]],
     details: Mapping[str, Any] | None = None,
     scene: Mapping[str, Any] | None = None,
-    predictions: Sequence[Prediction] = (),
+    predictions: Sequence[Mapping[str, Any]] = (),
     corpus: Sequence[Mapping[str, Any]] = (),
     failures: Sequence[Failure] = (),
     title: str = "Audio Flamingo 2, the whole chain once",
@@ -51,7 +51,7 @@ def write_report(
         details: `EvaluationResult.details`: rows by skill and duration with controls and intervals.
         scene: a held-out scene: `uri`, `duration_s`, `events` as in scenes.jsonl (`label`, `onsets_s`, `hit_s`), and
             the HTTP exchange `question`, `expected`, `text`; without these three the summary's `answer` is shown.
-        predictions: examples to show (`choose_examples`).
+        predictions: examples to show, rows of predictions.jsonl (`choose_examples`).
         corpus: rows of the corpus table (`licence_rows`), all with the same keys.
         failures: what was set aside.
     """
@@ -70,7 +70,7 @@ def write_report(
         losses=plots.losses(losses, TITLES) if any(losses.values()) else None,
         stages=summary.get("stages") or None,
         padding=plots.padding(summary["stages"]) if summary.get("stages") else None,
-        examples=[prediction.to_json() for prediction in predictions],
+        examples=list(predictions),
         corpus=_corpus(summary.get("corpus"), corpus),
         failures=_failures(failures),
         footer=_footer(summary),

@@ -1,9 +1,10 @@
 """The HTSAT audio tower: 10 s windows in, 64 dense features a window out.
 
 The parameters are transformers' `ClapAudioModel`, so weights in that layout load as they are; the forward pass is our
-own, over the same modules. It packs q, k and v, uses PyTorch's attention, builds the shifted-window masks once, skips
-pooling, heads and the fusion branch (our windows are never "longer" than 10 s) and takes each window once instead of
-four times. Against `ClapAudioModel.forward` it gives equal features in about two thirds of the time.
+own, over the same modules: each window once instead of four times, no pooling, heads or fusion branch (our windows are
+never "longer" than 10 s), one packed projection and PyTorch's attention, masks built once, checkpointing a block. The
+features and gradients are those of `ClapAudioModel.forward`; on one CPU core the time is about the same (width 24,
+depths 2-2-6-2: 18 ms a window without gradients, 55 with), on a GPU the attention is fused.
 
 The mel BatchNorm never uses batch statistics, so features do not depend on what else is in the batch: a converted tower
 keeps its statistics, a new one gets them from `calibrate`.

@@ -32,7 +32,7 @@ from af2_ray.config import Corpus, SceneSet
 from af2_ray.synth import packages, sources
 from af2_ray.synth.bank import Bank, Bed, write_bank
 from af2_ray.synth.captions import make_captions
-from af2_ray.synth.catalogue import CLASSES
+from af2_ray.synth.catalogue import BEDS, CLASSES
 from af2_ray.synth.curate import Clip, grouped, split_clips
 from af2_ray.synth.scenes import Scene, compose_block, render_scene
 from af2_ray.synth.skills import make_questions
@@ -79,7 +79,11 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
     done, hours, digests = 0, 0.0, [facts["sha256"]]
     for scenes in corpus.sets:
         what = f"{scenes.name}/{scenes.split}"
-        made = _make_set(corpus, scenes, folder, lambda n, at=done, what=what: tell(at + n, total, what), num_processes)
+
+        def advance(number: int, at: int = done, what: str = what) -> None:
+            tell(at + number, total, what)
+
+        made = _make_set(corpus, scenes, folder, facts["sha256"], advance, num_processes)
         done += _num_blocks(scenes) * BLOCK
         hours += made["hours"]
         digests.append(made["sha256"])
@@ -90,10 +94,10 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
     return report
 
 
-def _fingerprint(corpus: Corpus, scenes: SceneSet | None = None) -> str:
-    """Digest of the settings that decide the bytes of the source clips, of one set, or (no set) of the corpus."""
-    kept = corpus.model_dump(mode="json", exclude={"dir", "sets"} if scenes else {"dir"})
-    return _digest({"version": VERSION, "corpus": kept, "set": scenes.model_dump(mode="json") if scenes else None})
+def _fingerprint(corpus: Corpus, *more: Any, without: frozenset[str] = frozenset()) -> str:
+    """Digest of the settings that decide the bytes of the whole, of one set, or of the source clips."""
+    kept = corpus.model_dump(mode="json", exclude={"dir", *without})
+    return _digest([VERSION, repr(CLASSES), repr(BEDS), kept, *more])
 
 
 def _digest(value: Any) -> str:
@@ -113,9 +117,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _make_sources(corpus: Corpus, folder: Path) -> Row:
     """Collect, curate, split and store the source clips; returns what `sources/done.json` keeps."""
     store = folder / "sources"
-    fingerprint = _digest(
-        [VERSION, corpus.model_dump(mode="json", exclude={"dir", "sets", "num_positives", "num_negatives"})]
-    )
+    fingerprint = _fingerprint(corpus, without=frozenset({"sets", "num_positives", "num_negatives"}))
     done = store / "done.json"
     if done.is_file() and (known := json.loads(done.read_text()))["fingerprint"] == fingerprint:
         return dict(known)
@@ -152,9 +154,11 @@ def _collect(corpus: Corpus, folder: Path) -> tuple[list[Clip], list[Bed]]:
             clips += sources.soundfont_clips(folders, corpus.seed)
         if "espeak-ng" in programs:
             clips += sources.spoken()
+        beds += sources.recorded_beds(folders, corpus.seed)
+        shutil.rmtree(cache / "unpacked", ignore_errors=True)  # the archives stay
         if clips:
             order = {c.label: index for index, c in enumerate(CLASSES)}
-            return sorted(clips, key=lambda c: order[c.label]), beds + sources.recorded_beds(folders, corpus.seed)
+            return sorted(clips, key=lambda c: order[c.label]), beds
         log.warning("no package could be had: the corpus is made of sounds rendered here")
     elif corpus.sources != "rendered":
         return sources.from_folder(Path(corpus.sources)), beds + sources.rendered_beds(
@@ -181,12 +185,17 @@ def _num_blocks(scenes: SceneSet) -> int:
 
 
 def _make_set(
-    corpus: Corpus, scenes: SceneSet, folder: Path, tell: Callable[[int], None], num_processes: int | None
+    corpus: Corpus,
+    scenes: SceneSet,
+    folder: Path,
+    source_digest: str,
+    tell: Callable[[int], None],
+    num_processes: int | None,
 ) -> Row:
     """Render one scene set and write its manifests."""
     base = folder / scenes.name
     done = base / f"{scenes.split}.done.json"
-    fingerprint = _fingerprint(corpus, scenes)
+    fingerprint = _fingerprint(corpus, scenes.model_dump(mode="json"), source_digest, without=frozenset({"sets"}))
     if done.is_file() and (known := json.loads(done.read_text()))["fingerprint"] == fingerprint:
         return dict(known)
     done.unlink(missing_ok=True)
@@ -235,7 +244,8 @@ def _blocks(
     if num <= 1:
         yield from map(_make_block, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(num) as pool:
+    # fork: the workers need numpy and soundfile only, and do not import the caller's script (torch, ray) again
+    with multiprocessing.get_context("fork").Pool(num) as pool:
         yield from pool.imap(_make_block, jobs, chunksize=max(1, min(16, len(jobs) // (4 * num))))
 
 

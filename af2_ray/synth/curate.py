@@ -119,34 +119,46 @@ def make_clip(label: str, package: str, file: str, licence: str, wave: Wave, gro
 
 # --- Near-duplicates ---------------------------------------------------------------------------------------------
 
-BANDS_PER_OCTAVE, NUM_BANDS, NUM_FRAMES = 12, 84, 24
+BANDS_PER_OCTAVE, NUM_BANDS, NUM_FRAMES = 12, 84, 16
 MAX_SHIFT = 4  # semitones
 DUPLICATE = 0.985
-_EDGES_HZ = 60 * 2 ** (np.arange(NUM_BANDS + 1) / BANDS_PER_OCTAVE)
+_FFT, _HOP = 2048, int(0.04 * SAMPLE_RATE)
 
 
-def fingerprint(wave: Wave) -> NDArray[np.float32]:
-    """Log-frequency picture of the first 0.96 s [NUM_FRAMES, NUM_BANDS]: a pitch shift moves it sideways."""
-    size, hop = 1024, int(0.04 * SAMPLE_RATE)
-    num = NUM_FRAMES * hop + size
+def _bands() -> NDArray[np.float64]:
+    """Matrix [bins, NUM_BANDS] from a power spectrum to its semitones above 60 Hz, narrower than a bin where low."""
+    edges = 60 * 2 ** (np.arange(NUM_BANDS + 1) / BANDS_PER_OCTAVE) * _FFT / SAMPLE_RATE
+    steps = np.vstack([np.zeros(_FFT // 2 + 1), np.tril(np.ones((_FFT // 2 + 1, _FFT // 2 + 1)))])  # running sums
+    low = np.minimum(edges.astype(int), _FFT // 2)
+    at_edge = steps[low] + (edges - low)[:, None] * (steps[low + 1] - steps[low])
+    return np.asarray(np.diff(at_edge, axis=0).T)
+
+
+_BANDS = _bands()
+
+
+def fingerprint(wave: Wave, speed: float = 1.0) -> NDArray[np.float32]:
+    """Log-frequency picture [NUM_FRAMES, NUM_BANDS] of the first 0.64 s.
+
+    A pitch shift moves it sideways; `speed` takes frames that much farther apart, as a pitch-shifted copy has them.
+    """
+    starts = np.round(np.arange(NUM_FRAMES) * _HOP * speed).astype(int)
+    num = int(starts[-1]) + 1024
     padded = np.pad(wave[:num], (0, max(0, num - len(wave))))
-    frames = np.stack([padded[i * hop : i * hop + size] for i in range(NUM_FRAMES)]) * np.hanning(size)
-    power = np.abs(np.fft.rfft(frames, 4096)) ** 2
-    cumulative = np.concatenate([np.zeros((NUM_FRAMES, 1)), np.cumsum(power, 1)], 1)
-    hz = np.arange(cumulative.shape[1]) * SAMPLE_RATE / 4096
-    banded = np.stack([np.diff(np.interp(_EDGES_HZ, hz, row)) for row in cumulative])
+    frames = padded[starts[:, None] + np.arange(1024)] * np.hanning(1024)
+    banded = np.abs(np.fft.rfft(frames, _FFT)) ** 2 @ _BANDS
     picture = 10 * np.log10(banded + banded.max() * 1e-5 + 1e-20)
     return np.asarray(picture - picture.max() + 50, np.float32)
 
 
 def near_duplicates(clips: Sequence[Clip], threshold: float = DUPLICATE) -> list[tuple[int, int]]:
     """Index pairs of clips that are the same recording (re-encoded, trimmed at the end, or pitch-shifted)."""
-    pictures = np.stack([fingerprint(clip.wave) for clip in clips])
     best = np.full((len(clips), len(clips)), -1.0, np.float32)
+    plain = np.stack([fingerprint(clip.wave) for clip in clips])
     for shift in range(MAX_SHIFT + 1):
-        left = _unit(pictures[:, :, shift:])
-        right = _unit(pictures[:, :, : NUM_BANDS - shift])
-        likeness = left @ right.T
+        speed = 2 ** (shift / BANDS_PER_OCTAVE)
+        lower = plain if shift == 0 else np.stack([fingerprint(clip.wave, speed) for clip in clips])
+        likeness = _unit(lower[:, :, : NUM_BANDS - shift]) @ _unit(plain[:, :, shift:]).T
         best = np.maximum(best, np.maximum(likeness, likeness.T))
     return [(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(best > threshold, 1)), strict=True)]
 
@@ -199,7 +211,7 @@ def assign_splits(sizes: dict[str, int], rng: np.random.Generator) -> dict[str, 
     if len(sizes) < 3:
         raise ValueError(f"3 or more groups are needed to fill train, val and test; got {sorted(sizes)}")
     order = sorted(sizes)
-    rng.shuffle(order)  # type: ignore[arg-type]
+    rng.shuffle(order)
     splits = dict(zip(order, ("train", "test", "val"), strict=False))
     total = sum(sizes.values())
     for group in order[3:]:
@@ -245,9 +257,9 @@ def _thinned(members: Sequence[Clip], rng: np.random.Generator) -> list[Clip]:
     for clip in sorted(members, key=lambda clip: clip.id):
         by_group[clip.group].append(clip)
     queues = [by_group[group] for group in sorted(by_group)]
-    rng.shuffle(queues)  # type: ignore[arg-type]
+    rng.shuffle(queues)
     for queue in queues:
-        rng.shuffle(queue)  # type: ignore[arg-type]
+        rng.shuffle(queue)
     out: list[Clip] = []
     while len(out) < min(MAX_CLIPS, len(members)):
         out += [queue.pop() for queue in queues if queue][: MAX_CLIPS - len(out)]

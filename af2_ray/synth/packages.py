@@ -1,6 +1,6 @@
 """Free sounds out of Debian's packages: download, unpack, read, and say under which licence.
 
-`apt-get download` and `dpkg -x` need no root and install nothing. A machine without Debian's packages gets fewer
+`apt-get download` and `dpkg` need no root and install nothing. A machine without Debian's packages gets fewer
 sounds (or none), and a warning that says so: the caller goes on with what it renders itself.
 """
 
@@ -14,6 +14,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,37 +50,50 @@ SOUND_SUFFIXES = (".ogg", ".oga", ".wav", ".flac", ".mp3", ".aif", ".aiff")
 
 
 def fetch(cache: Path) -> dict[str, Path]:
-    """Download and unpack every package of `PACKAGES` that can be had.
+    """Download every package of `PACKAGES` that can be had, and unpack its sounds.
 
     Args:
-        cache: folder of the downloaded `*.deb` files; `cache/NAME` is the unpacked package.
+        cache: folder of the downloaded `*.deb` files; what is there is not downloaded again. `cache/unpacked` may be
+            deleted when the sounds have been read.
 
     Returns:
         Package name -> its unpacked folder; a package that could not be had is missing (and warned about).
     """
-    if shutil.which("dpkg") is None:
-        log.warning("no dpkg here: going on without Debian's sound packages")
+    if shutil.which("dpkg") is None or shutil.which("apt-get") is None:
+        log.warning("no apt-get here: going on without Debian's sound packages")
         return {}
     cache.mkdir(parents=True, exist_ok=True)
-    found = {name: folder for name in PACKAGES if (folder := _fetch_one(name, cache)) is not None}
+    for attempt in range(2):
+        if not (wanted := [name for name in PACKAGES if not list(cache.glob(f"{name}_*.deb"))]):
+            break
+        if attempt and (os.geteuid() != 0 or not _run(["apt-get", "update"], cache, timeout_s=120)):
+            break  # without package lists, and without the right to fetch them
+        for name in wanted:
+            _run(["apt-get", "download", name], cache, timeout_s=300)
+    found = {}
+    for name in PACKAGES:
+        archives = sorted(cache.glob(f"{name}_*.deb"))
+        if archives and _unpack(archives[-1], cache / "unpacked" / name):
+            found[name] = cache / "unpacked" / name
     if missing := sorted(set(PACKAGES) - set(found)):
         log.warning("going on without these packages: %s", ", ".join(missing))
     return found
 
 
-def _fetch_one(name: str, cache: Path) -> Path | None:
-    folder, done = cache / name, cache / f"{name}.unpacked"
-    if done.is_file():
-        return folder
-    if not list(cache.glob(f"{name}_*.deb")):
-        _run(["apt-get", "download", name], cache, timeout_s=300)
-    archives = sorted(cache.glob(f"{name}_*.deb"))
-    if not archives or not _run(
-        ["dpkg", "-x", str(archives[-1].resolve()), str(folder.resolve())], cache, timeout_s=300
-    ):
-        return None
-    done.write_text(f"{archives[-1].name}\n")
-    return folder
+def _unpack(archive: Path, folder: Path) -> bool:
+    """Write the sounds, sound fonts and the copyright file of a package (not its thousands of other files)."""
+    wanted = re.compile(r"\.(ogg|oga|wav|flac|mp3|aiff?|rcc|sf[23])$|/copyright$", re.I)
+    folder.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen(["dpkg", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as members:
+                for member in members:
+                    if member.isfile() and wanted.search(member.name) and "_desc" not in member.name:
+                        members.extract(member, folder, filter="data")
+        except (tarfile.TarError, OSError) as error:
+            log.warning("%s: not readable: %s", archive.name, error)
+            return False
+    return process.returncode == 0
 
 
 def install_programs(cache: Path) -> tuple[str, ...]:
@@ -94,14 +108,14 @@ def install_programs(cache: Path) -> tuple[str, ...]:
 
 
 def _run(command: list[str], folder: Path, timeout_s: float) -> bool:
-    """Run a command in `folder`; False, with a warning, where it fails."""
+    """Run a command in `folder`; False where it fails, with the reason in the log."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("%s: %s", " ".join(command[:3]), error)
+        log.info("%s: %s", " ".join(command[:3]), error)
         return False
     if done.returncode:
-        log.warning("%s failed: %s", " ".join(command[:3]), done.stderr.strip()[-200:])
+        log.info("%s failed: %s", " ".join(command[:3]), done.stderr.strip()[-200:])
     return done.returncode == 0
 
 

@@ -98,7 +98,7 @@ def _flute(rng: Generator) -> NDArray[np.float64]:
 
 def _organ(rng: Generator) -> NDArray[np.float64]:
     f0 = rng.uniform(130, 260)
-    return sum(_held(1.2, f0 * ratio, 2, 1.5, 0.02, 0.0) for ratio in (1, 1.26, 1.5, 2, 4))
+    return np.sum([_held(1.2, f0 * ratio, 2, 1.5, 0.02, 0.0) for ratio in (1, 1.26, 1.5, 2, 4)], axis=0)
 
 
 def _trumpet(rng: Generator) -> NDArray[np.float64]:

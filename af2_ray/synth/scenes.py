@@ -52,7 +52,7 @@ class Scene:
 
     Attributes:
         kind: what differs from the mirrored scene (`KINDS`), `relation` its value here: order: forward | reversed;
-            count: the number of hits; attribute: loud | soft (of the first focus event, against the second), or louder |
+            count: the number of hits; attribute: loud | soft (the first focus event against the second) or louder |
             softer (in time); position: one of `PARTS`.
         focus: labels of the events that the relation is about.
         family: the same for two mirrored scenes; block: the same for four.
@@ -163,10 +163,10 @@ def _pool(bank: Bank, bed_kind: str) -> list[str]:
 
 
 def _fits(duration_s: float, variant: str) -> int:
-    """How many events have room: about 2.5 s each, more where one is repeated, and one in each part that is asked for."""
+    """How many events have room: about 2.5 s each, more where one is repeated; one in each part."""
     if variant == "position":
         return len(PARTS)
-    return max(1, int(duration_s / (3.2 if variant in ("count", "change") else 2.4)))
+    return max(1, int(duration_s / (2.8 if variant in ("count", "change") else 2.3)))
 
 
 def _plans(labels: list[str], split: str, bank: Bank, duration_s: float, variant: str, rng: Rng) -> list[_Plan]:
@@ -220,12 +220,15 @@ def _order(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
 
 
 def _count(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
-    """The first event with two different numbers of hits; the others stay where they are."""
+    """The first event with two different numbers of hits; the others stay where they are.
+
+    The other family of the block gets the two numbers that are left, so no number is more frequent than another.
+    """
     order = rng.permutation(len(plans))
     onsets = dict(zip(order, _spread([plans[i].span_s for i in order], base.duration_s, rng), strict=True))
-    counts = rng.choice(np.arange(1, MAX_COUNT + 1), 2, replace=False)
+    counts = [int(count) + 1 for count in np.random.default_rng(base.block).permutation(MAX_COUNT)]
     out = []
-    for mirror, count in enumerate(int(count) for count in counts):
+    for mirror, count in enumerate(counts[:2] if base.family % 2 else counts[2:]):
         asked = replace(plans[0], count=count, gains_db=plans[0].gains_db[:count])
         events = [plan.placed(onsets[i]) for i, plan in enumerate([asked, *plans[1:]])]
         out.append(_scene(base, mirror, str(count), [asked.label], events))

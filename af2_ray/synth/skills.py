@@ -36,13 +36,22 @@ class Question:
 
 @dataclass(frozen=True)
 class Ask:
-    """A question before it is paired: its words, its options (none: an open question), the answer in each scene."""
+    """A question before it is paired: its words, what the answer can be, the answer in each scene.
+
+    `options` are listed after the words, (A) to (D), unless the template is an open one; there they only say what the
+    question leaves open (none: any class).
+    """
 
     skill: str
     template: str
     text: str
     options: tuple[str, ...]
     answer: Callable[[Scene], str]
+
+    @property
+    def listed(self) -> bool:
+        """Whether the prompt lists the options."""
+        return not self.template.endswith("-open")
 
 
 def make_questions(block: Sequence[Scene], per_scene: int, pool: Sequence[str], rng: Rng) -> list[Question]:
@@ -77,10 +86,9 @@ def make_questions(block: Sequence[Scene], per_scene: int, pool: Sequence[str], 
 def _paired(ask: Ask, block: Sequence[Scene], scenes: tuple[int, int], number: int, rng: Rng) -> list[Question]:
     options = tuple(str(option) for option in rng.permutation(ask.options)) if ask.options else ()
     listed = "".join(f" ({letter}) {option}" for letter, option in zip("ABCD", options, strict=False))
+    prompt = ask.text + listed if ask.listed else ask.text
     pair = f"{block[0].block}-{number}"
-    return [
-        Question(i, ask.text + listed, ask.answer(block[i]), ask.skill, ask.template, options, pair) for i in scenes
-    ]
+    return [Question(i, prompt, ask.answer(block[i]), ask.skill, ask.template, options, pair) for i in scenes]
 
 
 # --- Identification ----------------------------------------------------------------------------------------------
@@ -138,7 +146,7 @@ def _order(scene: Scene, wrong: tuple[str, ...], rng: Rng) -> list[Ask]:
         ),
         Ask("order", "order-first", "Which sound is heard first?", ends, lambda s: s.labels[0]),
         Ask("order", "order-last", "Which sound is heard last?", ends, lambda s: s.labels[-1]),
-        Ask("order", "order-first-open", f"Which comes first, the {a} or the {b}?", (), earlier),
+        Ask("order", "order-first-open", f"Which comes first, the {a} or the {b}?", (a, b), earlier),
     ]
 
 
@@ -151,7 +159,7 @@ def _counting(scene: Scene) -> list[Ask]:
     return [
         Ask("counting", "counting-choice", f"How many times is the {label} heard?", NUMBERS, count),
         Ask("counting", "counting-often", f"How often does the {label} sound?", NUMBERS, count),
-        Ask("counting", "counting-open", f"How many times is the {label} heard?", (), count),
+        Ask("counting", "counting-open", f"How many times is the {label} heard?", NUMBERS, count),
     ]
 
 
@@ -160,7 +168,7 @@ def _change(scene: Scene) -> list[Ask]:
     return [
         Ask("attribute", "change-choice", f"Does the {label} get louder or softer?", both, lambda s: s.relation),
         Ask("attribute", "change-how", f"How does the loudness of the {label} change?", both, lambda s: s.relation),
-        Ask("attribute", "change-open", f"Does the {label} get louder or softer?", (), lambda s: s.relation),
+        Ask("attribute", "change-open", f"Does the {label} get louder or softer?", both, lambda s: s.relation),
     ]
 
 
@@ -183,7 +191,7 @@ def _binding(scene: Scene) -> list[Ask]:
             ("louder", "softer"),
             lambda s: "louder" if louder(s) == a else "softer",
         ),
-        Ask("attribute", "louder-open", f"Which is louder, the {a} or the {b}?", (), louder),
+        Ask("attribute", "louder-open", f"Which is louder, the {a} or the {b}?", (a, b), louder),
     ]
 
 
@@ -194,7 +202,7 @@ def _grounding(first: Scene, second: Scene, wrong: tuple[str, ...], rng: Rng) ->
         Ask(
             "grounding", "part-choice", f"In which part of the clip is the {label} heard?", PARTS, lambda s: s.relation
         ),
-        Ask("grounding", "when-open", f"When is the {label} heard?", (), lambda s: s.relation),
+        Ask("grounding", "when-open", f"When is the {label} heard?", PARTS, lambda s: s.relation),
     ]
     part = first.relation if rng.random() < 0.5 else second.relation
     here = [_at(scene, part) for scene in (first, second)]

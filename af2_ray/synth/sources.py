@@ -1,4 +1,4 @@
-"""Where source clips come from: recordings out of packages, sound fonts, a speech synthesiser, ourselves, or a folder."""
+"""Where source clips come from: packages, sound fonts, a speech synthesiser, ourselves, or a folder."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def spoken() -> list[Clip]:
     return out
 
 
-def self_rendered(seed: int, clips_each: int = 9) -> list[Clip]:
+def self_rendered(seed: int, clips_each: int = 12) -> list[Clip]:
     """Sounds of our own making, for machines without packages and for tests; each clip is its own group."""
     out: list[Clip] = []
     for label in RENDERERS:

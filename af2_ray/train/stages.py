@@ -137,7 +137,9 @@ def assemble(run: Run) -> Path:
         model.added_embeddings.data.copy_(rows[: len(SPECIAL_TOKENS)])
     with replacing(target) as temporary:
         model.save_pretrained(temporary)
-        AudioFlamingo2Processor(AudioFlamingo2FeatureExtractor(config.max_windows), tokenizer).save_pretrained(temporary)
+        AudioFlamingo2Processor(AudioFlamingo2FeatureExtractor(config.max_windows), tokenizer).save_pretrained(
+            temporary
+        )
     mark_finished(run.start_dir, {"parameters": model.num_parameters()})
     return target
 

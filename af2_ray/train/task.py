@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from af2_ray.config import Optimizer
 from af2_ray.data.collate import ClapBatch, LmBatch
-from af2_ray.losses import IGNORE, afclap_loss_sum, lm_loss_sum
+from af2_ray.losses import afclap_loss_sum, token_loss_sum
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.text import IGNORE
 from af2_ray.train.engine import freeze_except
 
 MAX_LOGIT_SCALE = 100.0  # the usual clamp of contrastive training: a temperature of 0.01
@@ -28,8 +29,13 @@ MAX_LOGIT_SCALE = 100.0  # the usual clamp of contrastive training: a temperatur
 class Task(Protocol):
     """What the loop needs to know of a training task."""
 
-    start: Path
-    optimizer: Optimizer
+    @property
+    def start(self) -> Path:
+        """The Hugging Face folder the model starts from."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Its optimiser settings."""
 
     @property
     def batch_type(self) -> type[Any]:
@@ -75,8 +81,11 @@ class LmTask:
             waveforms=batch.waveforms,
             windows_per_clip=batch.windows_per_clip,
             audio_index=batch.audio_index,
+            labels=batch.labels,
+            answers_only=True,
         )
-        loss, _ = lm_loss_sum(output.logits, batch.labels)
+        targets = batch.labels[:, 1:]
+        loss, _ = token_loss_sum(output.logits, targets[targets != IGNORE])
         return loss / max(total, 1)
 
 
@@ -157,7 +166,7 @@ class _AllGather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         size = len(grad) // dist.get_world_size()

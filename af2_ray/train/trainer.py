@@ -1,8 +1,8 @@
 """One TorchTrainer run of a task over a plan: how every stage and AF-CLAP reach Ray.
 
-Stage (NeMo Curator's sense): takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.jsonl` and
-`<folder>/done.json`; needs `cluster.num_workers` workers of `cluster.cpus_per_worker` CPUs (and a GPU each where Ray has
-them) plus `cluster.decode_cpus` a decode task.
+It takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.jsonl` and `<folder>/done.json`, and needs
+`cluster.num_workers` workers of `cluster.cpus_per_worker` CPUs (and a GPU each where Ray has them) plus
+`cluster.decode_cpus` a decode task.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
         losses={"lm": curve, "clap": curve, "pretrain": curve, "finetune": curve, "long": []},
         details=details,
         scene={**scene, "uri": str(corpus / "test" / scene["name"]), "duration_s": scene["duration"]},
-        predictions=choose_examples(predictions),
+        predictions=[prediction.to_json() for prediction in choose_examples(predictions)],
         corpus=licence_rows(table),
         failures=[Failure("a.flac", "truncated")],
     )

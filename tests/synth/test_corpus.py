@@ -1,0 +1,162 @@
+"""The corpus as it is written: splits that share nothing, the same bytes always, no answer in the words."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from af2_ray.config import Corpus, SceneSet
+from af2_ray.synth.bank import Bank
+from af2_ray.synth.captions import composition_of, is_true, parse
+from af2_ray.synth.corpus import make_corpus
+from af2_ray.synth.scenes import compose_block
+
+SETS = [
+    SceneSet(name="short", split="train", num_scenes=24, duration_s=(5, 8), num_events=(1, 3), questions_per_scene=4),
+    SceneSet(name="short", split="test", num_scenes=16, duration_s=(5, 8), num_events=(1, 3), questions_per_scene=4),
+    SceneSet(name="short", split="seen", num_scenes=4, duration_s=(5, 8), num_events=(1, 2), questions_per_scene=2),
+    SceneSet(name="long", split="test", num_scenes=4, duration_s=(60, 65), num_events=(2, 4), questions_per_scene=6),
+]
+
+
+def recipe(folder: Path, **changes: object) -> Corpus:
+    """A small corpus of rendered sounds."""
+    return Corpus.model_validate({"dir": str(folder), "sources": "rendered", "sets": SETS, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(recipe(folder), num_processes=1)
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def questions(path: Path) -> list[dict]:
+    return list(json.loads(path.read_text())["data"].values())
+
+
+def test_splits_share_no_clip_and_no_group(made: Path) -> None:
+    rows = list(csv.DictReader((made / "sources.csv").open()))
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+    for column in ("id", "group"):
+        homes = defaultdict(set)
+        for row in rows:
+            if not row["label"].endswith("bed)") or row["label"] != "(quiet bed)":
+                homes[row[column]].add(row["split"])
+        assert all(len(splits) == 1 for splits in homes.values())
+    assert all(row["licence"] for row in rows)
+    for label in {row["label"] for row in rows}:
+        assert {"train", "test"} <= {row["split"] for row in rows if row["label"] == label}
+
+
+def test_scenes_use_clips_of_their_own_split(made: Path) -> None:
+    home = {row["id"]: row["split"] for row in csv.DictReader((made / "sources.csv").open())}
+    for name, split, wanted in (("short", "train", "train"), ("short", "test", "test"), ("short", "seen", "train")):
+        for scene in lines(made / name / f"{split}.scenes.jsonl"):
+            assert {home[event["clip"]] for event in scene["events"]} == {wanted}
+            if scene["bed"]["kind"] != "quiet":
+                assert home[scene["bed"]["id"]] == wanted
+
+
+def test_audio_is_what_the_manifest_says(made: Path) -> None:
+    for row in lines(made / "long" / "test.scenes.jsonl") + lines(made / "short" / "test.scenes.jsonl"):
+        folder = "long" if row["duration"] >= 60 else "short"
+        info = soundfile.info(made / folder / "test" / row["name"])
+        assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
+        assert info.frames == pytest.approx(row["duration"] * 16000, abs=1)
+
+
+def test_same_bytes_with_two_processes_and_again_after_a_cut(made: Path, tmp_path: Path) -> None:
+    first = make_corpus(recipe(made))  # nothing to do
+    other = make_corpus(recipe(tmp_path), num_processes=2)
+    assert other.sha256 == first.sha256
+    for path in made.glob("*/*.json*"):
+        if path.parent.name != "sources":
+            assert (tmp_path / path.relative_to(made)).read_bytes() == path.read_bytes()
+    (tmp_path / "corpus.json").unlink()
+    (tmp_path / "short" / "test.done.json").unlink()
+    kept = (tmp_path / "short" / "train" / "00001.flac").stat().st_mtime_ns
+    assert make_corpus(recipe(tmp_path), num_processes=1).sha256 == first.sha256
+    assert (tmp_path / "short" / "train" / "00001.flac").stat().st_mtime_ns == kept
+    assert make_corpus(recipe(tmp_path, seed=1), num_processes=2).sha256 != first.sha256
+
+
+def test_every_closed_question_has_a_counterpart(made: Path) -> None:
+    for name in ("short", "long"):
+        pairs = defaultdict(list)
+        for question in questions(made / name / "test.json"):
+            if question["skill"] != "caption":
+                pairs[question["pair"]].append(question)
+        for first, second in pairs.values():
+            assert first["prompt"] == second["prompt"]
+            assert first["output"] != second["output"]
+            assert first["name"] != second["name"]
+            assert first["skill"] == second["skill"]
+            assert first["num_events"] == second["num_events"]
+            assert abs(first["duration"] - second["duration"]) <= 0.1 * first["duration"]
+            for question in (first, second):
+                assert question["output"] == question["output"].lower()
+                if question.get("options"):
+                    assert question["output"] in question["options"]
+                    assert (f") {question['output']}" in question["prompt"]) != question["template"].endswith("-open")
+
+
+def test_mix_of_skills(tmp_path: Path) -> None:
+    sets = [SceneSet(name="mix", split="test", num_scenes=64, duration_s=(5, 6), num_events=(1, 2))]
+    make_corpus(recipe(tmp_path, sets=sets))
+    count = Counter(question["skill"] for question in questions(tmp_path / "mix" / "test.json"))
+    closed = sum(count.values()) - count["caption"]
+    assert count["caption"] == 64
+    assert 0.3 <= count["identification"] / closed <= 0.4
+    for skill in ("order", "counting", "attribute", "grounding"):
+        assert 0.13 <= count[skill] / closed <= 0.22
+
+
+def test_positives_are_true_and_negatives_false(made: Path) -> None:
+    bank = Bank(made / "sources")
+    for scenes in SETS:
+        rows = iter(lines(made / scenes.name / f"{scenes.split}.captions.jsonl"))
+        for block in range(scenes.num_scenes // 4):
+            for scene in compose_block(scenes, bank, block, seed=0):
+                row = next(rows)
+                positives = [row["caption"], *row["positives"]]
+                assert len(set(positives)) == 3
+                assert [len(set(group)) for group in row["negatives"]] == [3, 3, 3]
+                for text in positives:
+                    assert parse(text, bank.phrases) == composition_of(scene)
+                    assert is_true(parse(text, bank.phrases), scene)
+                    assert len(text.split()) < 30
+                for text in (text for group in row["negatives"] for text in group):
+                    assert not is_true(parse(text, bank.phrases), scene), (text, row["caption"])
+
+
+def test_a_folder_of_clips_is_a_source(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in range(7):
+        (tmp_path / "clips" / f"kind {label}").mkdir(parents=True)
+        for clip in range(5):
+            wave = rng.standard_normal(8000) * np.hanning(8000) * 0.3
+            soundfile.write(tmp_path / "clips" / f"kind {label}" / f"{clip}.wav", wave, 16000)
+    (tmp_path / "clips" / "kind 0" / "silent.wav").write_bytes(
+        (tmp_path / "clips" / "kind 1" / "0.wav").read_bytes()[:60]
+    )
+    sets = [SceneSet(name="own", split="train", num_scenes=4, duration_s=(5, 6), num_events=(1, 2))]
+    report = make_corpus(recipe(tmp_path / "out", sources=str(tmp_path / "clips"), sets=sets), num_processes=1)
+    assert (report.num_classes, report.num_source_clips) == (7, 35)
+    with pytest.raises(ValueError, match="no folder"):
+        make_corpus(recipe(tmp_path / "none", sources=str(tmp_path / "nothing"), sets=sets))
+
+
+def test_too_few_classes_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lower corpus\.min_clips"):
+        make_corpus(recipe(tmp_path, min_clips=1000))
