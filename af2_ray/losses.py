@@ -86,5 +86,6 @@ def afclap_loss_sum(
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Float32 scores with what `mask` excludes at the lowest finite value (-inf would give NaN gradients)."""
-    return scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    """Scores (at least float32) with what `mask` excludes at the lowest finite value (-inf would give NaN gradients)."""
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

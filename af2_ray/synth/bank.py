@@ -126,7 +126,9 @@ def write_bank(
         rows.append(asdict(Entry(id_, label, split, start, len(wave), peak / 32767)))
         start += len(wave)
     num_beds = len(beds)
-    np.save(folder / "bank.npy", np.concatenate(parts))
+    # replaced, never overwritten: another process may have the old file mapped
+    np.save(folder / "bank.part.npy", np.concatenate(parts))
+    (folder / "bank.part.npy").replace(folder / "bank.npy")
     index = {
         "clips": rows[: len(rows) - num_beds],
         "beds": rows[len(rows) - num_beds :],

@@ -70,10 +70,11 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
     folder = Path(corpus.dir)
     report_path = folder / "corpus.json"
     fingerprint = _fingerprint(corpus)
-    if report_path.is_file() and (known := json.loads(report_path.read_text()))["fingerprint"] == fingerprint:
-        return CorpusReport(**known["report"])
     tell = progress or (lambda done, total, what: None)
     total = sum(_num_blocks(scenes) * BLOCK for scenes in corpus.sets)
+    if report_path.is_file() and (known := json.loads(report_path.read_text()))["fingerprint"] == fingerprint:
+        tell(total, total, "made before")
+        return CorpusReport(**known["report"])
     tell(0, total, "source clips")
     facts = _make_sources(corpus, folder)
     done, hours, digests = 0, 0.0, [facts["sha256"]]
@@ -242,21 +243,26 @@ def _blocks(
     jobs = [(index, corpus, scenes, str(folder)) for index in range(_num_blocks(scenes))]
     num = min(num_processes or len(os.sched_getaffinity(0)), len(jobs))
     if num <= 1:
+        _open_bank(folder / "sources")
         yield from map(_make_block, jobs)
         return
     # fork: the workers need numpy and soundfile only, and do not import the caller's script (torch, ray) again
-    with multiprocessing.get_context("fork").Pool(num) as pool:
+    with multiprocessing.get_context("fork").Pool(num, _open_bank, (folder / "sources",)) as pool:
         yield from pool.imap(_make_block, jobs, chunksize=max(1, min(16, len(jobs) // (4 * num))))
 
 
-_banks: dict[str, Bank] = {}  # of this process
+_bank: Bank  # of this process
+
+
+def _open_bank(folder: Path) -> None:
+    global _bank
+    _bank = Bank(folder)
 
 
 def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], list[Row], list[Row]]:
     """Compose, render and describe one block: rows of truth, caption sets and questions."""
     index, corpus, scenes, folder = job
-    store = Path(folder) / "sources"
-    bank = _banks.get(str(store)) or _banks.setdefault(str(store), Bank(store))
+    bank = _bank
     block = compose_block(scenes, bank, index, corpus.seed)
     rng = np.random.default_rng([corpus.seed, *f"{scenes.name}/{scenes.split}".encode(), index, 1])
     pool = [label for label in bank.labels if not (block[0].bed_kind == "music" and bank.musical[label])]

@@ -17,6 +17,7 @@ import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,14 +71,14 @@ def fetch(cache: Path) -> dict[str, Path]:
             break  # without package lists, and without the right to fetch them
         for name in wanted:
             _run(["apt-get", "download", name], cache, timeout_s=300)
-    found = {}
-    for name in PACKAGES:
-        archives = sorted(cache.glob(f"{name}_*.deb"))
-        if archives and _unpack(archives[-1], cache / "unpacked" / name):
-            found[name] = cache / "unpacked" / name
-    if missing := sorted(set(PACKAGES) - set(found)):
+    archives = {name: found[-1] for name in PACKAGES if (found := sorted(cache.glob(f"{name}_*.deb")))}
+    folders = {name: cache / "unpacked" / name for name in archives}
+    with ThreadPoolExecutor(2) as pool:
+        readable = dict(zip(archives, pool.map(_unpack, archives.values(), folders.values()), strict=True))
+    folders = {name: folder for name, folder in folders.items() if readable[name]}
+    if missing := sorted(set(PACKAGES) - set(folders)):
         log.warning("going on without these packages: %s", ", ".join(missing))
-    return found
+    return folders
 
 
 def _unpack(archive: Path, folder: Path) -> bool:
