@@ -22,6 +22,7 @@ PARTS = ("beginning", "middle", "end")
 KINDS = ("order", "count", "attribute", "position")  # what is exchanged between mirrored scenes
 MAX_COUNT = 4
 MAX_HIT_S = 1.8
+HISS_DB = -50.0  # white noise under everything, against a hit at 0 dB
 Rng = np.random.Generator
 
 
@@ -153,7 +154,7 @@ def _bed_kind(duration_s: float, rng: Rng) -> str:
 def _bed_db(kind: str, variant: str, rng: Rng) -> float:
     """Level of the bed (RMS) against a hit at 0 dB; the softest hit, at -15 dB, stays 10 dB above it."""
     if kind == "quiet":
-        return float(rng.uniform(-75, -60))
+        return float(rng.uniform(-60, -45))
     return float(rng.uniform(-42, -30) if variant in ("binding", "change") else rng.uniform(-38, -24))
 
 
@@ -293,10 +294,16 @@ _MIRRORS = {"order": _order, "count": _count, "change": _change, "binding": _bin
 
 
 def render_scene(scene: Scene, bank: Bank) -> NDArray[np.int16]:
-    """Mix a scene: int16 [T] at 16 kHz, its peak at `scene.peak`."""
+    """Mix a scene: int16 [T] at 16 kHz, its peak at `scene.peak`, over the faint hiss that every recording has.
+
+    Without it, beds fall to digital silence between events: -100 dB in the mel, which no microphone gives and which
+    would set the spread of the mel statistics.
+    """
     num = round(scene.duration_s * SAMPLE_RATE)
     mix = bank.read(scene.bed, scene.bed_start, num)
     mix *= np.float32(LEVEL * 10 ** (scene.bed_db / 20))
+    hiss = np.random.default_rng(scene.block).standard_normal(num, np.float32)  # the mirrored scenes share it
+    mix += hiss * np.float32(LEVEL * 10 ** (HISS_DB / 20))
     for event in scene.events:
         hit = bank.read(event.clip, 0, min(event.clip.length, round(event.hit_s * SAMPLE_RATE)))
         if len(hit) < event.clip.length:
@@ -307,4 +314,4 @@ def render_scene(scene: Scene, bank: Bank) -> NDArray[np.int16]:
             stop = min(start + len(hit), num)
             mix[start:stop] += hit[: stop - start] * np.float32(10 ** (gain_db / 20))
     mix *= np.float32(scene.peak / max(float(np.abs(mix).max()), 1e-6))
-    return np.asarray(mix * 32767, np.int16)
+    return np.asarray(np.rint(mix * 32767), np.int16)
