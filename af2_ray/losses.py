@@ -86,6 +86,6 @@ def afclap_loss_sum(
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores (at least float32) with what `mask` excludes at the lowest finite value (-inf would give NaN gradients)."""
+    """Scores (float32 or more) with what `mask` excludes at the lowest finite value: -inf would give NaN gradients."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -22,6 +22,7 @@ PARTS = ("beginning", "middle", "end")
 KINDS = ("order", "count", "attribute", "position")  # what is exchanged between mirrored scenes
 MAX_COUNT = 4
 MAX_HIT_S = 1.8
+MAX_BOUT_S = 12.0
 HISS_DB = -50.0  # white noise under everything, against a hit at 0 dB
 Rng = np.random.Generator
 
@@ -173,19 +174,19 @@ def _fits(duration_s: float, variant: str) -> int:
 def _plans(labels: list[str], split: str, bank: Bank, duration_s: float, variant: str, rng: Rng) -> list[_Plan]:
     """Choose clip, hits and gaps of each event so that all have room; what is counted or changes has twice the room."""
     repeated = variant in ("count", "change")
-    share_s = 0.8 * duration_s / (len(PARTS) if variant == "position" else len(labels) + repeated)
+    share_s = 0.88 * duration_s / (len(PARTS) if variant == "position" else len(labels) + repeated)
     plans = []
     for index, label in enumerate(labels):
         asked = index == 0 and repeated
         room_s, most = (2 * share_s, MAX_COUNT) if asked else (share_s, 1)
         clip = bank.clip(_clip_split(split), label, rng, augment=split == "train")
-        gap_s = round(float(rng.uniform(0.25, 0.45) if duration_s <= 30 else rng.uniform(0.4, 0.9)), 3)
+        gap_s = round(float(rng.uniform(0.25, 0.45) if asked else rng.uniform(0.05, 0.35)), 3)
         hit_s = round(min(clip.length / SAMPLE_RATE, MAX_HIT_S, (room_s - (most - 1) * gap_s) / most), 3)
-        # enough of it to be noticed: 1-2 s in a short scene, 3-6 s in a long one
-        wanted_s = min(room_s, float(rng.uniform(0.9, 2.0) if duration_s <= 30 else rng.uniform(3, 6)))
+        # an event is a bout that fills much of its room, up to 12 s: sparse sounds drown in a clip's mean feature
+        wanted_s = float(rng.uniform(0.75, 1.0)) * min(room_s, MAX_BOUT_S)
         fitting = int((room_s + gap_s) / (hit_s + gap_s))
         filling = round((wanted_s + gap_s) / (hit_s + gap_s))
-        count = most if asked else max(1, min(filling, fitting, 8))
+        count = most if asked else max(1, min(filling, fitting))
         plans.append(_Plan(label, clip, hit_s, gap_s, count, (round(float(rng.uniform(-3, 0)), 2),) * count))
     return plans
 

@@ -1,0 +1,61 @@
+"""Every fixed bug, once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from af2_ray.data.batching import plan_captions
+from af2_ray.data.collate import ClapBatch, ClapCollator
+from af2_ray.data.feed import iter_batches, make_dataset
+from af2_ray.data.manifest import CaptionSet
+from af2_ray.models.afclap import AfClapConfig, AfClapModel
+from af2_ray.models.htsat import tower_config
+
+
+def test_the_feed_runs_in_what_the_workers_leave(ray_cluster, make_sound, tiny_tokenizer):
+    """Read tasks of `ray.data.range` want a whole CPU each: beside trainers that hold the rest they never started."""
+    sets = [CaptionSet(make_sound(f"{n}.flac", hz=200 + n), 0.0, 1.0, "a tone", (), ()) for n in range(4)]
+    plan = plan_captions(sets, 2, clips_per_row=2, step_batches=1, max_windows=1, seed=0)
+    busy = placement_group([{"CPU": 3.5}])
+    ray.get(busy.ready(), timeout=60)
+    try:
+        dataset = make_dataset(plan, ClapCollator(tiny_tokenizer), decode_cpus=0.25)
+        batches = list(iter_batches(dataset.iterator(), ClapBatch))
+    finally:
+        remove_placement_group(busy)
+    assert sorted(batch.row for batch in batches) == [0, 1]
+
+
+def test_no_parameter_is_a_scalar():
+    """DeepSpeed broadcasts parameters as bytes, which a 0-d tensor cannot be viewed as."""
+    from transformers import T5Config
+
+    model = AfClapModel(
+        AfClapConfig(
+            audio_config=tower_config(8, [1, 1, 1, 1], [1, 1, 2, 2]),
+            text_config=T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+            projection_dim=4,
+        )
+    )
+    assert all(parameter.ndim > 0 for parameter in model.parameters())
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_low_levels_are_rounded_not_cut_to_silence():
+    """A bed 60 dB down was digital silence after truncation to int16: -100 dB in the mel, and its spread with it."""
+
+    from af2_ray.synth.bank import Entry
+    from af2_ray.synth.scenes import Scene, render_scene
+
+    class Silence:
+        def read(self, entry: Entry, start: int, num: int) -> np.ndarray:
+            return np.zeros(num, np.float32)
+
+    entry = Entry.__new__(Entry)
+    scene = Scene(0, 0, 0, "order", "forward", (), 1.0, entry)
+    assert np.abs(render_scene(scene, Silence())).mean() > 1  # type: ignore[arg-type]
