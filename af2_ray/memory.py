@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-SAMPLE_S = 3.0
+SAMPLE_S = 20.0  # reading the page tables of a Ray cluster takes a second of CPU
 _PSS = re.compile(r"^Pss:\s+(\d+) kB", re.MULTILINE)
 
 

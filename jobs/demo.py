@@ -94,8 +94,9 @@ def _evaluate(run: Run) -> dict[str, Any]:
     )
     tracker = Tracker(run)
     child = tracker.child("evaluation", {"model": str(run.model_dir)})
-    numbers = {f"accuracy/{key}": value for key, value in result.accuracy.items() if isinstance(value, int | float)}
-    tracker.log_metrics(child, numbers | {f"clap/{key}": float(value) for key, value in result.clap.items()})
+    blocks = {"accuracy": result.accuracy, "clap": result.clap}
+    numbers = {f"{name}/{key}": value for name, block in blocks.items() for key, value in block.items()}
+    tracker.log_metrics(child, {key: value for key, value in numbers.items() if isinstance(value, int | float)})
     tracker.finish("evaluation")
     return mark_finished(
         folder,

@@ -13,6 +13,7 @@ keeps the last few: tasks themselves carry numbers.
 from __future__ import annotations
 
 import functools
+import time
 import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -30,6 +31,7 @@ BatchT = TypeVar("BatchT", LmBatch, ClapBatch)
 _CHUNK_ROWS = 256  # plan rows that travel together
 _READ_ROWS = 1024  # plan rows of one read task, which yields numbers only
 _MIN_READ_TASKS = 8
+_SCHEDULER_PAUSE_S = 0.02
 
 
 class Collator(Protocol):
@@ -65,6 +67,7 @@ def make_dataset(plan: Plan[Any], collator: Collator, *, start: int = 0, decode_
     source = _numbers_source()(num_rows)
     numbers = ray.data.read_datasource(source, num_cpus=decode_cpus, override_num_blocks=num_reads)
     numbers.context.target_max_block_size = 1  # one row a block: round robin is exact only so
+    numbers.context.custom_execution_callback_classes = [_pace()]
     return numbers.map(decode, num_cpus=decode_cpus)
 
 
@@ -116,6 +119,22 @@ def _numbers_source() -> type[Any]:
             return ReadTask(lambda: [pa.table({"id": pa.array(range(first, stop), pa.int64())})], metadata)
 
     return Numbers
+
+
+@functools.cache
+def _pace() -> type[Any]:
+    """A pause in each round of Ray Data's scheduler.
+
+    While the trainer is behind, nothing is running that the scheduler could wait for, and it spins: half a core on a
+    small machine. Rows take tenths of a second, so a pause of 20 ms costs nothing.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pace(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(_SCHEDULER_PAUSE_S)
+
+    return Pace
 
 
 @functools.lru_cache(maxsize=8)
