@@ -1,8 +1,8 @@
 """Window padding of planned batches against random fixed-size batches, on two mixes of durations.
 
 Stage 2: 55 % of 10 s, 15 % of 1-10 s, 20 % of 15-30 s, 10 % of 30-120 s, cut to 9 windows. Stage 3: log-normal, median
-90 s, sigma 0.75, 5 to 1800 s, cut to 30 windows. Text lengths are log-normal (median 60, sigma 0.6, at most 512). The last
-line is one JSON object; shares from 0 to 1.
+90 s, sigma 0.75, 5 to 1800 s, cut to 30 windows. Text lengths are log-normal (median 60, sigma 0.6, at most 512). The
+last line is one JSON object; shares from 0 to 1.
 
     python benchmarks/padding.py [--quick]
 """
