@@ -13,8 +13,8 @@ keeps the last few: tasks themselves carry numbers.
 from __future__ import annotations
 
 import functools
-import time
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
