@@ -228,6 +228,8 @@ class Clap(Strict):
     text: ClapTextTower = ClapTextTower()
     joint_dim: int = 512
     captions: list[Dataset] = Field(min_length=1)
+    warmup_captions: list[Dataset] = Field([], description="easy clips (one sound each) for the first steps")
+    warmup_steps: int = Field(0, ge=0, description="how many of `steps` draw on warmup_captions")
     num_positives: int = Field(3, ge=1)
     num_negatives: int = Field(3, ge=0)
     max_windows: int = Field(1, ge=1)
@@ -236,6 +238,14 @@ class Clap(Strict):
     optimizer: Optimizer = Optimizer(lr=5e-4)
     checkpoint_every: int = Field(500, ge=1)
     mel_statistics_clips: int = Field(256, ge=1, description="clips of the one pass that sets the mel BatchNorm")
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Clap:
+        if bool(self.warmup_steps) != bool(self.warmup_captions) or self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} goes with warmup_captions, and must be less than steps={self.steps}"
+            )
+        return self
 
 
 class Cluster(Strict):

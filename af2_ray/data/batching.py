@@ -191,29 +191,58 @@ def plan_steps(
 
 
 def plan_captions(
-    sets: Sequence[CaptionSet], num_steps: int, *, clips_per_row: int, step_batches: int, max_windows: int, seed: int
+    phases: Sequence[tuple[Sequence[CaptionSet], int]],
+    *,
+    clips_per_row: int,
+    step_batches: int,
+    max_windows: int,
+    seed: int,
 ) -> Plan[CaptionSet]:
-    """Plan AF-CLAP batches: `num_steps` steps of `step_batches` rows of exactly `clips_per_row` different clips.
+    """Plan AF-CLAP batches: steps of `step_batches` rows of exactly `clips_per_row` different clips.
 
-    Each epoch is a fresh shuffle; what does not fill a whole step at its end is left out of that epoch (contrastive
-    batches must be full, and a clip must not meet itself).
+    Args:
+        phases: caption sets and how many steps draw on them, one phase after the other.
+
+    Each epoch is a fresh shuffle. No two clips of a step have the same caption: each would be the other's false
+    negative. What does not fill a whole step is left out of that epoch.
     """
     size = clips_per_row * step_batches
-    if len(sets) < size:
-        raise ValueError(f"{len(sets)} caption sets cannot fill one step of {step_batches} x {clips_per_row} clips")
-    order, epoch = [np.empty(0, np.int64)], 0
-    while sum(map(len, order)) < num_steps * size:
-        drawn = np.random.default_rng((seed, epoch)).permutation(len(sets))
-        order.append(drawn[: len(sets) - len(sets) % size])
-        epoch += 1
-    entries = np.concatenate(order)[: num_steps * size]
+    parts: list[Index] = []
+    offset = 0
+    for number, (sets, num_steps) in enumerate(phases):
+        parts.append(_contrastive_steps(sets, num_steps, size, (seed, number)) + offset)
+        offset += len(sets)
+    items = [item for sets, _ in phases for item in sets]
+    entries = np.concatenate(parts)
     rows = entries.reshape(-1, clips_per_row)
-    windows = window_counts(sets, max_windows)
+    windows = window_counts(items, max_windows)
     stats = measure(list(windows[rows]), [np.ones(clips_per_row, np.int64)] * len(rows), step_batches)
     row_starts = np.arange(0, len(entries) + 1, clips_per_row)
-    told = ("plan_captions", seed, num_steps, clips_per_row, step_batches, max_windows)
-    mark = _fingerprint(sets, told, entries, row_starts)
-    return Plan(sets, entries, np.arange(len(entries) + 1), row_starts, step_batches, stats, mark)
+    told = ("plan_captions", seed, [steps for _, steps in phases], clips_per_row, step_batches, max_windows)
+    mark = _fingerprint(items, told, entries, row_starts)
+    return Plan(items, entries, np.arange(len(entries) + 1), row_starts, step_batches, stats, mark)
+
+
+def _contrastive_steps(sets: Sequence[CaptionSet], num_steps: int, size: int, seed: tuple[int, ...]) -> Index:
+    """Indices of `num_steps` steps of `size` clips with different captions, [num_steps * size]."""
+    different = len({item.caption for item in sets})
+    if different < size:
+        raise ValueError(f"{len(sets)} caption sets with {different} different captions cannot fill a step of {size}")
+    done: list[int] = []
+    epoch = 0
+    while len(done) < num_steps * size:
+        open_steps: list[dict[str, int]] = []
+        for index in np.random.default_rng((*seed, epoch)).permutation(len(sets)).tolist():
+            caption = sets[index].caption
+            step = next((step for step in open_steps if caption not in step), None)
+            if step is None:
+                open_steps.append(step := {})
+            step[caption] = index
+            if len(step) == size:
+                done += step.values()
+                open_steps.remove(step)
+        epoch += 1
+    return np.array(done[: num_steps * size], np.int64)
 
 
 # --- Lengths -----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from af2_ray.synth.curate import LEVEL
 
 PARTS = ("beginning", "middle", "end")
 KINDS = ("order", "count", "attribute", "position")  # what is exchanged between mirrored scenes
+SOUND = "sound"  # the kind of scenes of one event: one sound fills the clip, its mirror has another
 MAX_COUNT = 4
 MAX_HIT_S = 1.8
 MAX_BOUT_S = 12.0
@@ -108,23 +109,22 @@ def compose_block(scenes: SceneSet, bank: Bank, block: int, seed: int) -> list[S
     """The four scenes of a block: family 0 mirror 0 and 1, family 1 mirror 0 and 1. Depends on its arguments alone."""
     rng = np.random.default_rng([seed, *f"{scenes.name}/{scenes.split}".encode(), block])
     low, high = scenes.num_events
-    kinds = KINDS if high >= 2 else KINDS[1:]
-    kind = kinds[block % len(kinds)]
+    kind = KINDS[block % len(KINDS)] if high >= 2 else SOUND
     duration_s = round(float(rng.uniform(*scenes.duration_s)), 2)
     bed_kind = _bed_kind(duration_s, rng)
     pool = _pool(bank, bed_kind)
     if len(pool) < 6:
         bed_kind, pool = "noise", bank.labels
     # the change of loudness in time needs one event; who is louder needs two
-    variant = ("binding" if rng.random() < 0.5 and high >= 2 else "change") if kind == "attribute" else kind
-    num_events = int(rng.integers(max(low, 2 if variant in ("order", "binding") else 1), high + 1))
-    num_events = max(
-        min(num_events, (len(pool) - 2) // 2, _fits(duration_s, variant)), 2 if variant in ("order", "binding") else 1
-    )
-    chosen = [str(label) for label in rng.permutation(pool)[: 2 * num_events]]
+    variant = ("binding" if rng.random() < 0.5 else "change") if kind == "attribute" else kind
+    least = 2 if variant in ("order", "binding") else 1
+    num_events = int(rng.integers(max(low, least), max(high, least) + 1))
+    num_events = max(min(num_events, (len(pool) - 2) // 2, _fits(duration_s, variant)), least)
+    per_family = 2 if kind == SOUND else num_events
+    chosen = [str(label) for label in rng.permutation(pool)[: 2 * per_family]]
     out: list[Scene] = []
     for family in (0, 1):
-        labels = chosen[family * num_events : (family + 1) * num_events]
+        labels = chosen[family * per_family : (family + 1) * per_family]
         base = Scene(
             block, 2 * block + family, 0, kind, "", (), duration_s, bank.bed(_clip_split(scenes.split), bed_kind, rng)
         )
@@ -135,7 +135,10 @@ def compose_block(scenes: SceneSet, bank: Bank, block: int, seed: int) -> list[S
             bed_db=_bed_db(bed_kind, variant, rng),
             peak=round(float(rng.uniform(0.4, 0.95)), 3),
         )
-        plans = _plans(labels, scenes.split, bank, duration_s, variant, rng)
+        if kind == SOUND:
+            plans = [_plans([label], scenes.split, bank, duration_s, variant, rng)[0] for label in labels]
+        else:
+            plans = _plans(labels, scenes.split, bank, duration_s, variant, rng)
         out += _MIRRORS[variant](base, plans, rng)
     return out
 
@@ -289,7 +292,23 @@ def _position(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
     return out
 
 
-_MIRRORS = {"order": _order, "count": _count, "change": _change, "binding": _binding, "position": _position}
+def _sound(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+    """One sound alone, then another in its place."""
+    out = []
+    for mirror, plan in enumerate(plans):
+        event = plan.placed(float(rng.uniform(0, base.duration_s - plan.span_s)))
+        out.append(_scene(base, mirror, plan.label, [plan.label], [event]))
+    return out
+
+
+_MIRRORS = {
+    "sound": _sound,
+    "order": _order,
+    "count": _count,
+    "change": _change,
+    "binding": _binding,
+    "position": _position,
+}
 
 # --- Rendering ---------------------------------------------------------------------------------------------------
 

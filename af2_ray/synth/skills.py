@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from af2_ray.synth.scenes import PARTS, Scene
+from af2_ray.synth.scenes import PARTS, SOUND, Scene
 
 Rng = np.random.Generator
 SKILLS = ("identification", "order", "counting", "attribute", "grounding", "caption")
@@ -117,6 +117,8 @@ def relation_asks(first: Scene, second: Scene, pool: Sequence[str], rng: Rng) ->
     """Every way to ask for the relation that two mirrored scenes exchange."""
     absent = [label for label in pool if label not in first.labels]
     wrong = tuple(str(label) for label in rng.choice(absent, 2, replace=False))
+    if first.kind == SOUND:
+        return [identify(first, second, pool, rng)]
     if first.kind == "order":
         return _order(first, wrong, rng)
     if first.kind == "count":

@@ -7,6 +7,7 @@ Batches are contrastive batches: `clap.batch_size` clips over all workers, so th
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Config, T5Encod
 
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import to_windows
-from af2_ray.config import Clap
+from af2_ray.config import Clap, Dataset
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapCollator
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
@@ -38,7 +39,9 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
     folder = run.clap_dir
     if done := finished(folder):
         return done
-    captions = usable_captions(run, recipe)
+    captions = usable_captions(run, recipe.captions)
+    easy = usable_captions(run, recipe.warmup_captions)
+    phases = [(easy, recipe.warmup_steps), (captions, recipe.steps - recipe.warmup_steps)]
     start = folder / "start"
     if not start.exists():
         _make_start(run, recipe, captions)
@@ -48,8 +51,7 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
         folder=folder,
         task=ClapTask(start, recipe.optimizer, recipe.num_positives, recipe.num_negatives),
         plan=plan_captions(
-            captions,
-            recipe.steps,
+            [phase for phase in phases if phase[1]],
             clips_per_row=recipe.batch_size // num_workers,
             step_batches=num_workers,
             max_windows=recipe.max_windows,
@@ -67,11 +69,11 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
     return fit(run, job, tracker)
 
 
-def usable_captions(run: Run, recipe: Clap) -> list[CaptionSet]:
-    """All usable caption sets of the recipe; the others go to the run's quarantine."""
+def usable_captions(run: Run, datasets: Sequence[Dataset]) -> list[CaptionSet]:
+    """All usable caption sets of some datasets; the others go to the run's quarantine."""
     quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
     usable: list[CaptionSet] = []
-    for dataset in recipe.captions:
+    for dataset in datasets:
         sets = read_captions(dataset.manifest, dataset.root)
         good, bad = check_samples(sets)
         quarantine.add([Failure(item.uri, reason, item.offset_s) for item, reason in bad], len(sets))

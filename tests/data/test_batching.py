@@ -174,7 +174,7 @@ def make_captions(num: int) -> list[CaptionSet]:
 
 def test_captions() -> None:
     sets = make_captions(50)
-    made = plan_captions(sets, 9, clips_per_row=8, step_batches=2, max_windows=1, seed=0)
+    made = plan_captions([(sets, 9)], clips_per_row=8, step_batches=2, max_windows=1, seed=0)
     assert len(made) == 18
     assert made.num_steps == 9
     rows = [[clip[0].uri for clip in row.clips] for row in made.rows()]
@@ -182,10 +182,10 @@ def test_captions() -> None:
     epoch = [uri for row in rows[:6] for uri in row]
     assert len(set(epoch)) == 48, "no clip twice in an epoch"
     assert epoch != [uri for row in rows[6:12] for uri in row]
-    again = plan_captions(sets, 9, clips_per_row=8, step_batches=2, max_windows=1, seed=0)
+    again = plan_captions([(sets, 9)], clips_per_row=8, step_batches=2, max_windows=1, seed=0)
     assert again.fingerprint == made.fingerprint
-    with pytest.raises(ValueError, match="cannot fill one step"):
-        plan_captions(sets[:10], 1, clips_per_row=8, step_batches=2, max_windows=1, seed=0)
+    with pytest.raises(ValueError, match="cannot fill a step"):
+        plan_captions([(sets[:10], 1)], clips_per_row=8, step_batches=2, max_windows=1, seed=0)
 
 
 def test_text_lengths_are_what_encoding_gives(tiny_tokenizer: Any) -> None:
@@ -196,3 +196,18 @@ def test_text_lengths_are_what_encoding_gives(tiny_tokenizer: Any) -> None:
     estimate = partial(text_lengths, tiny_tokenizer, max_tokens=512)(samples)
     np.testing.assert_array_equal(estimate, encoded.attention_mask.sum(1))
     assert text_lengths(tiny_tokenizer, samples, max_tokens=12).max() == 12
+
+
+def test_clips_of_one_caption_never_share_a_step() -> None:
+    sets = [CaptionSet(f"{n}.flac", 0.0, 10.0, f"a sound of kind {n % 6}", (), ()) for n in range(60)]
+    made = plan_captions([(sets, 20)], clips_per_row=2, step_batches=2, max_windows=1, seed=0)
+    rows = [[clip[0].caption for clip in row.clips] for row in made.rows()]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert len({*first, *second}) == 4
+
+
+def test_phases_follow_one_another() -> None:
+    easy = [CaptionSet(f"easy {n}", 0.0, 10.0, f"easy {n}", (), ()) for n in range(8)]
+    hard = [CaptionSet(f"hard {n}", 0.0, 10.0, f"hard {n}", (), ()) for n in range(8)]
+    made = plan_captions([(easy, 3), (hard, 2)], clips_per_row=4, step_batches=1, max_windows=1, seed=0)
+    assert [row.clips[0][0].caption.split()[0] for row in made.rows()] == ["easy"] * 3 + ["hard"] * 2

@@ -19,8 +19,8 @@ from af2_ray.models.htsat import tower_config
 
 def test_the_feed_runs_in_what_the_workers_leave(ray_cluster, make_sound, tiny_tokenizer):
     """Read tasks of `ray.data.range` want a whole CPU each: beside trainers that hold the rest they never started."""
-    sets = [CaptionSet(make_sound(f"{n}.flac", hz=200 + n), 0.0, 1.0, "a tone", (), ()) for n in range(4)]
-    plan = plan_captions(sets, 2, clips_per_row=2, step_batches=1, max_windows=1, seed=0)
+    sets = [CaptionSet(make_sound(f"{n}.flac", hz=200 + n), 0.0, 1.0, f"tone {n}", (), ()) for n in range(4)]
+    plan = plan_captions([(sets, 2)], clips_per_row=2, step_batches=1, max_windows=1, seed=0)
     busy = placement_group([{"CPU": 3.5}])
     ray.get(busy.ready(), timeout=60)
     try:

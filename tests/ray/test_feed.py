@@ -70,7 +70,7 @@ def test_round_robin_is_exact_and_resumes(
 def test_caption_rows_with_nothing_left(ray_cluster: Any, make_sound: Callable[..., str], tiny_tokenizer: Any) -> None:
     uris = [make_sound(f"{i}.flac") if i % 2 else f"none{i}.flac" for i in range(8)]
     sets = [CaptionSet(uri, 0.0, 1.0, f"caption {i}", ("other",), (("wrong",),) * 2) for i, uri in enumerate(uris)]
-    made = plan_captions(sets, 4, clips_per_row=1, step_batches=2, max_windows=1, seed=0)
+    made = plan_captions([(sets, 4)], clips_per_row=1, step_batches=2, max_windows=1, seed=0)
     collator = ClapCollator(tiny_tokenizer, num_positives=2, num_negatives=1)
     (batches,) = split_batches(ray_cluster, made, collator, 1, ClapBatch)
     for batch, wanted in zip(batches, iter_local(made, collator), strict=True):
@@ -101,7 +101,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the cluster's pro
 
 def test_order_over_several_chunks(ray_cluster: Any) -> None:
     sets = [CaptionSet(f"{i}.flac", 0.0, 1.0, "c", (), ()) for i in range(300)]
-    made = plan_captions(sets, 300, clips_per_row=1, step_batches=1, max_windows=1, seed=0)
+    made = plan_captions([(sets, 300)], clips_per_row=1, step_batches=1, max_windows=1, seed=0)
     ranks = split_batches(ray_cluster, made, count_only, 2, start=20)
     assert [[batch.row for batch in rank] for rank in ranks] == [list(range(20 + r, 300, 2)) for r in range(2)]
 
