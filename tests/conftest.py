@@ -82,7 +82,8 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
         one.bind(("127.0.0.1", 0))
         two.bind(("127.0.0.1", 0))
         port, dashboard = one.getsockname()[1], two.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment["RAY_AUTH_MODE"] = "disabled"  # a token would have to reach the job's client too
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"),
         *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),

@@ -92,6 +92,8 @@ def overrides(root: Path, storage: Path) -> list[str]:
         "clap.checkpoint_every=2",
         "clap.mel_statistics_clips=4",
         f"clap.captions=[{{manifest: {captions}}}]",
+        f"clap.warmup_captions=[{{manifest: {captions}}}]",
+        "clap.warmup_steps=1",
         *(f"stages.{name}.data=[{{manifest: {manifest}}}]" for name in ("pretrain", "finetune", "long")),
         *(f"stages.{name}.steps=4" for name in ("pretrain", "finetune", "long")),
         *(f"stages.{name}.checkpoint_every=2" for name in ("pretrain", "finetune", "long")),

