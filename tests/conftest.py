@@ -72,21 +72,25 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture
 def ray_head(tmp_path: Path) -> Iterator[str]:
     """The address of a `ray start --head` of its own, with a dashboard that takes jobs; ended by its pid."""
+    import contextlib
     import socket
     import subprocess
     import sys
     import time
     import urllib.request
 
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    with contextlib.ExitStack() as stack:  # a port for everything: another cluster of this machine has the defaults
+        sockets = [stack.enter_context(socket.socket()) for _ in range(5)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        port, dashboard, listen, grpc, metrics = (each.getsockname()[1] for each in sockets)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["RAY_AUTH_MODE"] = "disabled"  # a token would have to reach the job's client too
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"),
         *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+        *(f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}"),
+        f"--metrics-export-port={metrics}",
         *("--disable-usage-stats", f"--temp-dir=/tmp/ray_{os.getpid()}"),
     ]
     with (tmp_path / "head.log").open("w") as log:
@@ -102,5 +106,8 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
                 time.sleep(0.5)
         yield address
     finally:
-        head.terminate()
-        head.wait(timeout=30)
+        head.terminate()  # it ends what it started; on a busy machine that takes a while
+        try:
+            head.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            head.kill()
