@@ -79,6 +79,22 @@ class AfClapModel(PreTrainedModel):
         elif module is self:
             init.constant_(self.logit_scale, math.log(1 / self.config.initial_temperature))
 
+    @torch.no_grad()
+    def direct_heads(self, strength: float) -> None:
+        """Start both towers with heads that listen back or ahead (`AudioTower.direct_heads`); for new towers only.
+
+        Both sides mean over tokens, so neither embedding tells "a dog, then a bell" from "a bell, then a dog" before
+        attention has learned a direction; each side waits for the other to begin. A text tower other than T5 has
+        positions of its own and is left as it is.
+        """
+        self.audio_tower.direct_heads(strength)
+        if self.config.text_config.model_type == "t5":
+            table = self.text_tower.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # type: ignore[union-attr,index]
+            back = table.shape[0] // 2  # buckets of tokens before; as many after
+            sign = strength * (1 - 2 * (torch.arange(table.shape[1]) % 2))
+            table[1:back] += sign
+            table[back + 1 :] -= sign
+
     def get_audio_features(self, waveforms: Tensor, windows_per_clip: Tensor | Sequence[int]) -> Tensor:
         """Unit vectors [C, J] of clips: the mean over all tokens of a clip's windows, through the head."""
         counts = torch.as_tensor(windows_per_clip, device=waveforms.device)

@@ -105,6 +105,23 @@ class AudioTower(nn.Module):
         norm.running_mean.copy_(norm.running_mean.double() + share * shift)
         norm.num_batches_tracked.fill_(old + new)
 
+    @torch.no_grad()
+    def direct_heads(self, strength: float) -> None:
+        """Start the last stage's even heads listening back in time and its odd ones ahead, by a bias up to `strength`.
+
+        Only for a new tower. A mean over tokens is blind to order unless tokens know what came before them, and from
+        transformers' start (a bias of 0, the same in both directions) attention takes long to find that out.
+        """
+        encoder = self.model.audio_encoder
+        for block in encoder.layers[-1].blocks:
+            table = block.attention.self.relative_position_bias_table  # [(2 w - 1)^2, heads], query minus key
+            size = (round(table.shape[0] ** 0.5) + 1) // 2
+            apart = torch.arange(1 - size, size, dtype=torch.float32)
+            bands = max(1, size // encoder.freq_ratio)  # rows that share a stretch of time
+            lag = (apart[:, None] / bands * size + apart).flatten()
+            sign = 1 - 2 * (torch.arange(table.shape[1]) % 2)
+            table.copy_(strength * torch.tanh(lag / 4)[:, None] * sign)
+
     def encode(self, mel: Tensor) -> Tensor:
         """Features [S, 64, D] of log-mel spectrograms [S, frames, 64]: 2 frequency bands, each of 32 time steps."""
         encoder = self.model.audio_encoder

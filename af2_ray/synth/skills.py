@@ -54,19 +54,20 @@ class Ask:
         return not self.template.endswith("-open")
 
 
-def make_questions(block: Sequence[Scene], per_scene: int, pool: Sequence[str], rng: Rng) -> list[Question]:
-    """The questions of a block of four scenes: `per_scene` each, one of them a caption where there are four or more.
+def make_questions(
+    block: Sequence[Scene], per_scene: int, captions_per_scene: int, pool: Sequence[str], rng: Rng
+) -> list[Question]:
+    """The questions of a block of four scenes.
 
     Args:
+        per_scene: questions about each scene that have one right answer.
+        captions_per_scene: requests to describe each scene.
         pool: classes that may be offered as wrong options.
 
     Returns:
         Questions without ids or captions' answers: a caption's answer is "" for the caller to fill in.
     """
-    if per_scene == 0:
-        return []
-    num_closed = per_scene - (per_scene >= 4)
-    num_identify = max(1, round(IDENTIFICATION_SHARE * num_closed))
+    num_identify = min(per_scene, max(1, round(IDENTIFICATION_SHARE * per_scene)))
     out: list[Question] = []
     for number in range(num_identify):
         for first, second in ((0, 2), (1, 3)) if number % 2 == 0 else ((0, 3), (1, 2)):
@@ -74,10 +75,10 @@ def make_questions(block: Sequence[Scene], per_scene: int, pool: Sequence[str], 
     for first, second in ((0, 1), (2, 3)):
         asks = relation_asks(block[first], block[second], pool, rng)
         order = [asks[i] for i in rng.permutation(len(asks))]
-        for number in range(num_closed - num_identify):
+        for number in range(per_scene - num_identify):
             out += _paired(order[number % len(order)], block, (first, second), len(out), rng)
-    if per_scene >= 4:
-        for index in range(len(block)):
+    for index in range(len(block)):
+        for _ in range(captions_per_scene):
             prompt = CAPTION_PROMPTS[int(rng.integers(len(CAPTION_PROMPTS)))]
             out.append(Question(index, prompt, "", "caption", "caption"))
     return out

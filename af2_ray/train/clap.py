@@ -87,7 +87,13 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
     torch.manual_seed(run.recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.text.path or run.lm_dir / "model")
     audio_config = tower_config(
-        settings.embed_dim, settings.depths, settings.num_heads, window_size=settings.window_size
+        settings.embed_dim,
+        settings.depths,
+        settings.num_heads,
+        window_size=settings.window_size,
+        mlp_ratio=settings.mlp_ratio,
+        hidden_act=settings.hidden_act,
+        initializer_factor=settings.initializer_factor,
     )
     text = recipe.text
     text_config = (
@@ -112,6 +118,7 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
             text_pooling=text.pooling,
         )
     )
+    model.direct_heads(recipe.head_direction)
     if text.path:
         pretrained = T5EncoderModel if text_config.model_type == "t5" else AutoModel
         model.text_tower = pretrained.from_pretrained(text.path, dtype=torch.float32)

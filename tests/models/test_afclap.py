@@ -53,3 +53,21 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
 def test_windows_must_add_up() -> None:
     with pytest.raises(ValueError, match="windows_per_clip"):
         make_clap().get_audio_features(make_windows(2), [1, 2])
+
+
+def test_directed_heads_make_both_towers_hear_the_order() -> None:
+    """Swapping halves of a clip, or words of a caption, moves the embedding further than with undirected heads."""
+    halves = make_windows(2)[:, :80_000]
+    clips = torch.stack([torch.cat([halves[0], halves[1]]), torch.cat([halves[1], halves[0]])])
+    ids = torch.tensor([[5, 6, 7, 8], [7, 8, 5, 6]])
+    apart = []
+    for strength in (0.0, 3.0):
+        model = make_clap()
+        for module in model.audio_tower.modules():  # larger weights, so that attention weighs in at all
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data *= 4
+        model.direct_heads(strength)
+        audio, text = model.get_audio_features(clips, [1, 1]), model.get_text_features(ids, torch.ones_like(ids))
+        apart.append([float((pair[0] - pair[1]).norm()) for pair in (audio, text)])
+    assert apart[1][0] > 1.5 * apart[0][0]
+    assert apart[1][1] > 1.5 * apart[0][1]

@@ -79,7 +79,7 @@ def test_questions_cannot_be_answered_from_text_and_duration(bank: Bank) -> None
     for scenes in (TRAIN, TEST):
         rng = np.random.default_rng(1)
         for block in blocks(scenes, bank):
-            made = make_questions(block, 4, pool_of(block, bank), rng)
+            made = make_questions(block, 3, 1, pool_of(block, bank), rng)
             asked[scenes.split] += [(q, block[q.scene]) for q in made if q.skill != "caption"]
 
     def features(items: list[tuple[Question, Scene]]) -> NDArray[np.float32]:
