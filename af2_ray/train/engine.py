@@ -20,7 +20,13 @@ NO_DECAY_GROUPS = {"tokens"}
 
 
 def group_of(name: str) -> str:
-    """The trainable group of a parameter name of `AudioFlamingo2ForConditionalGeneration` (config.Group)."""
+    """The trainable group of a parameter name of `AudioFlamingo2ForConditionalGeneration` (config.Group), or `mel`.
+
+    `mel`, the scale of the mel BatchNorm, is in no recipe and never trains: its gradient alone would go back through
+    the image of the spectrogram (a sixth of the tower's time), for what the first convolution can learn as well.
+    """
+    if ".audio_encoder.batch_norm." in name:
+        return "mel"
     if name.startswith("audio_tower."):
         return "clap"
     if name.startswith("audio_transform."):

@@ -21,7 +21,7 @@ from af2_ray.losses import afclap_loss_sum, token_loss_sum
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.text import IGNORE
-from af2_ray.train.engine import freeze_except
+from af2_ray.train.engine import freeze_except, group_of
 
 MAX_LOGIT_SCALE = 100.0  # the usual clamp of contrastive training: a temperature of 0.01
 
@@ -103,9 +103,10 @@ class ClapTask:
         return ClapBatch
 
     def build(self) -> nn.Module:
-        """Both towers, all of them training."""
+        """Both towers, all of them training but the mel BatchNorm (`engine.group_of`)."""
         model = AfClapModel.from_pretrained(self.start, dtype=torch.float32)
-        model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(group_of(name) != "mel")
         return model
 
     def count(self, batch: ClapBatch) -> int:
