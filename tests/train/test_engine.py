@@ -30,6 +30,7 @@ def test_every_parameter_has_its_group():
     assert groups["language_model.cross_attention.attn_gate"] == "xattn"
     assert groups["language_model.head.weight"] == "lm"
     assert groups["added_embeddings"] == "tokens"
+    assert group_of("audio_tower.model.audio_encoder.batch_norm.weight") == "mel"  # in no recipe: never trains
 
 
 def test_only_the_named_groups_train():
