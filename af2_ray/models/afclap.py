@@ -89,7 +89,7 @@ class AfClapModel(PreTrainedModel):
         """
         self.audio_tower.direct_heads(strength)
         if self.config.text_config.model_type == "t5":
-            table = self.text_tower.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # type: ignore[union-attr,index]
+            table = self.text_tower.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
             back = table.shape[0] // 2  # buckets of tokens before; as many after
             sign = strength * (1 - 2 * (torch.arange(table.shape[1]) % 2))
             table[1:back] += sign

@@ -20,7 +20,7 @@ from af2_ray.synth.scenes import compose_block
 SETS = [
     SceneSet(name="short", split="train", num_scenes=24, duration_s=(5, 8), num_events=(1, 3), questions_per_scene=3),
     SceneSet(name="short", split="test", num_scenes=16, duration_s=(5, 8), num_events=(1, 3), questions_per_scene=3),
-    SceneSet(name="short", split="seen", num_scenes=4, duration_s=(5, 8), num_events=(1, 2), questions_per_scene=2, captions_per_scene=0),
+    SceneSet(name="short", split="seen", num_scenes=4, duration_s=(5, 8), num_events=(1, 2), questions_per_scene=2),
     SceneSet(name="long", split="test", num_scenes=4, duration_s=(60, 65), num_events=(2, 4), questions_per_scene=5),
 ]
 
