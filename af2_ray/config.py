@@ -65,6 +65,7 @@ class LanguageModelPretrain(Strict):
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     vocab_size: int = Field(1024, ge=300)
+    prompt_weight: float = Field(0.1, ge=0, description="of a prompt's loss beside its answer's")
 
 
 class LanguageModelSettings(Strict):

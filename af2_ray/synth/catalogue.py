@@ -102,26 +102,6 @@ CLASSES: tuple[SoundClass, ...] = (
         programs=(126,),
     ),
     SoundClass(
-        "dog",
-        ("a dog", "a barking dog"),
-        musical=False,
-        files=(
-            (SCRATCH, r"/Dog\d"),
-            (GCOMPRIS, r"/(dog|LRBark.*)\.ogg"),
-            (TUX, r"dogs/(dog|fox)\.ogg"),
-        ),
-    ),
-    SoundClass(
-        "duck",
-        ("a duck", "a quacking duck"),
-        musical=False,
-        files=(
-            (SCRATCH, r"/(Duck|Goose)"),
-            (GCOMPRIS, r"/duck\.ogg"),
-            (TUX, r"birds/(drake|duck|gander)\.ogg"),
-        ),
-    ),
-    SoundClass(
         "clap",
         ("a clap", "clapping hands"),
         musical=False,
@@ -226,6 +206,26 @@ CLASSES: tuple[SoundClass, ...] = (
             (SONIC, r"drum_cowbell|elec_wood"),
         ),
         drums=(56, 67, 68, 75, 76, 77),
+    ),
+    SoundClass(
+        "dog",
+        ("a dog", "a barking dog"),
+        musical=False,
+        files=(
+            (SCRATCH, r"/Dog\d"),
+            (GCOMPRIS, r"/(dog|LRBark.*)\.ogg"),
+            (TUX, r"dogs/(dog|fox)\.ogg"),
+        ),
+    ),
+    SoundClass(
+        "duck",
+        ("a duck", "a quacking duck"),
+        musical=False,
+        files=(
+            (SCRATCH, r"/(Duck|Goose)"),
+            (GCOMPRIS, r"/duck\.ogg"),
+            (TUX, r"birds/(drake|duck|gander)\.ogg"),
+        ),
     ),
     SoundClass(
         "piano",

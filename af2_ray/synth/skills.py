@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -125,8 +126,8 @@ def relation_asks(first: Scene, second: Scene, pool: Sequence[str], rng: Rng) ->
     if first.kind == "count":
         return _counting(first)
     if first.kind == "position":
-        return _grounding(first, second, wrong, rng)
-    return _change(first) if first.relation in ("louder", "softer") else _binding(first)
+        return _grounding(first, second, wrong)
+    return _change(first) if first.relation in ("louder", "softer") else _binding(first, wrong)
 
 
 def _order(scene: Scene, wrong: tuple[str, ...], rng: Rng) -> list[Ask]:
@@ -135,22 +136,33 @@ def _order(scene: Scene, wrong: tuple[str, ...], rng: Rng) -> list[Ask]:
         a, b = b, a
     ends = (scene.labels[0], scene.labels[-1], *wrong)
 
+    def first(s: Scene) -> str:
+        return s.labels[0]
+
+    def last(s: Scene) -> str:
+        return s.labels[-1]
+
     def earlier(s: Scene) -> str:
         return min((a, b), key=s.labels.index)
 
-    return [
+    asks = [
+        Ask("order", "order-first", "Which sound is heard first?", ends, first),
+        Ask("order", "order-begins", "What sound does the clip begin with?", ends, first),
+        Ask("order", "order-last", "Which sound is heard last?", ends, last),
+        Ask("order", "order-ends", "What sound does the clip end with?", ends, last),
         Ask("order", "order-first-of-two", f"Which sound comes first, the {a} or the {b}?", (a, b), earlier),
-        Ask(
-            "order",
-            "order-before-after",
-            f"Is the {a} heard before or after the {b}?",
-            ("before", "after"),
-            lambda s: "before" if earlier(s) == a else "after",
-        ),
-        Ask("order", "order-first", "Which sound is heard first?", ends, lambda s: s.labels[0]),
-        Ask("order", "order-last", "Which sound is heard last?", ends, lambda s: s.labels[-1]),
         Ask("order", "order-first-open", f"Which comes first, the {a} or the {b}?", (a, b), earlier),
     ]
+    if len(scene.labels) > 2:
+        before, middle, after = scene.labels[:3]  # the mirror has them the other way round
+
+        def following(s: Scene) -> str:
+            return s.labels[s.labels.index(middle) + 1]
+
+        asks.append(
+            Ask("order", "order-after", f"What is heard right after the {middle}?", (before, after, *wrong), following)
+        )
+    return asks
 
 
 def _counting(scene: Scene) -> list[Ask]:
@@ -175,7 +187,7 @@ def _change(scene: Scene) -> list[Ask]:
     ]
 
 
-def _binding(scene: Scene) -> list[Ask]:
+def _binding(scene: Scene, wrong: tuple[str, ...]) -> list[Ask]:
     a, b = scene.focus
 
     def louder(s: Scene) -> str:
@@ -185,20 +197,14 @@ def _binding(scene: Scene) -> list[Ask]:
         return b if s.relation == "loud" else a
 
     return [
+        Ask("attribute", "loudest", "Which sound is the loudest?", (a, b, *wrong), louder),
+        Ask("attribute", "softest", "Which sound is the softest?", (a, b, *wrong), softer),
         Ask("attribute", "louder-choice", f"Which sound is louder, the {a} or the {b}?", (a, b), louder),
-        Ask("attribute", "softer-choice", f"Which sound is softer, the {a} or the {b}?", (a, b), softer),
-        Ask(
-            "attribute",
-            "louder-or-softer",
-            f"Is the {a} louder or softer than the {b}?",
-            ("louder", "softer"),
-            lambda s: "louder" if louder(s) == a else "softer",
-        ),
-        Ask("attribute", "louder-open", f"Which is louder, the {a} or the {b}?", (a, b), louder),
+        Ask("attribute", "softer-open", f"Which is softer, the {a} or the {b}?", (a, b), softer),
     ]
 
 
-def _grounding(first: Scene, second: Scene, wrong: tuple[str, ...], rng: Rng) -> list[Ask]:
+def _grounding(first: Scene, second: Scene, wrong: tuple[str, ...]) -> list[Ask]:
     label = first.focus[0]
     asks = [
         Ask("grounding", "when-choice", f"When is the {label} heard?", PARTS, lambda s: s.relation),
@@ -207,12 +213,12 @@ def _grounding(first: Scene, second: Scene, wrong: tuple[str, ...], rng: Rng) ->
         ),
         Ask("grounding", "when-open", f"When is the {label} heard?", PARTS, lambda s: s.relation),
     ]
-    part = first.relation if rng.random() < 0.5 else second.relation
-    here = [_at(scene, part) for scene in (first, second)]
-    if here[0] and here[1] and here[0] != here[1]:
-        article = "in" if part == "middle" else "at"
-        text = f"Which sound is heard {article} the {part}?"
-        asks.append(Ask("grounding", "which-at", text, (here[0], here[1], *wrong), lambda s: _at(s, part)))
+    for part in (first.relation, second.relation):
+        here = [_at(scene, part) for scene in (first, second)]
+        if here[0] and here[1] and here[0] != here[1]:
+            article = "in" if part == "middle" else "at"
+            text = f"Which sound is heard {article} the {part}?"
+            asks.append(Ask("grounding", "which-at", text, (here[0], here[1], *wrong), partial(_at, part=part)))
     return asks
 
 

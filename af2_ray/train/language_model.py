@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from af2_ray.config import LanguageModelPretrain, LanguageModelSettings, Optimizer
-from af2_ray.losses import lm_loss_sum
-from af2_ray.text import add_special_tokens, encode, train_tokenizer
+from af2_ray.text import IGNORE, add_special_tokens, encode, train_tokenizer
 from af2_ray.train.engine import schedule
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def _pretrain(
     model = Qwen2ForCausalLM(_qwen2(settings, tokenizer, max_text_tokens))
     text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_text_tokens)
     ids, mask = torch.from_numpy(text.input_ids), torch.from_numpy(text.attention_mask)
+    answers = torch.from_numpy(text.labels != IGNORE)
     lengths = mask.sum(1)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=SHORT_RUN_BETAS
@@ -116,8 +118,7 @@ def _pretrain(
         longest = int(lengths[chosen].max())
         batch, attention = ids[chosen, :longest], mask[chosen, :longest]
         logits = model(input_ids=batch, attention_mask=attention).logits
-        total, count = lm_loss_sum(logits, batch.masked_fill(attention == 0, -100))
-        loss = total / count
+        loss = text_loss(logits, batch, attention, answers[chosen, :longest], recipe.prompt_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,6 +139,23 @@ def _pretrain(
     }
 
 
+def text_loss(logits: Tensor, ids: Tensor, real: Tensor, answers: Tensor, prompt_weight: float) -> Tensor:
+    """Mean next-token loss of a text's answer plus `prompt_weight` times that of its prompt; every text weighs alike.
+
+    Half of an answer's worth is often one token, copied from the prompt's options. In a mean over all tokens it is one
+    in forty, beside captions of twenty tokens and options drawn at random, and copying is not learned in time: the
+    share of probability on listed options was 0.47 after 900 steps (270 s) with that mean, 0.86 after 600 with this.
+
+    Args:
+        logits: [B, T, V]. ids, real, answers: [B, T]; `real` is 0 at padding, `answers` true in what follows `<SEP>`.
+    """
+    loss = nnf.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # [B, T - 1]
+    answer = (answers & (real > 0))[:, 1:].to(loss.dtype)
+    prompt = (real > 0)[:, 1:].to(loss.dtype) - answer
+    answer_loss, prompt_loss = ((loss * part).sum(1) / part.sum(1).clamp(min=1) for part in (answer, prompt))
+    return (answer_loss + prompt_weight * prompt_loss).mean()
+
+
 def _qwen2(settings: LanguageModelSettings, tokenizer: Any, max_text_tokens: int) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=len(tokenizer),
@@ -151,4 +169,5 @@ def _qwen2(settings: LanguageModelSettings, tokenizer: Any, max_text_tokens: int
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=settings.hidden_size**-0.5,  # 0.02 is for widths of thousands: attention would start flat
     )
