@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 from openai import OpenAI
@@ -30,6 +31,7 @@ from af2_ray.train.tracking import Tracker
 from serve_apps.af2 import run_app
 
 Result = TypeVar("Result")
+TICK_S = 10.0
 
 
 def main() -> None:
@@ -214,7 +216,7 @@ def _tell(summary: dict[str, Any]) -> None:
 
 
 class Clock:
-    """Seconds of each step until it was first done, and the memory peak; kept over interruptions."""
+    """Seconds of each step until it was first done, and the memory peak; kept over interruptions, kills included."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -227,14 +229,26 @@ class Clock:
         """Run a step and add its seconds to what it took before an interruption; a repetition does not count."""
         if name in self.done:
             return step()
-        started = time.perf_counter()
+        before, started, over = self.seconds.get(name, 0.0), time.perf_counter(), Event()
+
+        def keep() -> None:
+            self.seconds[name] = round(before + time.perf_counter() - started, 1)
+            self._keep()
+
+        def tick() -> None:  # a killed process has no time to write
+            while not over.wait(TICK_S):
+                keep()
+
+        ticking = Thread(target=tick, daemon=True)
+        ticking.start()
         try:
             result = step()
             self.done.append(name)
             return result
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 1)
-            self._keep()
+            over.set()
+            ticking.join()
+            keep()
 
     def keep_peak(self, gib: float) -> None:
         """Remember the highest peak of all calls."""
