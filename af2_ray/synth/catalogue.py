@@ -120,28 +120,6 @@ CLASSES: tuple[SoundClass, ...] = (
         files=((SONIC, r"/tabla_"),),
     ),
     SoundClass(
-        "hi-hat",
-        ("a hi-hat", "a ticking hi-hat"),
-        musical=True,
-        files=(
-            (HYDROGEN, r"/(808_)?Hat"),
-            (LMMS, r"drums/hihat"),
-            (SONIC, r"drum_cymbal_(closed|pedal)"),
-        ),
-        drums=(42, 44, 46),
-    ),
-    SoundClass(
-        "trumpet",
-        ("a trumpet", "brass notes"),
-        musical=True,
-        files=(
-            (LMMS, r"instruments/trumpet|latin_brass"),
-            (GCOMPRIS, r"/(trumpet|trombone|horn|tuba)\.ogg"),
-            (SCRATCH, r"/Trumpet\d"),
-        ),
-        programs=(56, 57, 59, 61),
-    ),
-    SoundClass(
         "xylophone",
         ("a xylophone", "wooden bars"),
         musical=False,
@@ -153,18 +131,6 @@ CLASSES: tuple[SoundClass, ...] = (
         register=(60, 91),
     ),
     SoundClass(
-        "snare",
-        ("a snare drum", "a rattling snare"),
-        musical=True,
-        files=(
-            (HYDROGEN, r"/(808_)?Snare[-_]"),
-            (LMMS, r"drums/(snare|nasty_snare)"),
-            (SONIC, r"/(sn_|drum_snare|elec_(filt|hi|lo|mid)?_?snare)"),
-            (GCOMPRIS, r"/snare_drum\.ogg"),
-        ),
-        drums=(38, 40),
-    ),
-    SoundClass(
         "violin",
         ("a violin", "bowed strings"),
         musical=True,
@@ -174,17 +140,6 @@ CLASSES: tuple[SoundClass, ...] = (
             (TUX, r"string/(cello|violin)\.ogg"),
         ),
         programs=(40, 41, 42, 48, 49, 44),
-    ),
-    SoundClass(
-        "choir",
-        ("a choir", "singing voices"),
-        musical=True,
-        files=(
-            (SONIC, r"ambi_choir"),
-            (LMMS, r"choir01|chorus0"),
-            (SCRATCH, r"/Singer\d"),
-        ),
-        programs=(52, 53),
     ),
     SoundClass(
         "footsteps",
@@ -208,6 +163,96 @@ CLASSES: tuple[SoundClass, ...] = (
         drums=(56, 67, 68, 75, 76, 77),
     ),
     SoundClass(
+        "tom",
+        ("a tom", "tom drums"),
+        musical=True,
+        files=(
+            (HYDROGEN, r"/(808_)?Tom"),
+            (LMMS, r"drums/tom"),
+            (SONIC, r"/drum_tom"),
+            (TUX, r"tomtom"),
+            (GCOMPRIS, r"/(timpani|bongo)\.ogg"),
+        ),
+        drums=(41, 45, 48),
+    ),
+    SoundClass(
+        "water",
+        ("water", "splashing water"),
+        musical=False,
+        files=(
+            (MINETEST, r"env_sounds_water|water_footstep"),
+            (GCOMPRIS, r"/(water|water_fill|apert|drip|bubble)\.wav"),
+            (SCRATCH, r"/(WaterRunning|WaterDrop|Bubbles|Ripples|Plunge)"),
+            (TUX, r"toilet\.ogg"),
+        ),
+    ),
+    SoundClass(
+        "door",
+        ("a door", "a closing door"),
+        musical=False,
+        files=(
+            (MINETEST, r"door_(close|open)|chest|fencegate"),
+            (SCRATCH, r"/Door"),
+            (GCOMPRIS, r"/(door_(open|close)\.wav|LRDoor.*)"),
+            (SONIC, r"perc_door"),
+        ),
+    ),
+    SoundClass(
+        "piano",
+        ("a piano", "piano notes"),
+        musical=True,
+        files=(
+            (LMMS, r"instruments/(e_piano_accord|piano)\d+"),
+            (GCOMPRIS, r"instruments/.*/piano\.ogg"),
+        ),
+        programs=(0, 1, 2, 3),
+    ),
+    SoundClass(
+        "hi-hat",
+        ("a hi-hat", "a ticking hi-hat"),
+        musical=True,
+        files=(
+            (HYDROGEN, r"/(808_)?Hat"),
+            (LMMS, r"drums/hihat"),
+            (SONIC, r"drum_cymbal_(closed|pedal)"),
+        ),
+        drums=(42, 44, 46),
+    ),
+    SoundClass(
+        "trumpet",
+        ("a trumpet", "brass notes"),
+        musical=True,
+        files=(
+            (LMMS, r"instruments/trumpet|latin_brass"),
+            (GCOMPRIS, r"/(trumpet|trombone|horn|tuba)\.ogg"),
+            (SCRATCH, r"/Trumpet\d"),
+        ),
+        programs=(56, 57, 59, 61),
+    ),
+    SoundClass(
+        "snare",
+        ("a snare drum", "a rattling snare"),
+        musical=True,
+        files=(
+            (HYDROGEN, r"/(808_)?Snare[-_]"),
+            (LMMS, r"drums/(snare|nasty_snare)"),
+            (SONIC, r"/(sn_|drum_snare|elec_(filt|hi|lo|mid)?_?snare)"),
+            (GCOMPRIS, r"/snare_drum\.ogg"),
+        ),
+        drums=(38, 40),
+    ),
+    SoundClass(
+        "choir",
+        ("a choir", "singing voices"),
+        musical=True,
+        files=(
+            (SONIC, r"ambi_choir"),
+            (LMMS, r"choir01|chorus0"),
+            (SCRATCH, r"/Singer\d"),
+        ),
+        programs=(52, 53),
+    ),
+    SoundClass(
         "dog",
         ("a dog", "a barking dog"),
         musical=False,
@@ -228,16 +273,6 @@ CLASSES: tuple[SoundClass, ...] = (
         ),
     ),
     SoundClass(
-        "piano",
-        ("a piano", "piano notes"),
-        musical=True,
-        files=(
-            (LMMS, r"instruments/(e_piano_accord|piano)\d+"),
-            (GCOMPRIS, r"instruments/.*/piano\.ogg"),
-        ),
-        programs=(0, 1, 2, 3),
-    ),
-    SoundClass(
         "organ",
         ("an organ", "organ notes"),
         musical=True,
@@ -253,19 +288,6 @@ CLASSES: tuple[SoundClass, ...] = (
         musical=True,
         files=((GCOMPRIS, r"/harp\.ogg"),),
         programs=(46,),
-    ),
-    SoundClass(
-        "tom",
-        ("a tom", "tom drums"),
-        musical=True,
-        files=(
-            (HYDROGEN, r"/(808_)?Tom"),
-            (LMMS, r"drums/tom"),
-            (SONIC, r"/drum_tom"),
-            (TUX, r"tomtom"),
-            (GCOMPRIS, r"/(timpani|bongo)\.ogg"),
-        ),
-        drums=(41, 45, 48),
     ),
     SoundClass(
         "electric guitar",
@@ -324,28 +346,6 @@ CLASSES: tuple[SoundClass, ...] = (
             (TUX, r"birds/(blackbird|lark|quetzal|cuckoo|seagull|tucan)\.ogg"),
         ),
         programs=(123,),
-    ),
-    SoundClass(
-        "water",
-        ("water", "splashing water"),
-        musical=False,
-        files=(
-            (MINETEST, r"env_sounds_water|water_footstep"),
-            (GCOMPRIS, r"/(water|water_fill|apert|drip|bubble)\.wav"),
-            (SCRATCH, r"/(WaterRunning|WaterDrop|Bubbles|Ripples|Plunge)"),
-            (TUX, r"toilet\.ogg"),
-        ),
-    ),
-    SoundClass(
-        "door",
-        ("a door", "a closing door"),
-        musical=False,
-        files=(
-            (MINETEST, r"door_(close|open)|chest|fencegate"),
-            (SCRATCH, r"/Door"),
-            (GCOMPRIS, r"/(door_(open|close)\.wav|LRDoor.*)"),
-            (SONIC, r"perc_door"),
-        ),
     ),
     SoundClass(
         "rooster",
@@ -408,6 +408,6 @@ BEDS: tuple[tuple[str, str, str], ...] = (
     ("ambience", SONIC, r"/ambi_(drone|dark_woosh|glass_hum|haunted_hum|lunar_land|sauna|soft_buzz|swoosh)"),
     ("ambience", SONIC, r"/(loop_3d_printer|loop_drone_g_97|vinyl_hiss)"),
     ("ambience", MINETEST, r"/(fire_large|fire_fire\.\d|env_sounds_lava\.\d|default_furnace_active)"),
-    ("ambience", GCOMPRIS, r"/(LRRain|LRFrogs|harbor).*"),
+    ("ambience", GCOMPRIS, r"/LRFrogs.*"),
     ("ambience", LMMS, r"/(nord_ambient|korg_poly6_drone|space_strings\d)"),
 )
