@@ -46,6 +46,7 @@ class AudioTowerSettings(Strict):
     mlp_ratio: float = Field(4.0, gt=0)
     hidden_act: str = Field("gelu", description="activation of the MLPs; `relu` saves a fifth of the time on a CPU")
     initializer_factor: float = Field(1.0, gt=0, description="times transformers' own initial weights")
+    features: Literal["dense", "pooled"] = Field("dense", description="pooled: one token a window, their mean")
     weights: str | None = Field(None, description="AF-CLAP folder to take the tower from; none: the recipe's own")
     gradient_checkpointing: bool = False
 
@@ -94,7 +95,7 @@ class TransformSettings(Strict):
     num_layers: int = Field(3, ge=0)
     num_heads: int = Field(8, ge=1)
     inner_size: int = Field(2048, ge=1)
-    rope_base: float = 4096.0
+    rope_base: float | None = Field(4096.0, description="null leaves positions out")
 
 
 class CrossAttentionSettings(Strict):
@@ -112,6 +113,7 @@ class ModelSettings(Strict):
     audio: AudioTowerSettings = AudioTowerSettings()
     lm: LanguageModelSettings
     transform: TransformSettings = TransformSettings()
+    fusion: Literal["xattn", "prefix"] = Field("xattn", description="prefix: audio before the text, in every layer")
     cross_attention: CrossAttentionSettings = CrossAttentionSettings()
     max_text_tokens: int = Field(512, ge=16)
 

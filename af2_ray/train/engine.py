@@ -33,7 +33,7 @@ def group_of(name: str) -> str:
         return "transform"
     if name.startswith("added_embeddings"):
         return "tokens"
-    return "xattn" if ".cross_attention." in name else "lm"
+    return "xattn" if ".cross_attention." in name or name.startswith("prefix.") else "lm"
 
 
 def freeze_except(model: nn.Module, trainable: Iterable[str]) -> list[str]:

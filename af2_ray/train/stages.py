@@ -121,6 +121,8 @@ def assemble(run: Run) -> Path:
         audio_config=audio_tower.config,
         text_config=language_model.config,
         audio_token_id=audio_token_id,
+        fusion=recipe.fusion,
+        audio_features=recipe.audio.features,
         cross_attn_every=recipe.cross_attention.every,
         cross_attn_heads=recipe.cross_attention.num_heads,
         cross_attn_head_dim=recipe.cross_attention.head_dim,
