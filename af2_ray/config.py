@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 RECIPE_DIR = Path(__file__).parent / "recipes"
 
-Group = Literal["clap", "transform", "xattn", "tokens", "lm"]
+Group = Literal["clap", "transform", "xattn", "tokens", "lm", "lora"]
 Split = Literal["train", "val", "test", "seen"]
 
 
@@ -205,17 +205,32 @@ class DeepSpeedSettings(Strict):
     raw: dict[str, Any] = {}
 
 
+class Lora(Strict):
+    """Adapters on the LM for one stage, merged on export (`trainable: [lora, ...]`)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+
+
 class Stage(Strict):
     """What trains, on what data, with how many windows (PAPER 3)."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     max_windows: int = Field(ge=1)
     trainable: list[Group]
+    lora: Lora | None = None
     data: list[Dataset] = Field(min_length=1)
     steps: int = Field(ge=1, description="optimiser steps")
     budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(500, ge=1)
+
+    @model_validator(mode="after")
+    def _lora_has_its_block(self) -> Stage:
+        if ("lora" in self.trainable) != (self.lora is not None):
+            raise ValueError(f"stage {self.name}: trainable `lora` and a `lora` block belong together: give both")
+        return self
 
 
 class ClapTextTower(Strict):

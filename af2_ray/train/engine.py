@@ -27,6 +27,8 @@ def group_of(name: str) -> str:
     """
     if ".audio_encoder.batch_norm." in name:
         return "mel"
+    if ".lora_" in name:
+        return "lora"
     if name.startswith("audio_tower."):
         return "clap"
     if name.startswith("audio_transform."):

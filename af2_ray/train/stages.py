@@ -73,7 +73,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     job = Job(
         name=stage.name,
         folder=folder,
-        task=LmTask(start, stage.optimizer, tuple(stage.trainable)),
+        task=LmTask(start, stage.optimizer, tuple(stage.trainable), stage.lora),
         plan=plan_stage(run, stage, tokenizer),
         collator=LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=max_tokens),
         num_steps=stage.steps,
