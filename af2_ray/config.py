@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 RECIPE_DIR = Path(__file__).parent / "recipes"
 
-Group = Literal["clap", "transform", "xattn", "tokens", "lm"]
+Group = Literal["clap", "transform", "xattn", "tokens", "lm", "lora"]
 Split = Literal["train", "val", "test", "seen"]
 
 
@@ -46,6 +46,7 @@ class AudioTowerSettings(Strict):
     mlp_ratio: float = Field(4.0, gt=0)
     hidden_act: str = Field("gelu", description="activation of the MLPs; `relu` saves a fifth of the time on a CPU")
     initializer_factor: float = Field(1.0, gt=0, description="times transformers' own initial weights")
+    features: Literal["dense", "pooled"] = Field("dense", description="pooled: one token a window, their mean")
     weights: str | None = Field(None, description="AF-CLAP folder to take the tower from; none: the recipe's own")
     gradient_checkpointing: bool = False
 
@@ -94,7 +95,7 @@ class TransformSettings(Strict):
     num_layers: int = Field(3, ge=0)
     num_heads: int = Field(8, ge=1)
     inner_size: int = Field(2048, ge=1)
-    rope_base: float = 4096.0
+    rope_base: float | None = Field(4096.0, description="null leaves positions out")
 
 
 class CrossAttentionSettings(Strict):
@@ -112,6 +113,7 @@ class ModelSettings(Strict):
     audio: AudioTowerSettings = AudioTowerSettings()
     lm: LanguageModelSettings
     transform: TransformSettings = TransformSettings()
+    fusion: Literal["xattn", "prefix"] = Field("xattn", description="prefix: audio before the text, in every layer")
     cross_attention: CrossAttentionSettings = CrossAttentionSettings()
     max_text_tokens: int = Field(512, ge=16)
 
@@ -203,17 +205,32 @@ class DeepSpeedSettings(Strict):
     raw: dict[str, Any] = {}
 
 
+class Lora(Strict):
+    """Adapters on the LM for one stage, merged on export (`trainable: [lora, ...]`)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+
+
 class Stage(Strict):
     """What trains, on what data, with how many windows (PAPER 3)."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     max_windows: int = Field(ge=1)
     trainable: list[Group]
+    lora: Lora | None = None
     data: list[Dataset] = Field(min_length=1)
     steps: int = Field(ge=1, description="optimiser steps")
     budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(500, ge=1)
+
+    @model_validator(mode="after")
+    def _lora_has_its_block(self) -> Stage:
+        if ("lora" in self.trainable) != (self.lora is not None):
+            raise ValueError(f"stage {self.name}: trainable `lora` and a `lora` block belong together: give both")
+        return self
 
 
 class ClapTextTower(Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, ClapAudioConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -21,6 +21,8 @@ class AudioFlamingo2Config(PreTrainedConfig):
         audio_config: the tower's, as transformers' `ClapAudioConfig`.
         audio_token_id: id of `<audio>`, the tokenizer's length before the four tokens were added. Ids below it are the
             LM's own; LM rows from there on are padding of its matrix and are never used.
+        fusion: gated cross-attention, or the audio as a prefix of the text (PAPER 2, ablations).
+        audio_features: all 64 features of a window, or their mean alone.
         cross_attn_every: cross-attention stands before LM layer i where (i + 1) % cross_attn_every == 0.
         transform_rope_base: none leaves positions out of the audio transformer.
         max_windows: the longest audio, in windows of 10 s, that the model accepts.
@@ -35,6 +37,8 @@ class AudioFlamingo2Config(PreTrainedConfig):
     text_config: Any = None
     audio_config: Any = None
     audio_token_id: int = 151_665
+    fusion: Literal["xattn", "prefix"] = "xattn"
+    audio_features: Literal["dense", "pooled"] = "dense"
     cross_attn_every: int = 1
     cross_attn_heads: int = 8
     cross_attn_head_dim: int = 64

@@ -60,15 +60,33 @@ class AudioCache(DynamicCache):
         self.markers = None if self.markers is None else change(self.markers)
 
 
-@dataclass
-class AudioContext:
-    """What the text of one forward pass hears; handed to every layer by keyword.
+@dataclass(frozen=True)
+class Heard:
+    """What a batch of text hears, whatever the fusion.
 
     Attributes:
-        hidden: audio states [C, A, D]; none when the cache holds the keys and values already.
+        hidden: audio states [C, A, D]; none when the cache holds what is made of them already.
         audio_index: [B, K], the clip of each audio of each row (-1: none); none means row b hears clip b.
-        mask: bool [B, 1, T, K * A], which audio tokens each text token attends to. Rows that hear nothing are all true
-            here (an empty softmax is NaN) and blanked by `hears`.
+        tokens: bool [B, K, A], which audio tokens are real.
+        markers: [B, T], how many `<audio>` markers stand at or before each text token.
+        first: whether the cache, if any, has seen none of this text yet.
+    """
+
+    hidden: Tensor | None
+    audio_index: Tensor | None
+    tokens: Tensor
+    markers: Tensor
+    first: bool
+
+
+@dataclass
+class AudioContext:
+    """What the text of one forward pass attends to; handed to every layer by keyword.
+
+    Attributes:
+        hidden, audio_index: as `Heard` has them.
+        mask: float [B, 1, T, K * A], added to scores: which audio tokens each text token attends to. Rows that hear
+            nothing are all shut alike here (an empty softmax is NaN) and blanked by `hears`.
         hears: bool [B, T, 1], false where a text token hears nothing: there the layer changes nothing.
         cache: where keys and values are kept; none when training.
     """
@@ -78,6 +96,16 @@ class AudioContext:
     mask: Tensor
     hears: Tensor
     cache: AudioCache | None
+
+    @classmethod
+    def of(cls, heard: Heard, dtype: torch.dtype, cache: AudioCache | None) -> AudioContext:
+        """Each text token attends to every audio whose `<audio>` marker is at or before it."""
+        tokens = heard.tokens
+        ordinals = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        visible = (heard.markers[..., None] >= ordinals) & tokens.any(dim=2)[:, None, :]  # [B, T, K]
+        mask = (visible[..., None] & tokens[:, None]).flatten(2)[:, None]  # [B, 1, T, K * A]
+        penalty = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        return cls(heard.hidden, heard.audio_index, penalty, visible.any(dim=2, keepdim=True), cache)
 
 
 class GatedCrossAttention(GradientCheckpointingLayer):

@@ -25,8 +25,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
-from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer
+from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer, Heard
 from af2_ray.models.htsat import AudioTower
+from af2_ray.models.prefix import PrefixFusion
 from af2_ray.models.transform import AudioTransform
 from af2_ray.text import IGNORE, SPECIAL_TOKENS
 
@@ -97,17 +98,20 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
         layers = self.language_model.model.layers
+        if config.fusion == "prefix":
+            self.prefix = PrefixFusion(audio_width, width)
         for index, layer in enumerate(layers):
-            hears = (index + 1) % config.cross_attn_every == 0
-            attention = GatedCrossAttention(
-                width,
-                audio_width,
-                index,
-                num_heads=config.cross_attn_heads,
-                head_dim=config.cross_attn_head_dim,
-                ff_mult=config.cross_attn_ff_mult,
-            )
-            layers[index] = GatedDecoderLayer(layer, attention if hears else None)
+            attention = None
+            if config.fusion == "xattn" and (index + 1) % config.cross_attn_every == 0:
+                attention = GatedCrossAttention(
+                    width,
+                    audio_width,
+                    index,
+                    num_heads=config.cross_attn_heads,
+                    head_dim=config.cross_attn_head_dim,
+                    ff_mult=config.cross_attn_ff_mult,
+                )
+            layers[index] = GatedDecoderLayer(layer, attention)
         self.added_embeddings = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), width))
         if not config.text_config.tie_word_embeddings:
             self.added_embeddings_out = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), width))
@@ -184,36 +188,33 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "cut it when making windows, or raise max_windows in the configuration"
             )
         features = self.audio_tower(waveforms)  # [S, F, D]
+        if self.config.audio_features == "pooled":
+            features = features.mean(dim=1, keepdim=True)
         rectangle = pad_sequence([clip.flatten(0, 1) for clip in features.split(counts)], batch_first=True)
         lengths = torch.tensor(counts, device=features.device) * features.shape[1]
         mask = torch.arange(rectangle.shape[1], device=features.device) < lengths[:, None]
         return AudioStates(self.audio_transform(rectangle, mask), mask)
 
-    def _listen(
+    def _hear(
         self, input_ids: Tensor, states: AudioStates | None, audio_index: Tensor | None, cache: AudioCache | None
-    ) -> AudioContext | None:
-        """What each text token hears: every audio whose `<audio>` marker is at or before it. None: no audio at all."""
-        heard = None if cache is None else cache.tokens_heard
+    ) -> Heard | None:
+        """What each row hears and where its `<audio>` markers are, from the arguments or the cache. None: no audio."""
+        tokens = None if cache is None else cache.tokens_heard
         markers = (input_ids == self.config.audio_token_id).cumsum(dim=1)
-        if heard is None:
+        if tokens is None:
             if states is None:
                 return None
             audio_index = _checked_index(audio_index, len(states), markers)
             if audio_index is None:
-                heard = states.mask[:, None, :]
+                tokens = states.mask[:, None, :]
             else:
-                heard = states.mask[audio_index.clamp(min=0)] & (audio_index >= 0)[..., None]  # [B, K, A]
+                tokens = states.mask[audio_index.clamp(min=0)] & (audio_index >= 0)[..., None]
         elif cache is not None and cache.markers is not None:
             markers = markers + cache.markers[:, None]
+        first = cache is None or cache.tokens_heard is None
         if cache is not None:
-            cache.tokens_heard, cache.markers = heard, markers[:, -1]
-        ordinals = torch.arange(1, heard.shape[1] + 1, device=heard.device)
-        visible = (markers[..., None] >= ordinals) & heard.any(dim=2)[:, None, :]  # [B, T, K]
-        mask = (visible[..., None] & heard[:, None]).flatten(2)[:, None]  # [B, 1, T, K * A]
-        dtype = self.dtype
-        penalty = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-        hidden = None if states is None else states.hidden
-        return AudioContext(hidden, audio_index, penalty, visible.any(dim=2, keepdim=True), cache)
+            cache.tokens_heard, cache.markers = tokens, markers[:, -1]
+        return Heard(None if states is None else states.hidden, audio_index, tokens, markers, first)
 
     # --- Text -------------------------------------------------------------------------------------------------------
 
@@ -268,19 +269,25 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             audio_states = self.encode_audio(waveforms, windows_per_clip)
         if audio_states is not None and cache is not None and not isinstance(cache, AudioCache):
             raise ValueError(f"audio needs an AudioCache for past_key_values, not {type(cache).__name__}")
-        audio = self._listen(input_ids, audio_states, audio_index, cache) if audio_states or cache else None
+        heard = self._hear(input_ids, audio_states, audio_index, cache) if audio_states or cache else None
+        embeds, num_prefix = self.embed_tokens(input_ids), 0
+        if heard is not None and self.config.fusion == "xattn":
+            kwargs["audio"] = AudioContext.of(heard, self.dtype, cache)
+        elif heard is not None:
+            prefixed = self.prefix(heard, embeds, attention_mask, cache)
+            embeds, attention_mask, num_prefix = prefixed.embeds, prefixed.attention_mask, prefixed.num_prefix
+            position_ids = prefixed.position_ids
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         output = self.language_model.model(
-            inputs_embeds=self.embed_tokens(input_ids),
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=bool(use_cache),
-            audio=audio,
             **kwargs,
         )
-        hidden = output.last_hidden_state
+        hidden = output.last_hidden_state[:, num_prefix:]
         if answers_only:
             if labels is None:
                 raise ValueError("answers_only needs labels: they say where the answers are")

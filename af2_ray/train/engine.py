@@ -27,13 +27,15 @@ def group_of(name: str) -> str:
     """
     if ".audio_encoder.batch_norm." in name:
         return "mel"
+    if ".lora_" in name:
+        return "lora"
     if name.startswith("audio_tower."):
         return "clap"
     if name.startswith("audio_transform."):
         return "transform"
     if name.startswith("added_embeddings"):
         return "tokens"
-    return "xattn" if ".cross_attention." in name else "lm"
+    return "xattn" if ".cross_attention." in name or name.startswith("prefix.") else "lm"
 
 
 def freeze_except(model: nn.Module, trainable: Iterable[str]) -> list[str]:

@@ -28,6 +28,7 @@ from af2_ray.data.quarantine import Failure
 from af2_ray.train import checkpoint
 from af2_ray.train.checkpoint import State
 from af2_ray.train.engine import start_engine
+from af2_ray.train.lora import merge_lora
 from af2_ray.train.run import replacing
 from af2_ray.train.task import Task
 
@@ -146,6 +147,7 @@ def _export(engine: Any, loop: LoopConfig, *, is_first: bool) -> None:
 
 def _write(module: Any, loop: LoopConfig) -> None:
     """The model, and beside it the processor (or tokenizer) that its start had: the folder is complete in itself."""
+    merge_lora(module)
     with replacing(loop.folder / "model") as temporary:
         module.save_pretrained(temporary)
         for path in loop.task.start.iterdir():

@@ -73,7 +73,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     job = Job(
         name=stage.name,
         folder=folder,
-        task=LmTask(start, stage.optimizer, tuple(stage.trainable)),
+        task=LmTask(start, stage.optimizer, tuple(stage.trainable), stage.lora),
         plan=plan_stage(run, stage, tokenizer),
         collator=LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=max_tokens),
         num_steps=stage.steps,
@@ -121,6 +121,8 @@ def assemble(run: Run) -> Path:
         audio_config=audio_tower.config,
         text_config=language_model.config,
         audio_token_id=audio_token_id,
+        fusion=recipe.fusion,
+        audio_features=recipe.audio.features,
         cross_attn_every=recipe.cross_attention.every,
         cross_attn_heads=recipe.cross_attention.num_heads,
         cross_attn_head_dim=recipe.cross_attention.head_dim,

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from af2_ray.config import Optimizer
+from af2_ray.config import Lora, Optimizer
 from af2_ray.data.collate import ClapBatch, LmBatch
 from af2_ray.losses import afclap_loss_sum, token_loss_sum
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.text import IGNORE
 from af2_ray.train.engine import freeze_except, group_of
+from af2_ray.train.lora import add_lora
 
 MAX_LOGIT_SCALE = 100.0  # the usual clamp of contrastive training: a temperature of 0.01
 
@@ -58,6 +59,7 @@ class LmTask:
     start: Path
     optimizer: Optimizer
     trainable: tuple[str, ...]
+    lora: Lora | None = None
 
     @property
     def batch_type(self) -> type[LmBatch]:
@@ -66,6 +68,8 @@ class LmTask:
     def build(self) -> nn.Module:
         """The previous stage's export, frozen but for `trainable`."""
         model = AudioFlamingo2ForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
+        if self.lora is not None:
+            add_lora(model.language_model, self.lora)
         freeze_except(model, self.trainable)
         return model
 

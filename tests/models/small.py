@@ -36,12 +36,22 @@ def make_lm(family: str = "qwen2", *, tied: bool = True) -> PreTrainedModel:
     return model_class(config).eval()
 
 
-def make_model(family: str = "qwen2", *, tied: bool = True, open_gates: bool = True, every: int = 2) -> Model:
+def make_model(
+    family: str = "qwen2",
+    *,
+    tied: bool = True,
+    open_gates: bool = True,
+    every: int = 2,
+    fusion: str = "xattn",
+    features: str = "dense",
+) -> Model:
     lm, tower = make_lm(family, tied=tied), make_tower()
     config = AudioFlamingo2Config(
         text_config=lm.config,
         audio_config=tower.config,
         audio_token_id=AUDIO,
+        fusion=fusion,
+        audio_features=features,
         cross_attn_every=every,
         cross_attn_heads=2,
         cross_attn_head_dim=16,

@@ -14,9 +14,9 @@ from af2_ray.text import add_special_tokens, train_tokenizer
 GREEDY = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None}
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return make_model()
+@pytest.fixture(scope="module", params=["xattn", "prefix"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return make_model(fusion=request.param)
 
 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,11 +36,12 @@ def test_audio_is_encoded_and_projected_once(model: Model) -> None:
     calls: list[str] = []
     hooks = [model.audio_tower.register_forward_hook(lambda *_: calls.append("tower"))]
     layers = [layer for layer in model.language_model.model.layers if layer.cross_attention is not None]
-    hooks += [layer.cross_attention.to_kv.register_forward_hook(lambda *_: calls.append("kv")) for layer in layers]
+    projections = [layer.cross_attention.to_kv for layer in layers] or [model.prefix.fc1]
+    hooks += [projection.register_forward_hook(lambda *_: calls.append("kv")) for projection in projections]
     model.generate(make_ids(1), waveforms=make_windows(1), windows_per_clip=[1], **GREEDY)
     for hook in hooks:
         hook.remove()
-    assert calls == ["tower"] + ["kv"] * len(layers)
+    assert calls == ["tower"] + ["kv"] * len(projections)
 
 
 def test_left_padded_batch_equals_single(model: Model) -> None:
@@ -109,15 +110,18 @@ def test_cache_rows_move_with_their_audio_and_crop_leaves_it(model: Model) -> No
     ids, windows = make_ids(2), make_windows(2)
     cache = AudioCache(config=model.config.text_config)
     model(ids, waveforms=windows, windows_per_clip=[1, 1], past_key_values=cache, use_cache=True)
-    layer = next(iter(cache.audio))
-    keys = cache.audio[layer][0].clone()
+    before = [keys.clone() for keys, _ in cache.audio.values()]  # none where the audio is a prefix
+
+    def holds(expected: list[torch.Tensor]) -> bool:
+        return all(torch.equal(keys, e) for (keys, _), e in zip(cache.audio.values(), expected, strict=True))
+
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(cache.audio[layer][0], keys.flip(0))
+    assert holds([keys.flip(0) for keys in before])
     cache.batch_repeat_interleave(2)
-    assert torch.equal(cache.audio[layer][0], keys.flip(0).repeat_interleave(2, dim=0))
+    assert holds([keys.flip(0).repeat_interleave(2, dim=0) for keys in before])
     cache.batch_select_indices(torch.tensor([0, 2]))
     cache.crop(-1)
-    assert torch.equal(cache.audio[layer][0], keys.flip(0))
+    assert holds([keys.flip(0) for keys in before])
     step = model(ids.flip(0)[:, -1:], past_key_values=cache, use_cache=True).logits
     whole = model(ids.flip(0), waveforms=windows.flip(0), windows_per_clip=[1, 1]).logits[:, -1:]
     torch.testing.assert_close(step, whole, atol=1e-4, rtol=0)

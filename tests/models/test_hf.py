@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from small import make_ids, make_lm, make_model, make_windows
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, ClapAudioConfig, PreTrainedTokenizerFast
 
+from af2_ray.config import load_recipe
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
+from af2_ray.models.htsat import AudioTower
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
 from af2_ray.text import add_special_tokens, train_tokenizer
@@ -56,19 +58,41 @@ def test_bfloat16_runs_and_keeps_the_mel_statistics(tmp_path: Path) -> None:
     assert out.logits.isfinite().all()
 
 
-def test_full_sizes_build_on_the_meta_device() -> None:
-    text = {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 36}
-    text |= {
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "intermediate_size": 11_008,
-        "tie_word_embeddings": True,
-    }
-    audio = {"patch_embeds_hidden_size": 256, "depths": [2, 2, 12, 2], "num_attention_heads": [4, 8, 16, 32]}
+LARGE_TOWER = {"patch_embeds_hidden_size": 256, "depths": [2, 2, 12, 2], "num_attention_heads": [4, 8, 16, 32]}
+
+
+@pytest.mark.parametrize(
+    ("size", "billions", "width", "layers", "heads", "inner"),
+    [("0.5b", 1.0, 896, 24, 14, 4864), ("1.5b", 2.5, 1536, 28, 12, 8960), ("3b", 4.7, 2048, 36, 16, 11_008)],
+)
+def test_full_sizes_build_on_the_meta_device(
+    size: str, billions: float, width: int, layers: int, heads: int, inner: int
+) -> None:
+    """PAPER 2: parameters in all, with Qwen2.5 of each size and HTSAT-large."""
+    text = {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": width, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": 2, "intermediate_size": inner}
+    recipe = load_recipe(f"af2-{size}").model
     with torch.device("meta"):
-        model = Model(AudioFlamingo2Config(text_config=text, audio_config=audio))
-    billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    assert 4.4 < billions < 5.0
+        model = Model(
+            AudioFlamingo2Config(
+                text_config=text | {"tie_word_embeddings": True},
+                audio_config=LARGE_TOWER,
+                fusion=recipe.fusion,
+                cross_attn_every=recipe.cross_attention.every,
+                cross_attn_heads=recipe.cross_attention.num_heads,
+                cross_attn_head_dim=recipe.cross_attention.head_dim,
+                cross_attn_ff_mult=recipe.cross_attention.ff_mult,
+            )
+        )
+    counted = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    assert counted == pytest.approx(billions, rel=0.08)
+
+
+def test_the_full_size_tower_hears_a_real_window() -> None:
+    tower = AudioTower(ClapAudioConfig(hidden_size=2048, **LARGE_TOWER)).requires_grad_(False)
+    features = tower(make_windows(1))
+    assert features.shape == (1, 64, 2048)
+    assert features.isfinite().all()
 
 
 def test_from_parts_copies() -> None:

@@ -1,0 +1,68 @@
+"""Audio as a prefix of the text: the fusion that cross-attention is compared with (PAPER 2, ablation: -16 MMAU points).
+
+Audio states, projected to the LM's width, stand before the text and go through every layer with it. It needs no new
+layers, and its self-attention grows with the square of the audio: 5 minutes are 1920 positions before the first word,
+where cross-attention has 1920 keys beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from af2_ray.models.cross_attention import AudioCache, Heard
+
+
+@dataclass(frozen=True)
+class PrefixedText:
+    """What goes into the LM: P prefix positions (none while decoding: they are in the cache) and T of text.
+
+    Attributes:
+        embeds: [B, P + T, D]. attention_mask: over all positions so far. position_ids: [B, P + T].
+        num_prefix: how many leading positions of the output are not text.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    num_prefix: int
+
+
+class PrefixFusion(nn.Module):
+    """Projects audio states to LM embeddings and puts them before the text; every text token hears all of its row."""
+
+    def __init__(self, audio_width: int, text_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(audio_width)
+        self.fc1 = nn.Linear(audio_width, text_width)
+        self.fc2 = nn.Linear(text_width, text_width)
+
+    def forward(
+        self, heard: Heard, text: Tensor, attention_mask: Tensor | None, cache: AudioCache | None
+    ) -> PrefixedText:
+        """Put each row's audios before its text [B, T, D]; a row without any is the bare LM's.
+
+        Args:
+            attention_mask: [B, text so far], 1 where text is real; none: all of it.
+        """
+        real = heard.tokens.flatten(1).long()  # [B, P]
+        if attention_mask is None:
+            num_text = text.shape[1] + (0 if cache is None or heard.first else cache.get_seq_length() - real.shape[1])
+            attention_mask = real.new_ones(len(real), num_text)
+        attention_mask = attention_mask.long()
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0) + real.sum(dim=1, keepdim=True)
+        positions, whole = positions[:, -text.shape[1] :], torch.cat((real, attention_mask), dim=1)
+        if not heard.first:
+            return PrefixedText(text, whole, positions, 0)
+        before = (real.cumsum(dim=1) - 1).clamp(min=0)
+        embeds = torch.cat((self._project(heard).to(text.dtype), text), dim=1)
+        return PrefixedText(embeds, whole, torch.cat((before, positions), dim=1), real.shape[1])
+
+    def _project(self, heard: Heard) -> Tensor:
+        """Embeddings [B, P, D] of each row's audios."""
+        assert heard.hidden is not None, "audio states are needed where the cache holds no prefix"
+        embeds = self.fc2(nnf.gelu(self.fc1(self.norm(heard.hidden))))
+        return embeds if heard.audio_index is None else embeds[heard.audio_index.clamp(min=0)].flatten(1, 2)
