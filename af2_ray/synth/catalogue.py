@@ -49,7 +49,7 @@ CLASSES: tuple[SoundClass, ...] = (
     ),
     SoundClass(
         "drum",
-        ("a drum", "a kick drum"),
+        ("a drum", "a bass drum"),
         musical=True,
         files=(
             (HYDROGEN, r"_?Kick"),
@@ -164,7 +164,7 @@ CLASSES: tuple[SoundClass, ...] = (
     ),
     SoundClass(
         "tom",
-        ("a tom", "a tom-tom"),
+        ("a tom", "tom drums"),
         musical=True,
         files=(
             (HYDROGEN, r"/(808_)?Tom"),
