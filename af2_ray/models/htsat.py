@@ -25,7 +25,7 @@ from transformers import ClapAudioConfig, ClapAudioModel
 from af2_ray.audio.mel import LogMel
 
 WINDOWS_PER_PART = {"cpu": 8, "cuda": 128}
-"""How many windows a tower that does not train takes at a time; bounds its memory whatever the batch."""
+"""How many windows are taken at a time without gradients; bounds memory, and stays in a CPU's cache."""
 SHIFT_PENALTY = -100.0
 
 
@@ -80,9 +80,9 @@ class AudioTower(nn.Module):
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Dense features [S, 64, D] of windows, int16 or float in [-1, 1], [S, 160000]."""
-        if self.trains:
+        if self.trains and torch.is_grad_enabled():
             return self.encode(self.log_mel(waveforms))
-        if self.training:
+        if self.training and not self.trains:
             self.eval()
         with torch.no_grad():
             parts = waveforms.split(WINDOWS_PER_PART.get(waveforms.device.type, 32))

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -190,10 +189,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = self.audio_tower(waveforms)  # [S, F, D]
         if self.config.audio_features == "pooled":
             features = features.mean(dim=1, keepdim=True)
-        rectangle = pad_sequence([clip.flatten(0, 1) for clip in features.split(counts)], batch_first=True)
-        lengths = torch.tensor(counts, device=features.device) * features.shape[1]
-        mask = torch.arange(rectangle.shape[1], device=features.device) < lengths[:, None]
-        return AudioStates(self.audio_transform(rectangle, mask), mask)
+        clips = [clip.flatten(0, 1) for clip in features.split(counts)]
+        return AudioStates(*self.audio_transform.encode_ragged(clips))
 
     def _hear(
         self, input_ids: Tensor, states: AudioStates | None, audio_index: Tensor | None, cache: AudioCache | None

@@ -7,10 +7,12 @@ paper loses 10 MMAU points (PAPER 2).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 LAYER_NORM_EPS = 1e-6
@@ -86,7 +88,23 @@ class AudioTransform(nn.Module):
         self.input_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.layers = nn.ModuleList([AudioTransformLayer(width, num_heads, inner_size) for _ in range(num_layers)])
 
-    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+    def encode_ragged(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Audio states [C, A, D] and their bool mask [C, A] of clips [A_c, D] of unlike length, padded to the longest.
+
+        Without gradients, clips of one length go together and nothing is padded before the end. With them there is one
+        call whatever the lengths: under ZeRO-3 all ranks must make equally many.
+        """
+        lengths = torch.tensor([len(clip) for clip in clips], device=clips[0].device)
+        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        if torch.is_grad_enabled():
+            return self(pad_sequence(list(clips), batch_first=True), mask), mask
+        hidden: dict[int, Tensor] = {}
+        for length in {len(clip) for clip in clips}:
+            alike = [index for index, clip in enumerate(clips) if len(clip) == length]
+            hidden |= zip(alike, self(torch.stack([clips[index] for index in alike]), None), strict=True)
+        return pad_sequence([hidden[index] for index in range(len(clips))], batch_first=True), mask
+
+    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Audio states [C, A, D] of features [C, A, D], padded at the end where bool `mask` [C, A] is false.
 
         A clip's states do not depend on the padding. Padded positions hold finite values of no meaning.
@@ -96,5 +114,5 @@ class AudioTransform(nn.Module):
         if self.rope_base is not None:
             table = rotary_table(x.shape[1], self.rotary_dims, self.rope_base, x)
         for layer in self.layers:
-            x = layer(x, mask[:, None, None, :], table)
+            x = layer(x, None if mask is None else mask[:, None, None, :], table)
         return x
