@@ -23,7 +23,8 @@ from af2_ray.audio.windows import WINDOW_S, num_windows_for, to_windows
 from af2_ray.data.manifest import Sample, check_samples
 from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.answers import Clip, Prediction, clip_of
-from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration, AudioStates
+from af2_ray.models.audio_states import AudioStates
+from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.text import END_OF_CHUNK, encode
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ the reference's decoding time at 5 minutes of audio).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from af2_ray.models.audio_states import Heard, to_rectangle
 
 
 class AudioCache(DynamicCache):
@@ -60,39 +63,23 @@ class AudioCache(DynamicCache):
         self.markers = None if self.markers is None else change(self.markers)
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What a batch of text hears, whatever the fusion.
-
-    Attributes:
-        hidden: audio states [C, A, D]; none when the cache holds what is made of them already.
-        audio_index: [B, K], the clip of each audio of each row (-1: none); none means row b hears clip b.
-        tokens: bool [B, K, A], which audio tokens are real.
-        markers: [B, T], how many `<audio>` markers stand at or before each text token.
-        first: whether the cache, if any, has seen none of this text yet.
-    """
-
-    hidden: Tensor | None
-    audio_index: Tensor | None
-    tokens: Tensor
-    markers: Tensor
-    first: bool
-
-
 @dataclass
 class AudioContext:
     """What the text of one forward pass attends to; handed to every layer by keyword.
 
     Attributes:
-        hidden, audio_index: as `Heard` has them.
+        heard: the clips and who hears which.
+        packed: the real tokens of all clips end to end, [N, D]; none when the cache holds the keys and values.
+        lengths: how many of them each clip has.
         mask: float [B, 1, T, K * A], added to scores: which audio tokens each text token attends to. Rows that hear
             nothing are all shut alike here (an empty softmax is NaN) and blanked by `hears`.
         hears: bool [B, T, 1], false where a text token hears nothing: there the layer changes nothing.
         cache: where keys and values are kept; none when training.
     """
 
-    hidden: Tensor | None
-    audio_index: Tensor | None
+    heard: Heard
+    packed: Tensor | None
+    lengths: Sequence[int]
     mask: Tensor
     hears: Tensor
     cache: AudioCache | None
@@ -105,7 +92,8 @@ class AudioContext:
         visible = (heard.markers[..., None] >= ordinals) & tokens.any(dim=2)[:, None, :]  # [B, T, K]
         mask = (visible[..., None] & tokens[:, None]).flatten(2)[:, None]  # [B, 1, T, K * A]
         penalty = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-        return cls(heard.hidden, heard.audio_index, penalty, visible.any(dim=2, keepdim=True), cache)
+        packed, lengths = heard.states.pack() if heard.states is not None and heard.first else (None, [])
+        return cls(heard, packed, lengths, penalty, visible.any(dim=2, keepdim=True), cache)
 
 
 class GatedCrossAttention(GradientCheckpointingLayer):
@@ -154,12 +142,12 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         """Keys and values [B, H, K * A, d]: from the cache, else projected once a clip and handed to its rows."""
         if audio.cache is not None and self.layer_idx in audio.cache.audio:
             return audio.cache.audio[self.layer_idx]
-        assert audio.hidden is not None, "audio states are needed where the cache holds no keys and values"
-        clips, tokens, _ = audio.hidden.shape
-        packed = self.to_kv(audio.hidden).view(clips, tokens, 2, self.num_heads, self.head_dim)
-        keys, values = packed.permute(2, 0, 3, 1, 4)  # [C, H, A, d] each
-        if audio.audio_index is not None:
-            index = audio.audio_index.clamp(min=0)
+        assert audio.packed is not None, "audio states are needed where the cache holds no keys and values"
+        # Only real tokens are projected; the rectangle is made of the result, where padding is cheap.
+        projected = to_rectangle(self.to_kv(audio.packed), audio.lengths)  # [C, A, 2 * H * d]
+        keys, values = projected.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        if audio.heard.audio_index is not None:
+            index = audio.heard.audio_index.clamp(min=0)
             keys, values = (t[index].transpose(1, 2).flatten(2, 3) for t in (keys, values))
         if audio.cache is not None:
             keys, values = keys.contiguous(), values.contiguous()

@@ -80,12 +80,10 @@ class AudioTower(nn.Module):
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Dense features [S, 64, D] of windows, int16 or float in [-1, 1], [S, 160000]."""
-        if self.trains and torch.is_grad_enabled():
-            return self.encode(self.log_mel(waveforms))
         if self.training and not self.trains:
             self.eval()
-        with torch.no_grad():
-            parts = waveforms.split(WINDOWS_PER_PART.get(waveforms.device.type, 32))
+        parts = waveforms.split(WINDOWS_PER_PART.get(waveforms.device.type, 32))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
             return torch.cat([self.encode(self.log_mel(part)) for part in parts])
 
     @torch.no_grad()

@@ -23,39 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from af2_ray.models.audio_states import AudioStates, Heard
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
-from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer, Heard
+from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer
 from af2_ray.models.htsat import AudioTower
 from af2_ray.models.prefix import PrefixFusion
 from af2_ray.models.transform import AudioTransform
 from af2_ray.text import IGNORE, SPECIAL_TOKENS
-
-
-@dataclass(frozen=True)
-class AudioStates:
-    """Encoded clips: `hidden` [C, A, D] and bool `mask` [C, A] of real tokens. Keep them for further questions."""
-
-    hidden: Tensor
-    mask: Tensor
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    def select(self, clips: Tensor | Sequence[int]) -> AudioStates:
-        """The states of these clips, without the padding that none of them needs."""
-        index = torch.as_tensor(clips, device=self.hidden.device)
-        hidden, mask = self.hidden[index], self.mask[index]
-        length = int(mask.sum(dim=1).max()) if len(mask) else 0
-        return AudioStates(hidden[:, :length], mask[:, :length])
-
-    @staticmethod
-    def concat(states: Sequence[AudioStates]) -> AudioStates:
-        """All clips of several states, padded to the longest."""
-        length = max(part.hidden.shape[1] for part in states)
-        return AudioStates(
-            torch.cat([nnf.pad(part.hidden, (0, 0, 0, length - part.hidden.shape[1])) for part in states]),
-            torch.cat([nnf.pad(part.mask, (0, length - part.mask.shape[1])) for part in states]),
-        )
 
 
 @dataclass
@@ -189,8 +163,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = self.audio_tower(waveforms)  # [S, F, D]
         if self.config.audio_features == "pooled":
             features = features.mean(dim=1, keepdim=True)
-        clips = [clip.flatten(0, 1) for clip in features.split(counts)]
-        return AudioStates(*self.audio_transform.encode_ragged(clips))
+        lengths = [count * features.shape[1] for count in counts]
+        return AudioStates.of_packed(self.audio_transform(features.flatten(0, 1), lengths), lengths)
 
     def _hear(
         self, input_ids: Tensor, states: AudioStates | None, audio_index: Tensor | None, cache: AudioCache | None
@@ -211,7 +185,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         first = cache is None or cache.tokens_heard is None
         if cache is not None:
             cache.tokens_heard, cache.markers = tokens, markers[:, -1]
-        return Heard(None if states is None else states.hidden, audio_index, tokens, markers, first)
+        return Heard(states, audio_index, tokens, markers, first)
 
     # --- Text -------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from af2_ray.models.cross_attention import AudioCache, Heard
+from af2_ray.models.audio_states import Heard, to_rectangle
+from af2_ray.models.cross_attention import AudioCache
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class PrefixFusion(nn.Module):
 
     def _project(self, heard: Heard) -> Tensor:
         """Embeddings [B, P, D] of each row's audios."""
-        assert heard.hidden is not None, "audio states are needed where the cache holds no prefix"
-        embeds = self.fc2(nnf.gelu(self.fc1(self.norm(heard.hidden))))
+        assert heard.states is not None, "audio states are needed where the cache holds no prefix"
+        packed, lengths = heard.states.pack()
+        embeds = to_rectangle(self.fc2(nnf.gelu(self.fc1(self.norm(packed)))), lengths)
         return embeds if heard.audio_index is None else embeds[heard.audio_index.clamp(min=0)].flatten(1, 2)

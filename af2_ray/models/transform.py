@@ -2,17 +2,21 @@
 
 Post-norm layers with rotary positions over the whole clip, so a window knows where in the clip it lies. Without it the
 paper loses 10 MMAU points (PAPER 2).
+
+Clips are ragged all the way through: one call of every linear layer and norm over the tokens of all clips, end to end,
+and only attention, which has no parameters, clip by clip. Of clips of 10, 30, 60 and 300 s a rectangle would be two
+thirds padding. All ranks call every module equally often whatever their clips, as ZeRO-3 needs.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 LAYER_NORM_EPS = 1e-6
@@ -33,11 +37,28 @@ def rotary_table(num_positions: int, num_dims: int, base: float, like: Tensor) -
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first dims of each head of `x` [..., A, d] by its position; the remaining dims pass through."""
+    """Rotate the first dims of each head of `x` [N, H, d] by its position; the remaining dims pass through.
+
+    Args:
+        table: cosines and sines of each token, [N, 1, num_dims].
+    """
     cos, sin = table
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
     return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """Self-attention of each clip's tokens [N, H, d] among themselves; [N, H * d].
+
+    Args:
+        groups: numbers of clips of one length and that length, in the order of the tokens; one kernel a group.
+    """
+    parts = []
+    for (num, length), *qkv in zip(groups, *(t.split([num * length for num, length in groups]) for t in (q, k, v))):
+        q, k, v = (t.view(num, length, *t.shape[1:]).transpose(1, 2) for t in qkv)
+        parts.append(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(num * length, -1))
+    return torch.cat(parts)
 
 
 class AudioTransformLayer(GradientCheckpointingLayer):
@@ -55,17 +76,14 @@ class AudioTransformLayer(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(inner_size, width)
         self.ff_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor, mask: Tensor | None, table: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`x` [C, A, D]; `mask` bool [C, 1, 1, A] of real tokens, or none if all are."""
-        num, length, width = x.shape
-        q, k, v = (
-            proj(x).view(num, length, self.num_heads, -1).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(
+        self, x: Tensor, groups: Sequence[tuple[int, int]], table: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`x` [N, D], the tokens of all clips; `groups` as `attend_within` takes them, `table` as `rotate` does."""
+        q, k, v = (proj(x).unflatten(1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
-        y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = self.attention_norm(x + self.out_proj(y.transpose(1, 2).reshape(num, length, width)))
+        x = self.attention_norm(x + self.out_proj(attend_within(q, k, v, groups)))
         return self.ff_norm(x + self.fc2(self.fc1(x).relu()))
 
 
@@ -88,31 +106,22 @@ class AudioTransform(nn.Module):
         self.input_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.layers = nn.ModuleList([AudioTransformLayer(width, num_heads, inner_size) for _ in range(num_layers)])
 
-    def encode_ragged(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Audio states [C, A, D] and their bool mask [C, A] of clips [A_c, D] of unlike length, padded to the longest.
-
-        Without gradients, clips of one length go together and nothing is padded before the end. With them there is one
-        call whatever the lengths: under ZeRO-3 all ranks must make equally many.
-        """
-        lengths = torch.tensor([len(clip) for clip in clips], device=clips[0].device)
-        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        if torch.is_grad_enabled():
-            return self(pad_sequence(list(clips), batch_first=True), mask), mask
-        hidden: dict[int, Tensor] = {}
-        for length in {len(clip) for clip in clips}:
-            alike = [index for index, clip in enumerate(clips) if len(clip) == length]
-            hidden |= zip(alike, self(torch.stack([clips[index] for index in alike]), None), strict=True)
-        return pad_sequence([hidden[index] for index in range(len(clips))], batch_first=True), mask
-
-    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
-        """Audio states [C, A, D] of features [C, A, D], padded at the end where bool `mask` [C, A] is false.
-
-        A clip's states do not depend on the padding. Padded positions hold finite values of no meaning.
-        """
-        x = self.input_norm(features * features.shape[-1] ** 0.5)
+    def forward(self, features: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Audio states [N, D] of features [N, D]: clips end to end, `lengths` tokens each. No clip hears another."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)  # clips of one length side by side
+        ordered = order != list(range(len(lengths)))
+        clips = features.split(list(lengths))
+        x = torch.cat([clips[index] for index in order]) if ordered else features
+        x = self.input_norm(x * x.shape[-1] ** 0.5)
+        groups = [(num, length) for length, num in sorted(Counter(lengths).items())]
         table = None
         if self.rope_base is not None:
-            table = rotary_table(x.shape[1], self.rotary_dims, self.rope_base, x)
+            rows = rotary_table(max(lengths), self.rotary_dims, self.rope_base, x)
+            positions = torch.cat([torch.arange(length, device=x.device).repeat(num) for num, length in groups])
+            table = rows[0][positions, None], rows[1][positions, None]
         for layer in self.layers:
-            x = layer(x, None if mask is None else mask[:, None, None, :], table)
-        return x
+            x = layer(x, groups, table)
+        if not ordered:
+            return x
+        back = dict(zip(order, x.split([lengths[index] for index in order]), strict=True))
+        return torch.cat([back[index] for index in range(len(lengths))])
