@@ -21,6 +21,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -228,8 +229,8 @@ def compare(case: str, quick: bool) -> dict[str, dict[str, Any]]:
     sides: dict[str, dict[str, Any]] = {}
     for side in ("ours",) if case == "text_only" else ("ours", "reference"):
         # A fork has its own peak, and everything imported; nothing is computed in this process.
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            sides[side] = pool.apply(run_side, (case, side, quick))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            sides[side] = pool.submit(run_side, case, side, quick).result()
         print(f"{case:>10} {side:>9}: {sides[side]['seconds']:.3f} s, {sides[side]['gib']:.2f} GiB beside weights")
     if "reference" in sides:
         np.testing.assert_allclose(sides["ours"]["out"], sides["reference"]["out"], rtol=1e-3, atol=1e-4)

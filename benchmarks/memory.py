@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import json
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -118,11 +119,11 @@ def main() -> None:
     lengths_s = QUICK_S if parser.parse_args().quick else LENGTHS_S
     curves: dict[str, dict[int, float]] = {fusion: {} for fusion in FUSIONS}
     # A fork has its own peak, and everything imported; nothing has been computed here, so no threads are lost by it.
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for length_s in lengths_s:
-            for fusion in FUSIONS:
-                curves[fusion][length_s] = round(pool.apply(step_mib, (fusion, length_s)), 1)
-            print(f"{length_s:4d} s: " + ", ".join(f"{fusion} {curves[fusion][length_s]:.0f} MiB" for fusion in FUSIONS))
+    for length_s in lengths_s:
+        for fusion in FUSIONS:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+                curves[fusion][length_s] = round(pool.submit(step_mib, fusion, length_s).result(), 1)
+        print(f"{length_s:4d} s: " + ", ".join(f"{fusion} {curves[fusion][length_s]:.0f} MiB" for fusion in FUSIONS))
     plot(curves)
     print(f"plot: {PLOT}")
     result = {f"{fusion}_mib": mib for fusion, mib in curves.items()}
