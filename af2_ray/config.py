@@ -67,6 +67,8 @@ class LanguageModelPretrain(Strict):
     weight_decay: float = Field(0.01, ge=0)
     vocab_size: int = Field(1024, ge=300)
     prompt_weight: float = Field(0.1, ge=0, description="of a prompt's loss beside its answer's")
+    reading: list[str] = Field([], description="JSON lines of {prompt, answer}: questions about scenes told in words")
+    reading_share: float = Field(0.5, ge=0, le=1, description="of the batches, drawn from `reading`")
 
 
 class LanguageModelSettings(Strict):
@@ -96,6 +98,7 @@ class TransformSettings(Strict):
     num_heads: int = Field(8, ge=1)
     inner_size: int = Field(2048, ge=1)
     rope_base: float | None = Field(4096.0, description="null leaves positions out")
+    time_features: int = Field(0, ge=0, description="size of an embedding of each token's time; 0 in the paper")
 
 
 class CrossAttentionSettings(Strict):

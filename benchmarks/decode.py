@@ -102,10 +102,14 @@ def transform_padded(transform: AudioTransform, features: Tensor, mask: Tensor) 
     """Audio states [C, A, D] of features padded to one length, padded keys masked."""
     num, length, width = features.shape
     assert transform.rope_base is not None
-    table = [t.repeat(num, 1)[:, None] for t in rotary_table(length, transform.rotary_dims, transform.rope_base, features)]
+    table = [
+        t.repeat(num, 1)[:, None] for t in rotary_table(length, transform.rotary_dims, transform.rope_base, features)
+    ]
     x = transform.input_norm(features * width**0.5)
     for layer in transform.layers:
-        q, k, v = (proj(x).view(num * length, layer.num_heads, -1) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        q, k, v = (
+            proj(x).view(num * length, layer.num_heads, -1) for proj in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
         q, k, v = (t.view(num, length, *t.shape[1:]).transpose(1, 2) for t in (rotate(q, table), rotate(k, table), v))
         y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         x = layer.attention_norm(x + layer.out_proj(y.transpose(1, 2).flatten(2)))

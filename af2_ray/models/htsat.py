@@ -66,6 +66,13 @@ class AudioTower(nn.Module):
         return int(self.model.audio_encoder.num_features)
 
     @property
+    def window_shape(self) -> tuple[int, int]:
+        """Frequency bands and time steps of a window's features, which come band by band."""
+        chunks = self.model.audio_encoder.freq_ratio  # stretches of time that are stacked to make a square image
+        side = self.config.spec_size // self.config.patch_stride[0] // 2 ** (len(self.config.depths) - 1)
+        return side // chunks, side * chunks
+
+    @property
     def trains(self) -> bool:
         """Whether any parameter is to be trained; if none is, the tower runs without gradients, in eval mode."""
         return any(parameter.requires_grad for parameter in self.parameters())

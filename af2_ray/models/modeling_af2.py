@@ -67,6 +67,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.transform_heads,
             config.transform_inner_size,
             config.transform_rope_base,
+            config.transform_time_features,
+            self.audio_tower.window_shape if config.audio_features == "dense" else (1, 1),
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
@@ -140,6 +142,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if module.bias is not None:
                 bound = module.in_features**-0.5
                 init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, AudioTransform) and module.time_features:
+            init.normal_(module.time_embedding.weight, std=(1.5 * module.time_features) ** -0.5)  # as loud as the audio
         elif isinstance(module, GatedCrossAttention):
             init.zeros_(module.attn_gate)
             init.zeros_(module.ff_gate)

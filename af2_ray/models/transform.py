@@ -11,6 +11,7 @@ thirds padding. All ranks call every module equally often whatever their clips, 
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -61,6 +62,22 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, i
     return torch.cat(parts)
 
 
+def time_table(times: Tensor, length: Tensor, num_features: int) -> Tensor:
+    """Where in its clip each token lies, [N, 3 * num_features]: as a share of the clip, and on the clock.
+
+    Cosines of 1, 2 ... half turns over the whole clip tell beginning from end whatever its length; sines and cosines
+    of half a window, one, two, four ... tell apart what is near. Every token has its own value, which attention with
+    rotary positions alone has to infer from what lies on either side.
+
+    Args:
+        times, length: [N], the token's time and its clip's length, in windows.
+    """
+    number = torch.arange(num_features, device=times.device)
+    share = math.pi * (times / length)[:, None] * (number + 1)
+    clock = 4 * math.pi * times[:, None] / 2.0**number
+    return torch.cat((share.cos(), clock.sin(), clock.cos()), dim=1)
+
+
 class AudioTransformLayer(GradientCheckpointingLayer):
     """Self-attention without biases, then a ReLU feed-forward, each followed by residual and LayerNorm."""
 
@@ -92,10 +109,20 @@ class AudioTransform(nn.Module):
 
     Args:
         rope_base: base of the rotary frequencies; none leaves positions out.
+        time_features: size of an embedding of each token's time, added after the first LayerNorm (`time_table`); 0, as
+            in the paper, for none. A small model learns order and place from it in a fraction of the examples.
+        window_shape: frequency bands and time steps of a window's tokens, bands first.
     """
 
     def __init__(
-        self, width: int, num_layers: int, num_heads: int, inner_size: int, rope_base: float | None = 4096.0
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        inner_size: int,
+        rope_base: float | None = 4096.0,
+        time_features: int = 0,
+        window_shape: tuple[int, int] = (2, 32),
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -104,6 +131,9 @@ class AudioTransform(nn.Module):
         self.rotary_dims = min(max(head_dim // 2, MIN_ROTARY_DIMS), head_dim - head_dim % 2)
         self.rope_base = rope_base
         self.input_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.time_features, self.window_shape = time_features, window_shape
+        if time_features:
+            self.time_embedding = nn.Linear(3 * time_features, width, bias=False)
         self.layers = nn.ModuleList([AudioTransformLayer(width, num_heads, inner_size) for _ in range(num_layers)])
 
     def forward(self, features: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -114,10 +144,12 @@ class AudioTransform(nn.Module):
         x = torch.cat([clips[index] for index in order]) if ordered else features
         x = self.input_norm(x * x.shape[-1] ** 0.5)
         groups = [(num, length) for length, num in sorted(Counter(lengths).items())]
+        positions = torch.cat([torch.arange(length, device=x.device).repeat(num) for num, length in groups])
+        if self.time_features:
+            x = x + self._embed_time(positions, groups).to(x.dtype)
         table = None
         if self.rope_base is not None:
             rows = rotary_table(max(lengths), self.rotary_dims, self.rope_base, x)
-            positions = torch.cat([torch.arange(length, device=x.device).repeat(num) for num, length in groups])
             table = rows[0][positions, None], rows[1][positions, None]
         for layer in self.layers:
             x = layer(x, groups, table)
@@ -125,3 +157,12 @@ class AudioTransform(nn.Module):
             return x
         back = dict(zip(order, x.split([lengths[index] for index in order]), strict=True))
         return torch.cat([back[index] for index in range(len(lengths))])
+
+    def _embed_time(self, positions: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+        """The embedding [N, D] of each token's time, from its position [N] in its clip."""
+        bands, steps = self.window_shape
+        times = positions // (bands * steps) + (positions % steps) / steps
+        sizes = [num * length for num, length in groups]
+        windows = torch.tensor([length / (bands * steps) for _, length in groups], device=positions.device)
+        length = windows.repeat_interleave(torch.tensor(sizes, device=positions.device))
+        return self.time_embedding(time_table(times, length, self.time_features).to(self.time_embedding.weight.dtype))

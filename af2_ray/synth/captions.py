@@ -148,7 +148,6 @@ def is_true(composition: Composition, scene: Scene) -> bool:
     levels = {label: float(np.mean(event.gains_db)) for label, event in events.items()}
     for item in items:
         event = events[item.label]
-        start, end = event.span_s
         change_db = event.gains_db[-1] - event.gains_db[0]
         true = {
             "": True,
@@ -156,7 +155,7 @@ def is_true(composition: Composition, scene: Scene) -> bool:
             "soft": levels[item.label] == min(levels.values()),
             "louder": change_db > 3,
             "softer": change_db < -3,
-            **{part: PARTS[int((start + end) / 2 / scene.duration_s * 3)] == part for part in PARTS},
+            **{part: scene.part_of(event) == part for part in PARTS},
             **{str(number): event.count == number for number in TIMES},
         }
         if not true[item.attribute]:

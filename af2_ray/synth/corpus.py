@@ -8,6 +8,7 @@ fingerprint of what it was made from, so a cut run goes on and a changed recipe 
     DIR/SET/SPLIT/00001.flac            16 kHz mono
     DIR/SET/SPLIT.json                  questions, NVIDIA's manifest
     DIR/SET/SPLIT.captions.jsonl        caption sets of AF-CLAP
+    DIR/SET/SPLIT.reading.jsonl         the same questions about the scenes told in words, for the LM
     DIR/SET/SPLIT.scenes.jsonl          the truth
 """
 
@@ -34,12 +35,13 @@ from af2_ray.synth.bank import Bank, Bed, write_bank
 from af2_ray.synth.captions import make_captions
 from af2_ray.synth.catalogue import BEDS, CLASSES
 from af2_ray.synth.curate import Clip, grouped, split_clips
+from af2_ray.synth.reading import narrate
 from af2_ray.synth.scenes import Scene, compose_block, render_scene
 from af2_ray.synth.skills import make_questions
 
 log = logging.getLogger(__name__)
 
-VERSION = 7  # raise it when the same recipe would give other bytes
+VERSION = 8  # raise it when the same recipe would give other bytes
 BLOCK = 4  # scenes
 Row = dict[str, Any]
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -205,16 +207,15 @@ def _make_set(
     truth: list[Row] = []
     captions: list[Row] = []
     questions: list[Row] = []
-    for number, (block_truth, block_captions, block_questions) in enumerate(
-        _blocks(corpus, scenes, folder, num_processes)
-    ):
-        truth += block_truth
-        captions += block_captions
-        questions += block_questions
+    readings: list[Row] = []
+    for number, rows in enumerate(_blocks(corpus, scenes, folder, num_processes)):
+        for kept, made in zip((truth, captions, questions, readings), rows, strict=True):
+            kept += made
         tell((number + 1) * BLOCK)
     _mark_gallery(truth)
     _write_lines(base / f"{scenes.split}.scenes.jsonl", truth)
     _write_lines(base / f"{scenes.split}.captions.jsonl", captions)
+    _write_lines(base / f"{scenes.split}.reading.jsonl", readings)
     manifest = {
         "split": scenes.split,
         "split_path": scenes.split,
@@ -224,7 +225,7 @@ def _make_set(
     }
     _write_json(base / f"{scenes.split}.json", manifest)
     digest = hashlib.sha256()
-    for name in ("json", "captions.jsonl", "scenes.jsonl"):
+    for name in ("json", "captions.jsonl", "reading.jsonl", "scenes.jsonl"):
         digest.update((base / f"{scenes.split}.{name}").read_bytes())
     facts = {
         "fingerprint": fingerprint,
@@ -259,8 +260,8 @@ def _open_bank(folder: Path) -> None:
     _bank = Bank(folder)
 
 
-def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Compose, render and describe one block: rows of truth, caption sets and questions."""
+def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], ...]:
+    """Compose, render and describe one block: rows of truth, caption sets, questions and readings."""
     index, corpus, scenes, folder = job
     bank = _bank
     block = compose_block(scenes, bank, index, corpus.seed)
@@ -283,7 +284,7 @@ def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], list
             }
         )
         truth.append(_truth(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
-    questions = []
+    questions, readings = [], []
     for question in make_questions(block, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng):
         row = {
             "name": truth[question.scene]["name"],
@@ -299,7 +300,8 @@ def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], list
         if question.options:
             row["options"] = question.options
         questions.append(row)
-    return truth, captions, questions
+        readings.append({"prompt": f"{narrate(block[question.scene])} {question.prompt}", "answer": str(row["output"])})
+    return truth, captions, questions, readings
 
 
 def _truth(scene: Scene, name: str, digest: str) -> Row:

@@ -81,6 +81,11 @@ class Scene:
         """Classes in order of onset."""
         return tuple(event.label for event in self.events)
 
+    def part_of(self, event: Event) -> str:
+        """The part of the clip (`PARTS`) that the middle of an event falls in."""
+        start, end = event.span_s
+        return PARTS[int((start + end) / 2 / self.duration_s * len(PARTS))]
+
 
 # --- Composing ---------------------------------------------------------------------------------------------------
 

@@ -224,8 +224,4 @@ def _grounding(first: Scene, second: Scene, wrong: tuple[str, ...]) -> list[Ask]
 
 def _at(scene: Scene, part: str) -> str:
     """The sound in a part of the scene, or ""."""
-    for event in scene.events:
-        start, end = event.span_s
-        if PARTS[int((start + end) / 2 / scene.duration_s * 3)] == part:
-            return event.label
-    return ""
+    return next((event.label for event in scene.events if scene.part_of(event) == part), "")

@@ -2,12 +2,14 @@
 
 The small one keeps the paper's order of events (a language model that knows its text, frozen, taught to hear) on a
 machine without a hub. Its text is the training split's questions and answers in the model's own format, so the
-special tokens have embeddings of their own from the start; `stages.assemble` carries them over.
+special tokens have embeddings of their own from the start; `stages.assemble` carries them over. Part of it (`reading`)
+tells the scene in words first: what order, number and place mean must be known before the LM is frozen.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import time
@@ -99,13 +101,12 @@ def _pretrain(
         raise ValueError("model.lm.pretrain: the stages' manifests hold no text to train on")
     torch.manual_seed(seed)
     torch.set_num_threads(os.cpu_count() or 1)
-    tokenizer = train_tokenizer([text for pair in pairs for text in pair], recipe.vocab_size)
+    readings = [pair for path in recipe.reading for pair in read_pairs(path)]
+    tokenizer = train_tokenizer([text for pair in (*pairs, *readings) for text in pair], recipe.vocab_size)
     add_special_tokens(tokenizer)
     model = Qwen2ForCausalLM(_qwen2(settings, tokenizer, max_text_tokens))
-    text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_text_tokens)
-    ids, mask = torch.from_numpy(text.input_ids), torch.from_numpy(text.attention_mask)
-    answers = torch.from_numpy(text.labels != IGNORE)
-    lengths = mask.sum(1)
+    corpora = [_encoded(tokenizer, found, max_text_tokens) for found in (pairs, readings) if found]
+    shares = [1 - recipe.reading_share, recipe.reading_share] if readings else [1.0]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=SHORT_RUN_BETAS
     )
@@ -114,8 +115,9 @@ def _pretrain(
     losses: list[float] = []
     started = time.perf_counter()
     for step in range(recipe.steps):
-        chosen = torch.from_numpy(random.integers(0, len(pairs), recipe.batch_size))
-        longest = int(lengths[chosen].max())
+        ids, mask, answers = corpora[random.choice(len(corpora), p=shares)]
+        chosen = torch.from_numpy(random.integers(0, len(ids), recipe.batch_size))
+        longest = int(mask[chosen].sum(1).max())
         batch, attention = ids[chosen, :longest], mask[chosen, :longest]
         logits = model(input_ids=batch, attention_mask=attention).logits
         loss = text_loss(logits, batch, attention, answers[chosen, :longest], recipe.prompt_weight)
@@ -137,6 +139,28 @@ def _pretrain(
         "loss_last": float(np.mean(losses[-LOSS_WINDOW:])),
         "parameters": model.num_parameters(),
     }
+
+
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """(prompt, answer) of JSON lines. A line without them is a `ValueError` that names its file and number."""
+    pairs = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            pairs.append((str(row["prompt"]), str(row["answer"])))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a JSON object with `prompt` and `answer`: {error}") from error
+    return pairs
+
+
+def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask, and where the answers are, [N, T] each."""
+    text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_tokens)
+    return (
+        torch.from_numpy(text.input_ids),
+        torch.from_numpy(text.attention_mask),
+        torch.from_numpy(text.labels != IGNORE),
+    )
 
 
 def text_loss(logits: Tensor, ids: Tensor, real: Tensor, answers: Tensor, prompt_weight: float) -> Tensor:

@@ -44,6 +44,7 @@ def make_model(
     every: int = 2,
     fusion: str = "xattn",
     features: str = "dense",
+    time_features: int = 0,
 ) -> Model:
     lm, tower = make_lm(family, tied=tied), make_tower()
     config = AudioFlamingo2Config(
@@ -58,6 +59,7 @@ def make_model(
         transform_layers=2,
         transform_heads=2,
         transform_inner_size=64,
+        transform_time_features=time_features,
     )
     torch.manual_seed(2)
     model = Model.from_parts(config, lm, tower).eval()

@@ -1,0 +1,51 @@
+"""Scenes told in words: a reader who knows only the words can answer what is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from af2_ray.config import Corpus, SceneSet
+from af2_ray.synth.bank import Bank
+from af2_ray.synth.corpus import make_corpus
+from af2_ray.synth.reading import narrate
+from af2_ray.synth.scenes import compose_block
+from af2_ray.train.language_model import read_pairs
+
+SCENES = SceneSet(
+    name="short", split="train", num_scenes=80, duration_s=(8, 12), num_events=(2, 3), questions_per_scene=4
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(Corpus(dir=str(folder), sources="rendered", sets=[SCENES]), num_processes=1)
+    return folder
+
+
+def test_mirrored_scenes_are_told_apart_by_what_they_exchange(made: Path) -> None:
+    bank, kinds = Bank(made / "sources"), set()
+    for index in range(20):
+        block = compose_block(SCENES, bank, index, seed=0)
+        for first, second in (block[:2], block[2:]):
+            kinds.add(first.kind)
+            assert narrate(first) != narrate(second)
+            assert all(label in narrate(first) for label in first.labels)
+    assert kinds == {"order", "count", "attribute", "position"}
+
+
+def test_readings_stand_beside_the_manifest_and_hold_the_answers(made: Path) -> None:
+    pairs = read_pairs(made / "short" / "train.reading.jsonl")
+    counts = [(prompt, answer) for prompt, answer in pairs if "How many times" in prompt]
+    assert len(pairs) == 80 * 5
+    assert counts
+    assert all(f" {answer} times" in prompt.partition(".")[0] for prompt, answer in counts)
+
+
+def test_a_bad_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "reading.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r"reading.jsonl, line 2: .*answer"):
+        read_pairs(path)
