@@ -118,6 +118,21 @@ def test_padding_side_does_not_matter() -> None:
     torch.testing.assert_close(right, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("change", [{"transform_layers": 0}, {"transform_rope_base": None}])
+@torch.no_grad()
+def test_ablations_of_the_transform(change: dict[str, int | None]) -> None:
+    """Without layers a token of the audio says nothing of the rest; without positions the order of windows is lost."""
+    whole = make_model()
+    ablated = type(whole)(type(whole.config).from_dict(whole.config.to_dict() | change)).eval()
+    ablated.load_state_dict(whole.state_dict(), strict=change != {"transform_layers": 0})
+    windows = make_windows(2)
+    features = torch.cat([windows, windows[:1]])  # the first window is the last one too
+    for model in (whole, ablated):
+        hidden = model.encode_audio(features, [3]).hidden[0].unflatten(0, (3, 64))
+        alike = torch.allclose(hidden[0], hidden[2], atol=1e-4)
+        assert alike is (model is ablated)
+
+
 def test_silence_and_no_label_give_finite_zero_gradients() -> None:
     model, ids = make_model().train(), make_ids(1)
     silent = torch.zeros(1, 160_000, dtype=torch.int16)
