@@ -5,6 +5,7 @@ Decoding files is done before (`af2_ray.audio.decode`): here audio is mono float
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from transformers import (
 from af2_ray.audio.windows import SAMPLE_RATE, num_windows, to_windows
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.text import encode
+
+logger = logging.getLogger(__name__)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -44,7 +47,8 @@ class AudioFlamingo2FeatureExtractor(FeatureExtractionMixin):
     """Cuts clips into int16 windows.
 
     Args:
-        max_windows: the longest clip, in windows of 10 s; a longer one is an error unless `truncate` is set.
+        max_windows: the longest clip, in windows of 10 s; a longer one is an error unless `truncate` is set, and
+            a warning if it is.
     """
 
     model_input_names = ["waveforms", "windows_per_clip"]  # noqa: RUF012 - transformers' own class attribute
@@ -69,11 +73,11 @@ class AudioFlamingo2FeatureExtractor(FeatureExtractionMixin):
             if not np.issubdtype(array.dtype, np.floating):
                 raise ValueError(f"audio {index} has type {array.dtype}: pass floats in [-1, 1]")
             count = num_windows(array.size)
-            if count > self.max_windows and not truncate:
-                raise ValueError(
-                    f"audio {index} has {count} windows of 10 s, over the limit of {self.max_windows}: "
-                    "cut it, or pass truncate=True to keep its beginning"
-                )
+            if count > self.max_windows:
+                problem = f"audio {index} has {count} windows of 10 s, over the limit of {self.max_windows}: "
+                if not truncate:
+                    raise ValueError(problem + "cut it, or pass truncate=True to keep its beginning")
+                logger.warning(problem + "only its beginning is kept")
             try:
                 windows.append(to_windows(array, self.max_windows))
             except ValueError as error:

@@ -42,6 +42,29 @@ def test_ragged_clips_hear_as_if_alone() -> None:
     torch.testing.assert_close(both, torch.cat([first, second]), atol=1e-4, rtol=0)
 
 
+def test_ragged_clips_train_as_if_alone() -> None:
+    """Clips in no order of length, two of one length: loss and gradients are the sums of those of each alone."""
+    model, ids, windows, counts = make_model().train(), make_ids(4), make_windows(7), [3, 1, 2, 1]
+
+    def gradients(rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        parts = windows.split(counts)
+        total = torch.zeros(())
+        for row in rows or [slice(None)]:
+            chosen = slice(row, row + 1) if rows else row
+            logits = model(ids[chosen], waveforms=torch.cat(parts[chosen]), windows_per_clip=counts[chosen]).logits
+            loss = token_loss_sum(logits[:, :-1].flatten(0, 1), ids[chosen, 1:].flatten())[0]
+            loss.backward()
+            total += loss.detach()
+        return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    (together, grads), (alone, expected) = gradients([]), gradients([0, 1, 2, 3])
+    torch.testing.assert_close(together, alone)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
 @torch.no_grad()
 def test_several_questions_share_one_encoding() -> None:
     model, ids, windows = make_model(), make_ids(3), make_windows(3)
@@ -93,6 +116,21 @@ def test_padding_side_does_not_matter() -> None:
     right = model(torch.cat([ids, pads], 1), attention_mask=torch.cat([ones, zeros], 1), **kwargs).logits[:, :6]
     torch.testing.assert_close(left, plain, atol=1e-4, rtol=0)
     torch.testing.assert_close(right, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("change", [{"transform_layers": 0}, {"transform_rope_base": None}])
+@torch.no_grad()
+def test_ablations_of_the_transform(change: dict[str, int | None]) -> None:
+    """Without layers a token of the audio says nothing of the rest; without positions the order of windows is lost."""
+    whole = make_model()
+    ablated = type(whole)(type(whole.config).from_dict(whole.config.to_dict() | change)).eval()
+    ablated.load_state_dict(whole.state_dict(), strict=change != {"transform_layers": 0})
+    windows = make_windows(2)
+    features = torch.cat([windows, windows[:1]])  # the first window is the last one too
+    for model in (whole, ablated):
+        hidden = model.encode_audio(features, [3]).hidden[0].unflatten(0, (3, 64))
+        alike = torch.allclose(hidden[0], hidden[2], atol=1e-4)
+        assert alike is (model is ablated)
 
 
 def test_silence_and_no_label_give_finite_zero_gradients() -> None:

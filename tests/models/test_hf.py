@@ -46,6 +46,15 @@ def test_attention_implementations_agree(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_device_map_places_the_model(tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    placed = Model.from_pretrained(tmp_path, device_map="cpu").eval()
+    audio = {"waveforms": make_windows(1), "windows_per_clip": [1]}
+    assert torch.equal(placed(make_ids(1), **audio).logits, model(make_ids(1), **audio).logits)
+
+
+@torch.no_grad()
 def test_bfloat16_runs_and_keeps_the_mel_statistics(tmp_path: Path) -> None:
     model = make_model()
     model.audio_tower.calibrate(make_windows(1))
@@ -127,6 +136,14 @@ def test_processor_gives_what_generate_takes(processor: AudioFlamingo2Processor)
     batch["input_ids"] = batch["input_ids"] - len(processor.tokenizer) + model.config.num_tokens
     out = model.generate(**batch, max_new_tokens=2)
     assert out.shape[0] == 3
+
+
+def test_truncation_is_asked_for_and_reported(
+    processor: AudioFlamingo2Processor, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = processor(["What?"], np.tile(NOISE, 3), sampling_rate=16_000, truncate=True)
+    assert batch["windows_per_clip"].tolist() == [3]
+    assert "over the limit of 3" in caplog.text
 
 
 def test_processor_for_training_gives_labels(processor: AudioFlamingo2Processor) -> None:
