@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, overload
 
@@ -54,6 +55,7 @@ class SampleTable(Sequence[Sample]):
         for name in (*TEXT_COLUMNS, *JSON_COLUMNS):
             texts[name] = _encoded(columns[name]) if name in columns else (_strings([""]), np.zeros(num, np.uint8))
         offset_s = np.asarray(columns["offset_s"], np.float64) if "offset_s" in columns else np.zeros(num)
+        pa.default_memory_pool().release_unused()  # what encoding took, as much again as the table
         return cls(texts, offset_s, np.asarray(columns["duration_s"], np.float64))
 
     @classmethod
@@ -152,6 +154,44 @@ class Joined(Sequence[StretchT], Generic[StretchT]):
     def fingerprint(self) -> str:
         """Of the parts, in order."""
         return hashlib.sha256(" ".join(fingerprint(part) for part in self.parts).encode()).hexdigest()[:16]
+
+
+class Pickled(Sequence[StretchT], Generic[StretchT]):
+    """Items as bytes in one array, each unpickled where it is asked for: reading one does not load the others.
+
+    For the way through the object store alone; bytes from elsewhere are never unpickled.
+    """
+
+    def __init__(self, items: Sequence[StretchT]) -> None:
+        parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        self._bytes = np.frombuffer(b"".join(parts), np.uint8)
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> StretchT: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[StretchT]: ...
+    def __getitem__(self, place: int | slice) -> StretchT | Sequence[StretchT]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        item: StretchT = pickle.loads(self._bytes[self._starts[place] : self._starts[place + 1]].data)  # noqa: S301
+        return item
+
+
+def portable(items: Sequence[StretchT]) -> Sequence[StretchT]:
+    """The same items in a form that crosses the object store as arrays: tables as they are, others pickled one by one.
+
+    A table of a few samples of a large corpus takes the corpus' texts along; a plan uses nearly all of them.
+    """
+    if isinstance(items, SampleTable | Pickled):
+        return items
+    if isinstance(items, Joined):
+        return Joined([portable(part) for part in items.parts])
+    return Pickled(items)
 
 
 # --- What the plan needs of samples ------------------------------------------------------------------------------
