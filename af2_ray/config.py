@@ -173,6 +173,21 @@ class Budget(Strict):
     text_tokens_per_row: int = Field(2048, ge=16)
     questions_per_clip: int = Field(4, ge=1)
     step_batches: int = Field(240, ge=1)
+    balanced_rows: int | None = Field(
+        None,
+        ge=1,
+        description="rows of like cost that follow each other, a divisor of step_batches; none: all of a step",
+    )
+    tokens_per_window: int = Field(64, ge=1, description="what hearing a window costs, in text tokens")
+    attention_tokens: int | None = Field(
+        None, ge=1, description="length at which attention costs as much as all else; none: cost is linear in length"
+    )
+
+    @model_validator(mode="after")
+    def _runs_fill_a_step(self) -> Budget:
+        if self.balanced_rows and self.step_batches % self.balanced_rows:
+            raise ValueError(f"balanced_rows={self.balanced_rows} does not divide step_batches={self.step_batches}")
+        return self
 
 
 class Faults(Strict):

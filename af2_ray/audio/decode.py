@@ -26,6 +26,7 @@ import soundfile as sf
 import soxr
 from numpy.typing import NDArray
 
+from af2_ray.audio import shards
 from af2_ray.audio.windows import SAMPLE_RATE
 
 MAX_BYTES = 4 * 2**30
@@ -74,7 +75,8 @@ def decode(
     """Read a stretch of an audio file.
 
     Args:
-        uri: local path, `file://`, `s3://` or another scheme of fsspec; credentials come from the environment.
+        uri: local path, `file://`, `s3://` or another scheme of fsspec, or `shard.tar#member` of these; credentials
+            come from the environment.
         offset_s: where the stretch begins.
         duration_s: its length; none: to the end of the file.
         channel: `first` keeps channel 0 (the reference), `mix` the mean of all.
@@ -132,7 +134,7 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
     """Open a uri as a sound file; every failure of the way there is an `AudioError`."""
     path = uri.removeprefix("file://")
     try:
-        if "://" in path:
+        if "://" in path or shards.split_member(path):
             stream, size = _open_remote(path, max_bytes)
         else:
             stream = open(path, "rb")  # noqa: SIM115 - closed below, with the sound file
@@ -141,7 +143,7 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
         raise AudioError(uri, "missing") from error
     except PermissionError as error:
         raise AudioError(uri, "forbidden", str(error)) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise AudioError(uri, "unreadable", str(error)) from error
     with stream:
         if size > max_bytes:
@@ -151,9 +153,11 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
 
 
 def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
-    """Open an object: whole if it is small, else for ranged reads; a passing fault is tried again."""
+    """Open an object or a shard's file: whole if it is small, else for ranged reads; a passing fault is tried again."""
     for attempt in range(_RETRIES + 1):
         try:
+            if shards.split_member(uri):
+                return shards.open_member(uri, min(_WHOLE_BYTES, max_bytes))
             fs, path = fsspec.url_to_fs(uri)
             size = int(fs.info(path)["size"])
             if size <= min(_WHOLE_BYTES, max_bytes):

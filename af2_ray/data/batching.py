@@ -7,50 +7,36 @@ of like cost; a group is one optimiser step whatever the number of workers, and 
 
 The trade-off: neighbours in a row are alike in length and so not independent. In return next to nothing is padded; what
 is random is which of the alike clips meet (new in every epoch), which rows share a step, and the order of the steps.
-A pure function: equal arguments give an equal plan, and its fingerprint covers everything that shaped it.
+A pure function: equal arguments give an equal plan, and its fingerprint covers everything that shaped it. How rows are
+filled and dealt is `packing`'s; here they become a plan.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from af2_ray.audio.windows import num_windows_for
-from af2_ray.data.blend import Index, blend, clip_numbers
-from af2_ray.data.manifest import CaptionSet, Sample, StretchT, fingerprint
+from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES
+from af2_ray.data.blend import Blend
+from af2_ray.data.columns import Joined, SampleTable, clip_numbers, durations
+from af2_ray.data.manifest import CaptionSet, Sample, Stretch, StretchT, fingerprint
 from af2_ray.data.measures import PlanStats, measure
+from af2_ray.data.packing import Budget, Index, Rows, deal_steps, fill_rows, share_clips
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tail = Literal["empty", "drop"]
 
-TOKENS_PER_WINDOW = 64  # in a row's predicted cost, a window weighs as many text tokens as it gives audio tokens
 _FRAME_TOKENS = 4  # <audio>, <SEP>, <|endofchunk|> and the end of sequence around prompt and answer
-_TEXT_BUCKET = 1.1  # texts within this ratio count as alike
-_COST_JITTER = 0.02  # rows within this share of cost count as alike
-_MAX_WAITING = 64  # encodings passed over for one row because it has their clip
 _MAX_IDLE_EPOCHS = 10_000
-
-
-class Budget(Protocol):
-    """The recipe's budget of a row and a step (`config.Budget`)."""
-
-    @property
-    def windows_per_row(self) -> int: ...
-    @property
-    def text_tokens_per_row(self) -> int: ...
-    @property
-    def questions_per_clip(self) -> int: ...
-    @property
-    def step_batches(self) -> int: ...
+_TEXTS = 2**16  # distinct texts tokenised in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +59,7 @@ class Plan(Generic[StretchT]):
         step_batches: rows of one optimiser step.
         stats: its measures.
         fingerprint: of items, arguments and rows; a cursor is valid for one fingerprint.
+        origin: what shaped it, by name (`data`, `seed`, `budget` ...): says what changed where fingerprints differ.
     """
 
     items: Sequence[StretchT]
@@ -82,6 +69,7 @@ class Plan(Generic[StretchT]):
     step_batches: int
     stats: PlanStats
     fingerprint: str
+    origin: Mapping[str, str]
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -138,10 +126,12 @@ def plan(
     rng = np.random.default_rng((seed, epoch, 1))
     spare = len(rows) % budget.step_batches
     if spare and tail == "drop":
-        rows = [rows[i] for i in sorted(rng.permutation(len(rows))[spare:].tolist())]
+        rows = rows.take(np.sort(rng.permutation(len(rows))[spare:]))
     elif spare:
-        rows += [[] for _ in range(budget.step_batches - spare)]
-    return pool.finish(_steps(rows, pool, budget.step_batches, rng), budget, ("plan", seed, epoch, tail))
+        rows = Rows.join([rows, Rows.empty(budget.step_batches - spare)])
+    rows = pool.dealt(rows, rng)
+    drawn = "all" if index is None else _digest("", np.asarray(index))
+    return pool.finish(rows, {"seed": str(seed), "epoch": str(epoch), "tail": tail, "draw": drawn})
 
 
 def plan_steps(
@@ -166,28 +156,34 @@ def plan_steps(
         budget: of a row and a step.
         seed: of blend and order.
     """
-    samples = [sample for part, _ in datasets for sample in part]
+    samples = datasets[0][0] if len(datasets) == 1 else Joined([part for part, _ in datasets])
     if not samples:
         raise ValueError("nothing to plan: the datasets have no usable samples")
     pool = _Pool.of(samples, window_counts(samples, max_windows), text_length(samples), budget)
+    mix = Blend(datasets, seed)
     size = budget.step_batches
-    steps: _Rows = []
-    carried: _Rows = []
-    epoch = num_idle = 0
-    while len(steps) < num_steps * size:
-        index = blend(datasets, epoch, seed)
+    steps: list[Rows] = []
+    carried = Rows.empty()
+    num_rows = epoch = num_idle = 0
+    while num_rows < num_steps * size:
         rng = np.random.default_rng((seed, epoch, 1))
-        rows = pool.rows(index, np.random.default_rng((seed, epoch)))
-        ready = carried + [rows[i] for i in rng.permutation(len(rows)).tolist()]  # who waits is drawn, not sorted out
+        rows = pool.rows(mix.epoch(epoch), np.random.default_rng((seed, epoch)))
+        ready = Rows.join([carried, rows.take(rng.permutation(len(rows)))])  # who waits is drawn, not sorted out
         full = len(ready) - len(ready) % size
-        steps += _steps(ready[:full], pool, size, rng)
-        carried = ready[full:]
+        steps.append(pool.dealt(ready.take(np.arange(full)), rng))
+        carried = ready.take(np.arange(full, len(ready)))
+        num_rows += full
         epoch += 1
-        num_idle = 0 if rows else num_idle + 1
+        num_idle = 0 if len(rows) else num_idle + 1
         if num_idle > _MAX_IDLE_EPOCHS:
             raise ValueError(f"{num_idle} epochs of the blend drew no sample: raise the datasets' weights")
-    told = ("plan_steps", seed, num_steps, max_windows, [weight for _, weight in datasets])
-    return pool.finish(steps[: num_steps * size], budget, told)
+    told = {
+        "seed": str(seed),
+        "steps": str(num_steps),
+        "max_windows": str(max_windows),
+        "weights": str([weight for _, weight in datasets]),
+    }
+    return pool.finish(Rows.join(steps).take(np.arange(num_steps * size)), told)
 
 
 def plan_captions(
@@ -214,13 +210,20 @@ def plan_captions(
         offset += len(sets)
     items = [item for sets, _ in phases for item in sets]
     entries = np.concatenate(parts)
-    rows = entries.reshape(-1, clips_per_row)
-    windows = window_counts(items, max_windows)
-    stats = measure(list(windows[rows]), [np.ones(clips_per_row, np.int64)] * len(rows), step_batches)
+    windows = window_counts(items, max_windows)[entries]
     row_starts = np.arange(0, len(entries) + 1, clips_per_row)
-    told = ("plan_captions", seed, [steps for _, steps in phases], clips_per_row, step_batches, max_windows)
-    mark = _fingerprint(items, told, entries, row_starts)
-    return Plan(items, entries, np.arange(len(entries) + 1), row_starts, step_batches, stats, mark)
+    one_text = np.ones(len(entries), np.int64)
+    cost = windows.reshape(-1, clips_per_row).sum(1).astype(float)
+    stats = measure(windows, row_starts, one_text, row_starts, cost, step_batches)
+    origin = {
+        "data": fingerprint(items),
+        "seed": str(seed),
+        "steps": str([steps for _, steps in phases]),
+        "budget": f"clips_per_row={clips_per_row} step_batches={step_batches}",
+        "max_windows": str(max_windows),
+    }
+    mark = _digest(f"plan_captions {origin!r}", entries, row_starts)
+    return Plan(items, entries, np.arange(len(entries) + 1), row_starts, step_batches, stats, mark, origin)
 
 
 def _contrastive_steps(sets: Sequence[CaptionSet], num_steps: int, size: int, seed: tuple[int, ...]) -> Index:
@@ -248,27 +251,41 @@ def _contrastive_steps(sets: Sequence[CaptionSet], num_steps: int, size: int, se
 # --- Lengths -----------------------------------------------------------------------------------------------------
 
 
-def window_counts(samples: Sequence[Any], max_windows: int) -> Index:
+def window_counts(samples: Sequence[Stretch], max_windows: int) -> Index:
     """10 s windows of each sample by its manifest duration: int64 [N]."""
-    return np.fromiter((num_windows_for(s.duration_s, max_windows) for s in samples), np.int64, len(samples))
+    num_audio_samples = np.rint(durations(samples) * SAMPLE_RATE)
+    return np.clip(np.ceil(num_audio_samples / WINDOW_SAMPLES), 1, max_windows).astype(np.int64)
 
 
 def text_lengths(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], *, max_tokens: int = 512) -> Index:
     """Text tokens of each sample (prompt, answer and the tokens around them), at most `max_tokens`: int64 [N].
 
-    Each distinct text is tokenised once, in one batched call.
+    Each distinct text is tokenised once.
     """
+    if isinstance(samples, Joined):
+        parts = [text_lengths(tokenizer, part, max_tokens=max_tokens) for part in samples.parts]
+        return np.concatenate(parts or [np.empty(0, np.int64)])
+    if isinstance(samples, SampleTable):
+        total = np.full(len(samples), _FRAME_TOKENS, np.int64)
+        for name in ("prompt", "answer"):
+            values, codes = samples.texts(name)
+            parts = [_num_tokens(tokenizer, values.slice(i, _TEXTS).to_pylist()) for i in range(0, len(values), _TEXTS)]
+            total += np.concatenate(parts or [np.empty(0, np.int64)])[codes]
+        return np.minimum(total, max_tokens)
     texts = list(dict.fromkeys(text for s in samples for text in (s.prompt, s.answer)))
-    ids = tokenizer([t.strip().lower() for t in texts], add_special_tokens=False)["input_ids"] if texts else []
-    length = dict(zip(texts, map(len, ids), strict=True))
+    length = dict(zip(texts, _num_tokens(tokenizer, texts).tolist(), strict=True))
     lengths = (length[s.prompt] + length[s.answer] + _FRAME_TOKENS for s in samples)
     return np.minimum(np.fromiter(lengths, np.int64, len(samples)), max_tokens)
 
 
-# --- Inside ------------------------------------------------------------------------------------------------------
+def _num_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Index:
+    if not texts:
+        return np.empty(0, np.int64)
+    ids = tokenizer([text.strip().lower() for text in texts], add_special_tokens=False)["input_ids"]
+    return np.fromiter(map(len, ids), np.int64, len(texts))
 
-_Encoding = Index  # the entries that share one encoding of a clip
-_Rows = list[list[_Encoding]]
+
+# --- Inside ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,14 +293,14 @@ class _Pool:
     """Samples with their lengths: makes rows of an epoch's draw and, in the end, the plan."""
 
     items: Sequence[Sample]
-    clips: Index
-    windows: Index
-    texts: Index
+    clips: NDArray[np.int32]
+    windows: NDArray[np.int32]
+    texts: NDArray[np.int32]
     budget: Budget
 
     @classmethod
     def of(cls, items: Sequence[Sample], windows: Any, texts: Any, budget: Budget) -> _Pool:
-        windows, texts = np.asarray(windows, np.int64), np.asarray(texts, np.int64)
+        windows, texts = np.asarray(windows, np.int32), np.asarray(texts, np.int32)
         if not len(items) == len(windows) == len(texts):
             raise ValueError(f"{len(items)} samples, {len(windows)} windows, {len(texts)} text lengths: must agree")
         for lengths, limit, key in (
@@ -293,120 +310,43 @@ class _Pool:
             if len(items) and lengths.max() > limit:
                 worst = items[int(lengths.argmax())]
                 raise ValueError(f"budget.{key}={limit} is less than sample {worst.id} alone needs ({lengths.max()})")
-        return cls(items, clip_numbers(items), windows, texts, budget)
+        return cls(items, clip_numbers(items).astype(np.int32), windows, texts, budget)
 
-    def rows(self, index: Index, rng: np.random.Generator) -> _Rows:
-        """Encodings of the drawn samples, packed into rows under the budget."""
-        encodings = self._encodings(index, rng)
-        windows = np.array([self.windows[e[0]] for e in encodings], np.int64)
-        texts = np.array([self.texts[e].max() for e in encodings], np.int64)
-        bucket = np.floor(np.log(np.maximum(texts, 1)) / math.log(_TEXT_BUCKET) + rng.random())
-        order = np.lexsort((rng.random(len(encodings)), bucket, windows))
-        return self._pack(encodings, order, windows, texts)
+    def rows(self, index: Index, rng: np.random.Generator) -> Rows:
+        """The drawn samples, packed into rows under the budget."""
+        lengths = (self.clips, self.windows, self.texts, self.budget, rng)
+        entries, clip_starts = share_clips(np.asarray(index, np.int64), *lengths)
+        return fill_rows(entries, clip_starts, *lengths)
 
-    def _encodings(self, index: Index, rng: np.random.Generator) -> list[_Encoding]:
-        """Group the questions of a clip by up to `questions_per_clip` of like length, a repeated draw apart."""
-        draw = _occurrence(index)
-        clip = self.clips[index]
-        alike = self.texts[index] * rng.uniform(1 / _TEXT_BUCKET, _TEXT_BUCKET, len(index))
-        order = np.lexsort((alike, draw, clip))
-        clip, draw, entries = clip[order], draw[order], index[order]
-        starts = np.flatnonzero(np.diff(clip, prepend=-1) | np.diff(draw, prepend=-1)).tolist()
-        starts.append(len(entries))
-        encodings = []
-        per_clip = self.budget.questions_per_clip
-        per_row = self.budget.text_tokens_per_row
-        for a, b in pairwise(starts):
-            while a < b:
-                stop = min(a + per_clip, b)
-                while (stop - a) * self.texts[entries[a:stop]].max() > per_row:
-                    stop -= 1
-                encodings.append(entries[a:stop])
-                a = stop
-        return encodings
+    def dealt(self, rows: Rows, rng: np.random.Generator) -> Rows:
+        """A multiple of `step_batches` rows in the order of training."""
+        run = self.budget.balanced_rows or self.budget.step_batches
+        return rows.take(deal_steps(rows.cost(self.windows, self.texts, self.budget), run, rng))
 
-    def _pack(self, encodings: list[_Encoding], order: Index, windows: Index, texts: Index) -> _Rows:
-        """Fill rows in the given order; an encoding of a clip that the row has already waits for the next row."""
-        max_windows, max_text = self.budget.windows_per_row, self.budget.text_tokens_per_row
-        queue = deque(order.tolist())
-        rows: _Rows = []
-        while queue:
-            row: list[_Encoding] = []
-            waiting: list[int] = []
-            heard: set[int] = set()
-            longest = longest_text = num_questions = 0
-            while queue and len(waiting) < _MAX_WAITING:
-                number = queue[0]
-                encoding = encodings[number]
-                clip = int(self.clips[encoding[0]])
-                if clip in heard:
-                    waiting.append(queue.popleft())
-                    continue
-                next_longest, next_text = max(longest, int(windows[number])), max(longest_text, int(texts[number]))
-                next_questions = num_questions + len(encoding)
-                if (len(row) + 1) * next_longest > max_windows or next_questions * next_text > max_text:
-                    break
-                queue.popleft()
-                row.append(encoding)
-                heard.add(clip)
-                longest, longest_text, num_questions = next_longest, next_text, next_questions
-            queue.extendleft(reversed(waiting))
-            rows.append(row)
-        return rows
-
-    def cost(self, row: list[_Encoding]) -> float:
-        """Predicted cost of a row, in text tokens."""
-        if not row:
-            return float(TOKENS_PER_WINDOW)
-        num_windows = sum(int(self.windows[e[0]]) for e in row)
-        return TOKENS_PER_WINDOW * num_windows + sum(map(len, row)) * max(int(self.texts[e].max()) for e in row)
-
-    def finish(self, rows: _Rows, budget: Budget, told: tuple[Any, ...]) -> Plan[Sample]:
-        """Lay the rows out as arrays, measure them, and put the fingerprint on."""
-        if not rows:
+    def finish(self, rows: Rows, told: dict[str, str]) -> Plan[Sample]:
+        """Measure the rows and put the fingerprint on."""
+        budget = self.budget
+        if not len(rows):
             raise ValueError("nothing to plan: no usable samples, or fewer rows than one step takes (tail='drop')")
-        encodings = [e for row in rows for e in row]
-        entries = np.concatenate(encodings) if encodings else np.empty(0, np.int64)
-        clip_starts = np.cumsum([0, *map(len, encodings)])
-        row_starts = np.cumsum([0, *map(len, rows)])
-        stats = measure(
-            [self.windows[[int(e[0]) for e in row]] for row in rows],
-            [self.texts[np.concatenate(row)] if row else np.empty(0, np.int64) for row in rows],
-            budget.step_batches,
-            [self.cost(row) for row in rows],
+        windows = self.windows[rows.entries[rows.clip_starts[:-1]]]
+        cost = rows.cost(self.windows, self.texts, self.budget)
+        question_starts = rows.clip_starts[rows.row_starts]
+        stats = measure(windows, rows.row_starts, self.texts[rows.entries], question_starts, cost, budget.step_batches)
+        sizes = [name for name in dir(Budget) if not name.startswith("_")]
+        origin = {
+            "data": fingerprint(self.items),
+            "text lengths": _digest("", self.texts),
+            "budget": " ".join(f"{name}={getattr(budget, name)}" for name in sizes),
+            **told,
+        }
+        mark = _digest(repr(origin), rows.entries, rows.clip_starts, rows.row_starts)
+        return Plan(
+            self.items, rows.entries, rows.clip_starts, rows.row_starts, budget.step_batches, stats, mark, origin
         )
-        sizes = (
-            budget.windows_per_row,
-            budget.text_tokens_per_row,
-            budget.questions_per_clip,
-            budget.step_batches,
-        )
-        mark = _fingerprint(self.items, (*told, sizes), entries, clip_starts, row_starts)
-        return Plan(self.items, entries, clip_starts, row_starts, budget.step_batches, stats, mark)
 
 
-def _steps(rows: _Rows, pool: _Pool, size: int, rng: np.random.Generator) -> _Rows:
-    """Order rows so that each run of `size` is of like cost, costliest first within it, and the runs are shuffled."""
-    cost = np.array([pool.cost(row) for row in rows])
-    blurred = cost * rng.uniform(1 - _COST_JITTER, 1 + _COST_JITTER, len(rows))
-    groups = np.argsort(-blurred, kind="stable").reshape(-1, size)
-    groups = np.take_along_axis(groups, np.argsort(-cost[groups], axis=1, kind="stable"), axis=1)
-    return [rows[i] for i in groups[rng.permutation(len(groups))].reshape(-1).tolist()]
-
-
-def _occurrence(index: Index) -> Index:
-    """For each position, how often its value came before: [3, 5, 3] -> [0, 0, 1]."""
-    order = np.argsort(index, kind="stable")
-    value = index[order]
-    position = np.arange(len(index))
-    first = np.maximum.accumulate(np.where(np.diff(value, prepend=-1) != 0, position, 0))
-    result = np.empty(len(index), np.int64)
-    result[order] = position - first
-    return result
-
-
-def _fingerprint(items: Sequence[Any], told: tuple[Any, ...], *arrays: Index) -> str:
-    digest = hashlib.sha256(f"{fingerprint(items)} {told!r}".encode())
+def _digest(told: str, *arrays: NDArray[Any]) -> str:
+    digest = hashlib.sha256(told.encode())
     for array in arrays:
-        digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(array, np.int64).data)
     return digest.hexdigest()[:16]

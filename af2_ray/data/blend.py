@@ -11,13 +11,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from af2_ray.data.columns import clip_numbers, durations
 from af2_ray.data.manifest import Stretch
+from af2_ray.data.packing import Index, ragged
 
 BUCKET_EDGES_S = (2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 90.0, 180.0, 300.0)
 
-Index = NDArray[np.int64]
+
+class Blend:
+    """Datasets with their weights, sorted into clips and buckets once; `epoch` draws from them.
+
+    Args:
+        datasets: samples and weight of each dataset.
+        seed: of the shuffles.
+    """
+
+    def __init__(self, datasets: Sequence[tuple[Sequence[Stretch], float]], seed: int) -> None:
+        self._buckets: list[tuple[float, tuple[int, ...], Index, Index, Index]] = []
+        base = 0
+        for number, (samples, weight) in enumerate(datasets):
+            if not weight > 0:
+                raise ValueError(f"dataset {number}: weight {weight} must be above 0; leave the dataset out instead")
+            order, starts = _groups(clip_numbers(samples))
+            bucket_of = np.digitize(durations(samples)[order[starts[:-1]]], BUCKET_EDGES_S)
+            order = order + base
+            for bucket in np.unique(bucket_of).tolist():
+                members = np.flatnonzero(bucket_of == bucket)
+                self._buckets.append((weight, (seed, number, bucket), members, starts, order))
+            base += len(samples)
+
+    def epoch(self, epoch: int) -> Index:
+        """The samples of one epoch, from 0 on: int64 [N], see `blend`."""
+        chosen = []
+        for weight, seed, members, starts, order in self._buckets:
+            taken = members[epoch_slice(len(members), weight, epoch, seed)]
+            chosen.append(order[ragged(starts, taken)[0]])
+        return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
 
 
 def blend(datasets: Sequence[tuple[Sequence[Stretch], float]], epoch: int, seed: int) -> Index:
@@ -31,20 +61,7 @@ def blend(datasets: Sequence[tuple[Sequence[Stretch], float]], epoch: int, seed:
     Returns:
         int64 [N]: indices into the datasets laid end to end, grouped by dataset; a weight above 1 repeats an index.
     """
-    chosen, base = [], 0
-    for number, (samples, weight) in enumerate(datasets):
-        if not weight > 0:
-            raise ValueError(f"dataset {number}: weight {weight} must be above 0; leave the dataset out instead")
-        clips = clip_numbers(samples)
-        clip_order, starts = _groups(clips)
-        durations = np.array([samples[i].duration_s for i in clip_order[starts[:-1]]])
-        buckets = np.digitize(durations, BUCKET_EDGES_S)
-        for bucket in np.unique(buckets):
-            members = np.flatnonzero(buckets == bucket)
-            taken = members[epoch_slice(len(members), weight, epoch, (seed, number, int(bucket)))]
-            chosen += [base + clip_order[starts[clip] : starts[clip + 1]] for clip in taken]
-        base += len(samples)
-    return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+    return Blend(datasets, seed).epoch(epoch)
 
 
 def epoch_slice(n: int, weight: float, epoch: int, seed: tuple[int, ...]) -> Index:
@@ -57,14 +74,6 @@ def epoch_slice(n: int, weight: float, epoch: int, seed: tuple[int, ...]) -> Ind
         parts.append(np.random.default_rng((*seed, wrap)).permutation(n)[start:stop])
         first += stop - start
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
-def clip_numbers(samples: Sequence[Stretch]) -> Index:
-    """Number the distinct stretches (uri, offset, duration) in order of appearance: int64 [N]."""
-    numbers: dict[tuple[str, float, float], int] = {}
-    return np.fromiter(
-        (numbers.setdefault((s.uri, s.offset_s, s.duration_s), len(numbers)) for s in samples), np.int64, len(samples)
-    )
 
 
 def _groups(labels: Index) -> tuple[Index, Index]:

@@ -75,7 +75,7 @@ StretchT = TypeVar("StretchT", bound=Stretch)
 
 
 def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
-    """Read a manifest in NVIDIA's JSON format (PAPER 4).
+    """Read a manifest: NVIDIA's JSON (PAPER 4), or any of the formats of `formats.read_table`.
 
     Args:
         manifest_uri: local path or any uri of fsspec.
@@ -85,6 +85,10 @@ def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
     Raises:
         ValueError: the file cannot be read as a manifest; the message names it and the line.
     """
+    if not manifest_uri.endswith(".json"):
+        from af2_ray.data.formats import read_table
+
+        return list(read_table(manifest_uri, root))
     text = _read_text(manifest_uri)
     try:
         manifest = json.loads(text)
@@ -92,7 +96,7 @@ def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
         raise ValueError(f"{manifest_uri}, line {error.lineno}: not JSON: {error.msg}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("data"), dict):
         raise ValueError(f"{manifest_uri}, line 1: a manifest is an object with a `data` object of numbered samples")
-    folder, stem = _split_uri(manifest_uri)
+    folder, stem = split_uri(manifest_uri)
     dataset = folder.rstrip("/").rsplit("/", 1)[-1] or stem
     split = str(manifest.get("split") or stem)
     flamingo_task = str(manifest.get("flamingo_task") or dataset)
@@ -100,34 +104,41 @@ def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
     samples = []
     for key, item in manifest["data"].items():
         try:
-            samples.append(_sample(item, f"{dataset}/{split}/{key}", base, dataset, flamingo_task.rsplit("-", 1)[-1]))
+            samples.append(sample(item, f"{dataset}/{split}/{key}", base, dataset, flamingo_task.rsplit("-", 1)[-1]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{manifest_uri}, line {_line_of(text, key)}: sample {key!r}: {_told(error)}") from error
+            raise ValueError(f"{manifest_uri}, line {_line_of(text, key)}: sample {key!r}: {told(error)}") from error
     return samples
 
 
 def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet]:
-    """Read AF-CLAP caption sets, one JSON object a line; audio at `root/name`, root defaults to the file's folder.
+    """Read AF-CLAP caption sets; audio at `root/name`, root defaults to the file's folder.
+
+    One JSON object a line (`.jsonl`); or Parquet, Arrow, lhotse cuts and compressed lines as in `formats`.
 
     Raises:
         ValueError: a line cannot be understood; the message names the file and the line.
     """
-    base = root if root is not None else _split_uri(captions_uri)[0]
+    base = root if root is not None else split_uri(captions_uri)[0]
+    if not captions_uri.endswith(".jsonl"):
+        from af2_ray.data.formats import read_caption_rows
+
+        return read_caption_rows(captions_uri, root)
     sets = []
     for number, line in enumerate(_read_text(captions_uri).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            sets.append(_caption_set(json.loads(line), base))
+            sets.append(caption_set(json.loads(line), base))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{captions_uri}, line {number}: {_told(error)}") from error
+            raise ValueError(f"{captions_uri}, line {number}: {told(error)}") from error
     return sets
 
 
 _SAMPLE_KEYS = {"name", "prompt", "output", "duration", "audio_start", "skill", "options", "pair", "template"}
 
 
-def _sample(item: Any, id_: str, base: str, dataset: str, task: str) -> Sample:
+def sample(item: Any, id_: str, base: str, dataset: str, task: str) -> Sample:
+    """A sample from a manifest's item; `KeyError`, `TypeError` or `ValueError` if it cannot be understood."""
     _need_object(item)
     return Sample(
         id=id_,
@@ -146,7 +157,8 @@ def _sample(item: Any, id_: str, base: str, dataset: str, task: str) -> Sample:
     )
 
 
-def _caption_set(item: Any, base: str) -> CaptionSet:
+def caption_set(item: Any, base: str) -> CaptionSet:
+    """A caption set from a line's item; `KeyError`, `TypeError` or `ValueError` if it cannot be understood."""
     _need_object(item)
     return CaptionSet(
         uri=_join(base, _text(item, "name")),
@@ -178,7 +190,8 @@ def _seconds(value: Any, missing: float) -> float:
     return float(value)
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """What was wrong with an item, for a message."""
     return f"key {error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
 
 
@@ -199,7 +212,7 @@ def _read_text(uri: str) -> str:
         raise ValueError(f"{uri}: not UTF-8 text: {error}") from error
 
 
-def _split_uri(uri: str) -> tuple[str, str]:
+def split_uri(uri: str) -> tuple[str, str]:
     """Folder and stem of a uri."""
     folder, _, name = uri.rpartition("/")
     return folder or ".", name.split(".", 1)[0]
@@ -252,13 +265,15 @@ def _fault(sample: Stretch) -> str:
 
 def fingerprint(samples: Sequence[Stretch]) -> str:
     """SHA-256 (first 16 hex digits) of what the samples say, in order; a moved corpus keeps its fingerprint."""
+    if columns := getattr(samples, "fingerprint", None):  # a table hashes whole columns
+        return str(columns())
     digest = hashlib.sha256()
     for sample in samples:
         name = "/".join(sample.uri.rsplit("/", 2)[-2:])
-        told: tuple[Any, ...] = (name, sample.offset_s, sample.duration_s)
+        said: tuple[Any, ...] = (name, sample.offset_s, sample.duration_s)
         if isinstance(sample, Sample):
-            told += (sample.id, sample.prompt, sample.answer)
+            said += (sample.id, sample.prompt, sample.answer)
         elif isinstance(sample, CaptionSet):
-            told += (sample.caption, sample.positives, sample.negatives)
-        digest.update(json.dumps(told, ensure_ascii=False).encode())
+            said += (sample.caption, sample.positives, sample.negatives)
+        digest.update(json.dumps(said, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]

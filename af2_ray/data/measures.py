@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from af2_ray.data.packing import Index, max_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +34,44 @@ class PlanStats:
 
 
 def measure(
-    windows: list[NDArray[np.int64]],
-    texts: list[NDArray[np.int64]],
+    windows: NDArray[Any],
+    row_starts: Index,
+    texts: NDArray[Any],
+    question_starts: Index,
+    cost: NDArray[np.float64],
     step_batches: int,
-    costs: Sequence[float] | None = None,
 ) -> PlanStats:
-    """Measure rows: windows of their clips, text lengths of their questions, their costs (none: the windows)."""
-    all_windows = np.concatenate(windows)
-    heard = [w for w in windows if len(w)]
-    cost = np.array(costs if costs is not None else [w.sum() for w in windows], float).reshape(-1, step_batches)
-    shuffled = np.random.default_rng(0).permutation(all_windows)
-    size = max(1, round(len(all_windows) / max(1, len(heard))))
+    """Measure rows.
+
+    Args:
+        windows: of the clips, row by row [C]; row r's begin at row_starts[r], [R+1].
+        texts: tokens of the questions, row by row [Q]; row r's begin at question_starts[r], [R+1].
+        cost: predicted, of each row [R].
+        step_batches: rows of a step.
+    """
+    shuffled = np.random.default_rng(0).permutation(windows)
+    size = max(1, round(len(windows) / max(1, int(np.count_nonzero(np.diff(row_starts))))))
+    unplanned = np.minimum(np.arange(0, len(windows) + size, size), len(windows))
     return PlanStats(
-        padding_share=padding_share(windows),
-        padding_share_unplanned=padding_share([shuffled[i : i + size] for i in range(0, len(shuffled), size)]),
-        text_padding_share=padding_share(texts),
-        num_samples=sum(map(len, texts)),
-        num_clips=len(all_windows),
-        num_windows=int(all_windows.sum()),
-        num_text_tokens=sum(int(t.sum()) for t in texts),
-        cost_spread=float(((cost.max(1) - cost.min(1)) / np.maximum(cost.max(1), 1e-9)).mean()),
+        padding_share=padding_share(windows, row_starts),
+        padding_share_unplanned=padding_share(shuffled, unplanned),
+        text_padding_share=padding_share(texts, question_starts),
+        num_samples=len(texts),
+        num_clips=len(windows),
+        num_windows=int(windows.sum()),
+        num_text_tokens=int(texts.sum()),
+        cost_spread=cost_spread(cost, step_batches),
     )
 
 
-def padding_share(rows: list[NDArray[np.int64]]) -> float:
-    """Padded share of the rectangles that hold each row's lengths."""
-    held = sum(len(row) * int(row.max()) for row in rows if len(row))
-    return 1 - sum(int(row.sum()) for row in rows) / held if held else 0.0
+def padding_share(lengths: NDArray[Any], starts: Index) -> float:
+    """Padded share of the rectangles that hold each run of lengths."""
+    held = float(np.dot(np.diff(starts), max_by(lengths, starts)))
+    return float(1 - np.sum(lengths) / held) if held else 0.0
+
+
+def cost_spread(cost: NDArray[np.float64], num_ranks: int) -> float:
+    """Mean of (largest - smallest) / largest cost over the rows that `num_ranks` ranks take at one time."""
+    groups = cost.reshape(-1, num_ranks)
+    highest = groups.max(1)
+    return float(((highest - groups.min(1)) / np.maximum(highest, 1e-9)).mean())

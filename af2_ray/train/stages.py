@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from af2_ray.config import Dataset, Stage
 from af2_ray.data.batching import Plan, plan_steps, text_lengths
 from af2_ray.data.collate import LmCollator
+from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import Sample, check_samples, read_samples
 from af2_ray.data.quarantine import Failure, Quarantine
 from af2_ray.models.afclap import AfClapModel
@@ -98,7 +99,8 @@ def plan_stage(run: Run, stage: Stage, tokenizer: Any) -> Plan[Sample]:
 
 def usable_samples(run: Run, dataset: Dataset) -> list[Sample]:
     """A manifest's usable samples; the others go to the quarantine, which ends the run when they are too many."""
-    samples = read_samples(dataset.manifest, dataset.root)
+    read = read_samples(dataset.manifest, dataset.root)
+    samples, _ = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
     good, bad = check_samples(samples)
     quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
     quarantine.add([Failure(sample.uri, reason, sample.offset_s) for sample, reason in bad], len(samples))

@@ -7,6 +7,7 @@ It takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.js
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -23,9 +24,9 @@ from ray.train.torch import TorchTrainer
 
 from af2_ray.config import Cluster
 from af2_ray.data.batching import Plan
-from af2_ray.data.feed import Collator, data_config, make_dataset
+from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config, make_dataset
 from af2_ray.train.loop import LoopConfig, train_loop
-from af2_ray.train.run import Run, mark_finished, read_metrics
+from af2_ray.train.run import Run, mark_finished, read_metrics, write_atomic
 from af2_ray.train.task import Task
 from af2_ray.train.tracking import ReportCallback, Tracker
 
@@ -56,11 +57,13 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
 
     Raises:
         RuntimeError: the cluster cannot ever hold the workers.
+        ValueError: the job was begun with another plan; the message says what changed.
         ray.train.TrainingFailedError: a worker failed more often than `faults.max_failures`.
     """
     recipe = run.recipe
     started = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
+    _check_plan(job)
     mlflow_id = tracker.child(job.name, {"steps": job.num_steps, "plan": job.plan.fingerprint})
     loop = LoopConfig(
         task=job.task,
@@ -137,6 +140,18 @@ def summary(job: Job) -> dict[str, Any]:
         "plan": job.plan.fingerprint,
         **asdict(job.plan.stats),
     }
+
+
+def _check_plan(job: Job) -> None:
+    """Keep the cursor's plan in `plan.json` at the first start, and refuse to go on with another one."""
+    path = job.folder / "plan.json"
+    if not path.is_file():
+        write_atomic(path, json.dumps(asdict(Cursor.of(job.plan)), indent=1))
+        return
+    try:
+        check_cursor(job.plan, Cursor(**json.loads(path.read_text())))
+    except ValueError as error:
+        raise ValueError(f"{job.folder}: {error}") from error
 
 
 def _feed(job: Job, decode_cpus: float) -> Callable[[], ray.data.Dataset]:

@@ -1,0 +1,113 @@
+"""Durations that a manifest leaves out: read from the files' headers once, in parallel, and kept beside the manifest.
+
+A header costs a request, not a download, but a million of them are hours: so they are kept, as
+`<manifest>.durations.json`, or in a folder of the run where the manifest's own place cannot be written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import fsspec
+import numpy as np
+
+from af2_ray.audio.decode import AudioError, probe
+from af2_ray.data.columns import SampleTable
+from af2_ray.data.manifest import CaptionSet, Sample
+
+logger = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT", Sample, CaptionSet)
+
+_THREADS = 16  # waiting for headers, not computing
+
+
+def fill_durations(
+    items: Sequence[ItemT], manifest_uri: str, *, fallback: str | None = None, threads: int = _THREADS
+) -> tuple[Sequence[ItemT], dict[str, str]]:
+    """Give items without a duration the one of their file, less their offset.
+
+    Args:
+        items: of one manifest.
+        manifest_uri: where the durations found are kept, as `<manifest>.durations.json`.
+        fallback: folder for them where that place cannot be written.
+        threads: files read at a time.
+
+    Returns:
+        The items, and why a file's duration could not be read, by uri; its items stay without one, and
+        `check_samples` sets them aside.
+    """
+    without = _without_duration(items)
+    if not len(without):
+        return items, {}
+    stretches = [items[place] for place in without.tolist()]
+    uris = list(dict.fromkeys(item.uri for item in stretches))
+    caches = [f"{manifest_uri.rstrip('/')}.durations.json"]
+    if fallback is not None:
+        mark = hashlib.sha256(manifest_uri.encode()).hexdigest()[:12]
+        caches.append(f"{fallback.rstrip('/')}/{mark}.durations.json")
+    known = _load(caches)
+    missing = [uri for uri in uris if uri not in known]
+    failures: dict[str, str] = {}
+    if missing:
+        logger.info("reading the durations of %d files", len(missing))
+        with ThreadPoolExecutor(threads) as pool:
+            for uri, found in zip(missing, pool.map(_probed, missing), strict=True):
+                if isinstance(found, float):
+                    known[uri] = found
+                else:
+                    failures[uri] = found
+        _save(caches, known)
+    seconds = [known.get(item.uri, np.nan) - item.offset_s for item in stretches]
+    if isinstance(items, SampleTable):
+        duration_s = items.duration_s.copy()
+        duration_s[without] = seconds
+        return items.with_durations(duration_s), failures
+    filled = list(items)
+    for place, duration in zip(without.tolist(), seconds, strict=True):
+        filled[place] = replace(filled[place], duration_s=float(duration))
+    return filled, failures
+
+
+def _without_duration(items: Sequence[Any]) -> Any:
+    if isinstance(items, SampleTable):
+        return np.flatnonzero(~np.isfinite(items.duration_s))
+    return np.flatnonzero(~np.isfinite(np.fromiter((item.duration_s for item in items), float, len(items))))
+
+
+def _probed(uri: str) -> float | str:
+    try:
+        return probe(uri)
+    except AudioError as error:
+        return error.reason
+
+
+def _load(caches: Sequence[str]) -> dict[str, float]:
+    known: dict[str, float] = {}
+    for cache in caches:
+        fs, path = fsspec.url_to_fs(cache)
+        try:
+            known |= {str(uri): float(seconds) for uri, seconds in json.loads(fs.cat_file(path)).items()}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            logger.warning("%s is not readable, durations are read anew: %s", cache, error)
+    return known
+
+
+def _save(caches: Sequence[str], known: dict[str, float]) -> None:
+    """To the first place that can be written."""
+    for cache in caches:
+        fs, path = fsspec.url_to_fs(cache)
+        try:
+            fs.makedirs(fs._parent(path), exist_ok=True)
+            fs.pipe_file(path, json.dumps(known).encode())
+            return
+        except OSError as error:
+            logger.info("%s cannot be written: %s", cache, error)

@@ -1,0 +1,159 @@
+"""Look at a blend before a GPU is asked for: counts, hours, lengths, unreadable files, duplicates, leakage.
+
+    python jobs/check_data.py tiny                                  # all manifests that a recipe names
+    python jobs/check_data.py mine/train.json --test mine/test.json
+
+Writes check_data.html. Exit code 0 if nothing stands against training, 1 if something does, 2 for input that cannot be
+used. File headers are read unless --files 0; --files 1000 reads those of a thousand files drawn from each manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
+from af2_ray.data.survey import Survey, faults, leakage, shorten, survey
+
+STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#26323b}"
+STYLE += "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #e4e2db}"
+STYLE += "td:first-child,th:first-child{text-align:left}.bad{color:#a33}svg{width:100%;height:auto}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: clean, 1: faults found, 2: input that cannot be used."""
+    args = _arguments(argv)
+    console = Console(soft_wrap=True)
+    try:
+        datasets, max_bad_share = _datasets(args)
+        most = None if args.files < 0 else args.files
+        surveys = [survey(dataset, split, most_probed=most) for dataset, split in datasets]
+    except ValueError as error:
+        print(f"check_data: {error}", file=sys.stderr)
+        return 2
+    found = faults(surveys, max_bad_share)
+    console.print(_table(surveys))
+    for line in found:
+        console.print(f"[bold red]fault:[/] {html.escape(line, quote=False)}", highlight=False)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(surveys, found), encoding="utf-8")
+    console.print(f"{'no' if not found else len(found)} fault{'s' if len(found) != 1 else ''}; plots are in {args.out}")
+    return 1 if found else 0
+
+
+def _datasets(args: argparse.Namespace) -> tuple[list[tuple[Dataset, str]], float]:
+    """Manifests with their split, each once, and the share of bad samples put up with."""
+    found: dict[tuple[str, str], Dataset] = {}
+    max_bad_share = Faults().max_bad_share
+    for name in args.inputs:
+        if name in recipe_names() or name.endswith((".yaml", ".yml")):
+            recipe = load_recipe(name)
+            max_bad_share = recipe.faults.max_bad_share
+            for stage in recipe.stages:
+                found |= {(dataset.manifest, "train"): dataset for dataset in stage.data}
+            found |= {(dataset.manifest, "test"): dataset for dataset in recipe.evaluation.manifests}
+        else:
+            found[name, "train"] = Dataset(manifest=name, root=args.root)
+    found |= {(name, "test"): Dataset(manifest=name, root=args.root) for name in args.test}
+    return [(dataset, split) for (_, split), dataset in found.items()], max_bad_share
+
+
+HEADINGS = ("manifest", "split", "weight", "samples", "clips", "hours", "median s", "words", "set aside", "unreadable",
+            "twice")  # fmt: skip
+
+
+def _row(one: Survey) -> list[str]:
+    return [
+        one.manifest,
+        one.split,
+        f"{one.weight:g}",
+        f"{one.num_samples:,}",
+        f"{one.num_clips:,}",
+        f"{one.hours:.2f}",
+        f"{np.median(one.duration_s):.1f}" if one.duration_s else "-",
+        f"{np.median(one.text_words):.0f}" if one.text_words else "-",
+        str(sum(one.set_aside.values())),
+        f"{len(one.unreadable)} of {one.num_probed:,}",
+        str(len(one.duplicates)),
+    ]
+
+
+def _table(surveys: Sequence[Survey]) -> Table:
+    table = Table(header_style="bold")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right", overflow="fold")
+    for one in surveys:
+        table.add_row(*_row(one))
+    return table
+
+
+def page(surveys: Sequence[Survey], found: Sequence[str]) -> str:
+    """The report: one HTML file with everything in it."""
+    parts = [f"<!doctype html><meta charset=utf-8><title>check_data</title><style>{STYLE}</style><h1>Data check</h1>"]
+    verdict = "".join(f"<li class=bad>{html.escape(line)}</li>" for line in found)
+    parts.append(f"<ul>{verdict}</ul>" if found else "<p>Nothing stands against training on these.</p>")
+    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(one)) + "</tr>" for one in surveys)
+    parts.append(f"<table><tr>{head}</tr>{rows}</table>")
+    for one in surveys:
+        parts.append(f"<h2>{html.escape(one.manifest)}</h2>{_histograms(one)}")
+        listed = {
+            "set aside": [f"{reason}: {count}" for reason, count in one.set_aside.items()],
+            "unreadable": [f"{uri}: {reason}" for uri, reason in one.unreadable.items()],
+            "asked twice": list(one.duplicates),
+        }
+        parts += [_list(title, lines) for title, lines in listed.items() if lines]
+    if leaked := leakage(surveys):
+        parts.append(_list("in training and in test", leaked))
+    return "\n".join(parts)
+
+
+def _list(title: str, lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in shorten(lines))
+    return f"<h3>{title} ({len(lines)})</h3><ul>{items}</ul>"
+
+
+def _histograms(one: Survey) -> str:
+    """Clip durations and words a sample, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    panels: list[tuple[str, Any, Any]] = [
+        ("seconds a clip", one.duration_s, np.geomspace),
+        ("words a sample", one.text_words, np.linspace),
+    ]
+    for axes, (title, values, space) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        if values:
+            axes.hist(values, space(max(min(values), 0.1), max(max(values), 0.2) * 1.001, 40), color="#1f6f78")
+        if space is np.geomspace:
+            axes.set_xscale("log")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jobs/check_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", metavar="RECIPE|MANIFEST", nargs="+", help="a recipe, or training manifests")
+    parser.add_argument("--test", metavar="MANIFEST", nargs="+", default=[], help="manifests that must not leak")
+    parser.add_argument("--root", help="folder of the audio (default: each manifest's own)")
+    parser.add_argument("--files", type=int, default=-1, help="headers read of each manifest (-1: all)")
+    parser.add_argument("--out", type=Path, default=Path("check_data.html"), help="the page (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
