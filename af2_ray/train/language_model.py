@@ -159,11 +159,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
 def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_tokens: int) -> tuple[Tensor, ...]:
     """Ids, mask, and where the answers are, [N, T] each; lengths [N]."""
     text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_tokens)
-    return (
-        torch.from_numpy(text.input_ids),
-        torch.from_numpy(text.attention_mask),
-        torch.from_numpy(text.labels != IGNORE),
-    )
+    ids, mask, labels = (torch.from_numpy(part) for part in (text.input_ids, text.attention_mask, text.labels))
+    return ids, mask, labels != IGNORE, mask.sum(1)
 
 
 def text_loss(logits: Tensor, ids: Tensor, real: Tensor, answers: Tensor, prompt_weight: float) -> Tensor:
