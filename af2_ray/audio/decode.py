@@ -16,9 +16,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Literal
+from typing import IO, Any, Literal, TypeVar, cast
 
 import fsspec
 import numpy as np
@@ -33,11 +33,13 @@ MAX_BYTES = 4 * 2**30
 MAX_DURATION_S = 3600.0
 
 Channel = Literal["first", "mix"]
+ResultT = TypeVar("ResultT")
 
 _BLOCK_S = 30.0  # samples are read in blocks: a header that claims a day of audio costs nothing
 _WHOLE_BYTES = 8 * 2**20  # a remote object up to this size comes in one request
 _RANGE_BYTES = 2**20  # block of a ranged read of a larger one
-_RETRIES = 3  # of a remote open or read, with a pause that doubles from half a second
+_RETRIES = 5  # of a remote open or read, with a pause that doubles from half a second: a server may be away for 15 s
+_CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs"}  # whose faults are not all OSErrors
 _SILENCE = 2.0**-15  # one step of 16 bits: a smaller peak, or a smaller swing around a constant, carries no sound
 _SHORT_SHARE, _SHORT_S = 0.05, 0.5  # a stretch may fall short of its stated length by this much (rounding, codec delay)
 _UNKNOWN_FRAMES = 2**40  # libsndfile's frame count for a stream whose header names none is near 2**63
@@ -154,22 +156,65 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
 
 def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
     """Open an object or a shard's file: whole if it is small, else for ranged reads; a passing fault is tried again."""
+    if shards.split_member(uri):
+        stream, size = _retried(lambda: shards.open_member(uri, min(_WHOLE_BYTES, max_bytes)))
+        return (stream if isinstance(stream, io.BytesIO) else cast(IO[bytes], _Patient(stream))), size
+    fs, path = fsspec.url_to_fs(uri)
+    size = int(_retried(lambda: fs.info(path)["size"]))
+    if size <= min(_WHOLE_BYTES, max_bytes):
+        return io.BytesIO(_retried(lambda: fs.cat_file(path))), size
+    stream = _retried(lambda: fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"))
+    return cast(IO[bytes], _Patient(stream)), size
+
+
+def _retried(call: Callable[[], ResultT]) -> ResultT:
+    """What `call` returns; a passing fault is tried again, any fault of a store's client is an `OSError`."""
     for attempt in range(_RETRIES + 1):
         try:
-            if shards.split_member(uri):
-                return shards.open_member(uri, min(_WHOLE_BYTES, max_bytes))
-            fs, path = fsspec.url_to_fs(uri)
-            size = int(fs.info(path)["size"])
-            if size <= min(_WHOLE_BYTES, max_bytes):
-                return io.BytesIO(fs.cat_file(path)), size
-            return fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"), size
+            return call()
         except (FileNotFoundError, PermissionError):
             raise
-        except OSError:
-            if attempt == _RETRIES:
+        except Exception as error:
+            if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS):
                 raise
+            if attempt == _RETRIES:
+                raise OSError(f"{type(error).__name__}: {error}") from error
             time.sleep(0.5 * 2**attempt)
     raise AssertionError("unreachable")
+
+
+class _Patient(io.RawIOBase):
+    """A remote file whose reads are tried again: libsndfile would take a failed read for the end of the file."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        place = self._stream.tell()
+
+        def read() -> bytes:
+            self._stream.seek(place)
+            return self._stream.read(len(buffer))
+
+        data = _retried(read)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from af2_ray.config import Budget
 from af2_ray.data.batching import Plan, plan, plan_captions, plan_steps, text_lengths, window_counts
 from af2_ray.data.manifest import CaptionSet, Sample
+from af2_ray.data.measures import cost_spread
+from af2_ray.data.packing import Rows
 
 BUDGET = Budget(windows_per_row=12, text_tokens_per_row=512, questions_per_clip=3, step_batches=4)
 
@@ -211,3 +213,42 @@ def test_phases_follow_one_another() -> None:
     hard = [CaptionSet(f"hard {n}", 0.0, 10.0, f"hard {n}", (), ()) for n in range(8)]
     made = plan_captions([(easy, 3), (hard, 2)], clips_per_row=4, step_batches=1, max_windows=1, seed=0)
     assert [row.clips[0][0].caption.split()[0] for row in made.rows()] == ["easy"] * 3 + ["hard"] * 2
+
+
+@settings(deadline=None, max_examples=25)
+@given(num_clips=st.integers(200, 800), seed=st.integers(0, 1000), size=st.sampled_from([2, 4, 8]))
+def test_groups_are_balanced_and_mixed(num_clips: int, seed: int, size: int) -> None:
+    """Any run of rows in a step is of nearer cost than the plan as a whole, and equal arguments give equal plans."""
+    samples = make_samples(num_clips, seed)
+    budget = Budget(windows_per_row=64, text_tokens_per_row=2048, questions_per_clip=3, step_batches=size)
+    made = make_plan(samples, budget, seed=seed)
+    windows, texts = window_counts(samples, 9), lengths_of(samples)
+    cost = Rows(made.entries, made.clip_starts, made.row_starts).cost(windows, texts, budget)
+    groups = cost.reshape(-1, size)
+    within = np.sort((groups.max(1) - groups.min(1)) / groups.max(1))
+    assert within[: max(1, len(within) * 3 // 4)].mean() <= 0.5 * (cost.max() - cost.min()) / cost.max() + 0.02
+    assert (np.diff(groups, axis=1) <= 1e-9).all(), "the costliest row comes first"
+    assert make_plan(samples, budget, seed=seed).fingerprint == made.fingerprint
+
+
+def test_like_runs_inside_a_step_mix_its_lengths() -> None:
+    samples = make_samples(6000)
+    whole = Budget(windows_per_row=64, text_tokens_per_row=2048, questions_per_clip=1, step_batches=48)
+    runs = whole.model_copy(update={"balanced_rows": 4})
+    spans = []
+    for budget in (whole, runs):
+        made = make_plan(samples, budget)
+        check_budget(made, budget)
+        cost = Rows(made.entries, made.clip_starts, made.row_starts).cost(
+            window_counts(samples, 9), lengths_of(samples), budget
+        )
+        assert cost_spread(cost, 4) < 0.06
+        spans.append(cost_spread(cost, 48))
+    assert spans[1] > 2 * spans[0]
+
+
+def test_a_question_that_costs_less_alone_is_heard_alone() -> None:
+    samples = [Sample(f"{i}", "a.flac", 0.0, 10.0, "q", "a", "AQA", "d") for i in range(4)]
+    made = plan(samples, windows=[1] * 4, text_lengths=[20, 21, 22, 300], budget=BUDGET, seed=0)
+    shared = sorted(tuple(sorted(sample.id for sample in clip)) for row in made.rows() for clip in row.clips)
+    assert shared == [("0", "1", "2"), ("3",)]

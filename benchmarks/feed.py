@@ -1,0 +1,164 @@
+"""Seconds of audio a second through the whole feed, against the limit of the decoder and a PyTorch DataLoader.
+
+Files: 44.1 kHz, mono and stereo, FLAC, OGG and WAV, 2 to 60 s; on two cores. The feed is Ray Data as in training: rows
+of the plan, decoded, resampled, cut into windows, collated with their questions, through the object store to tensors
+at a rank. Its limit is a bare pool of two processes of soundfile and soxr on the same stretches, sending nothing back.
+The reference's way is a DataLoader of two workers that reads every channel, resamples each (soxr, librosa's own
+resampler), takes the first and pads to the batch's longest. Process start-up is left out on all sides; each is run
+three times in turn and the best counts. The last line is one JSON object.
+
+    python benchmarks/feed.py [--quick] [--audio FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+from af2_ray.config import Budget
+from af2_ray.data.batching import Plan, plan, window_counts
+from af2_ray.data.manifest import Sample
+
+CORES = 2
+RATE = 44_100
+MAX_WINDOWS = 6
+
+
+def make_files(folder: Path, num: int) -> list[str]:
+    """Sounds of the three formats, one and two channels, 2 to 60 s."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(num):
+        suffix = ("flac", "ogg", "wav")[number % 3]
+        t = np.arange(int(rng.uniform(2, 60) * RATE)) / RATE
+        tone = 0.4 * np.sin(2 * np.pi * rng.uniform(100, 4000) * t) * np.exp(-((t % 1.5) / 0.5))
+        channels = 1 + (number // 3) % 2
+        sound = np.stack([tone + rng.normal(0, 0.02, len(t)) for _ in range(channels)], axis=1)
+        path = folder / f"{number}.{suffix}"
+        sf.write(path, sound, RATE)
+        paths.append(str(path))
+    return paths
+
+
+def decode_bare(path: str) -> float:
+    """The limit: read, first channel, resample; the seconds read."""
+    audio, rate = sf.read(path, dtype="float32", always_2d=True)
+    return len(soxr.resample(audio[:, 0], rate, 16_000)) / 16_000
+
+
+class AllChannels:
+    """The reference's dataset: every channel read and resampled, the first one kept."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int) -> Any:
+        audio, rate = sf.read(self.paths[place], dtype="float32", always_2d=True)
+        return np.stack([soxr.resample(np.ascontiguousarray(channel), rate, 16_000) for channel in audio.T])[0]
+
+
+def padded(clips: list[Any]) -> Any:
+    """A batch padded to its longest clip."""
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in clips], batch_first=True)
+
+
+def planned(paths: list[str]) -> Plan[Sample]:
+    """The files as a plan, as a stage would have it."""
+    samples = [
+        Sample(path, path, 0.0, min(sf.info(path).duration, 10.0 * MAX_WINDOWS), "what is heard?", "a tone", "", "")
+        for path in paths
+    ]
+    budget = Budget(windows_per_row=16, text_tokens_per_row=2048, questions_per_clip=1, step_batches=2)
+    lengths = np.full(len(samples), 12)
+    return plan(samples, windows=window_counts(samples, MAX_WINDOWS), text_lengths=lengths, budget=budget, seed=0)
+
+
+def run_feed(made: Plan[Sample], collator: Any) -> int:
+    """All rows through Ray Data, in order; how many windows came."""
+    from af2_ray.data.collate import LmBatch
+    from af2_ray.data.feed import iter_batches, make_dataset
+
+    dataset = make_dataset(made, collator, decode_cpus=0.95)
+    dataset.context.execution_options.preserve_order = True
+    num_windows = 0
+    for batch in iter_batches(dataset.iterator(), LmBatch):
+        assert not batch.failures, batch.failures
+        num_windows += len(batch.waveforms)
+    return num_windows
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(paths: list[str]) -> dict[str, float]:
+    """Audio seconds a second of the three ways."""
+    import ray
+    from torch.utils.data import DataLoader
+
+    from af2_ray.data.collate import LmCollator
+    from af2_ray.text import add_special_tokens, train_tokenizer
+
+    tokenizer = train_tokenizer(["what is heard? a tone"], vocab_size=320)
+    add_special_tokens(tokenizer)
+    made, collator = planned(paths), LmCollator(tokenizer, max_windows=MAX_WINDOWS)
+    audio_s = sum(sf.info(path).duration for path in paths)
+    ray.init(num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    loader = DataLoader(AllChannels(paths), batch_size=8, num_workers=CORES, collate_fn=padded, persistent_workers=True)  # type: ignore[type-var]
+    best = {"feed": np.inf, "limit": np.inf, "reference": np.inf}
+    with ProcessPoolExecutor(CORES) as pool:
+        ways: dict[str, Callable[[], Any]] = {
+            "feed": lambda: run_feed(made, collator),
+            "limit": lambda: list(pool.map(decode_bare, paths)),
+            "reference": lambda: sum(len(batch) for batch in loader),
+        }
+        for attempt in range(4):  # the first warms up
+            for name, work in ways.items():
+                seconds = timed(work)
+                best[name] = min(best[name], seconds) if attempt else np.inf
+    ray.shutdown()
+    return {name: audio_s / seconds for name, seconds in best.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="120 files instead of 600")
+    parser.add_argument("--audio", type=Path, help="folder of sound files (default: made for the purpose)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.audio:
+            paths = [str(p) for p in sorted(args.audio.rglob("*")) if p.suffix in (".flac", ".ogg", ".wav")]
+        else:
+            paths = make_files(Path(folder), 120 if args.quick else 600)
+        rates = measure(paths)
+    for name, rate in rates.items():
+        print(f"{name:10} {rate:8.0f} s of audio a second")
+    result = {"vs_limit": rates["feed"] / rates["limit"], "vs_reference": rates["feed"] / rates["reference"]}
+    print(json.dumps({key: round(value, 3) for key, value in (result | rates).items()}))
+
+
+if __name__ == "__main__":
+    main()

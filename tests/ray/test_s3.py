@@ -1,0 +1,141 @@
+"""Audio from a real S3 server: read, ranged, refused, missing, and through an outage in mid-epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import boto3
+import fsspec
+import numpy as np
+import pytest
+from botocore.config import Config
+
+from af2_ray.audio.decode import AudioError, decode, probe
+
+WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+pytestmark = pytest.mark.skipif(WEED is None, reason="the S3 server comes with the development extra")
+
+KEY, SECRET = "reader", "reader-secret"
+
+
+class Server:
+    """One SeaweedFS process with an S3 port, on a folder that outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            self._ports = [20_000 + each.getsockname()[1] % 20_000 for each in sockets]  # +10000 is taken for gRPC
+        self.url = f"http://127.0.0.1:{self._ports[3]}"
+        identity = {"name": KEY, "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
+        identity["actions"] = ["Admin", "Read", "Write", "List"]  # type: ignore[assignment]
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def client(self) -> Any:
+        config = Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=5)
+        keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+        return boto3.client("s3", endpoint_url=self.url, config=config, **keys)
+
+    def start(self) -> None:
+        master, volume, filer, s3 = self._ports
+        command = [
+            *(str(WEED), "server", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"),
+            *(f"-s3.config={self._folder}/s3.json", "-master.volumeSizeLimitMB=64"),
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+        ]
+        with (self._folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                self.client().list_buckets()
+                return
+            except Exception:
+                assert self._process.poll() is None, (self._folder / "weed.log").read_text()[-2000:]
+                assert time.monotonic() < deadline, "the S3 server does not come up"
+                time.sleep(0.5)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    folder = tmp_path / "weed"
+    folder.mkdir()
+    running = Server(folder)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    try:
+        running.start()
+        running.client().create_bucket(Bucket="audio")
+        yield running
+    finally:
+        running.kill()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def reason_of(uri: str) -> str:
+    with pytest.raises(AudioError) as caught:
+        decode(uri)
+    return caught.value.reason
+
+
+def test_read_ranged_missing_and_refused(
+    server: Server, make_sound: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = make_sound("short.flac", 5.0), make_sound("long.wav", 600.0)
+    for path in (short, long):
+        server.client().upload_file(path, "audio", Path(path).name)
+    np.testing.assert_array_equal(decode("s3://audio/short.flac"), decode(short))
+    assert probe("s3://audio/long.wav") == 600.0
+    read: list[int] = []
+    s3 = fsspec.get_filesystem_class("s3")
+    fetch = s3.cat_file
+    monkeypatch.setattr(s3, "cat_file", lambda *args, **kwargs: read.append(1) or fetch(*args, **kwargs))
+    np.testing.assert_array_equal(decode("s3://audio/long.wav", 300.0, 10.0), decode(long, 300.0, 10.0))
+    assert not read, "19 MB for 10 s: the file is not fetched whole"
+    assert reason_of("s3://audio/none.flac") == "missing"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3.clear_instance_cache()
+    assert reason_of("s3://audio/short.flac") == "forbidden"
+
+
+def test_an_outage_loses_nothing(server: Server, make_sound: Callable[..., str]) -> None:
+    """The server is killed between two clips and comes back: the reader waits for it."""
+    paths = [make_sound(f"{i}.flac", 2.0, hz=300 + i) for i in range(6)]
+    for path in paths:
+        server.client().upload_file(path, "audio", Path(path).name)
+    heard = []
+    back = threading.Timer(2.0, server.start)
+    try:
+        for number, path in enumerate(paths):
+            if number == 3:
+                server.kill()
+                back.start()
+            heard.append(decode(f"s3://audio/{Path(path).name}"))
+    finally:
+        back.join()
+    for mono, path in zip(heard, paths, strict=True):
+        np.testing.assert_array_equal(mono, decode(path))
