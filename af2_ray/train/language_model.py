@@ -145,9 +145,15 @@ def _pretrain(
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
-    """(prompt, answer) of JSON lines. A line without them is a `ValueError` that names its file and number."""
+    """(prompt, answer) of JSON lines. No such file, or a line without them (it is named), is a `ValueError`."""
     pairs = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"model.lm.pretrain.reading: no file {path}; make the corpus (jobs/make_data.py), or set the key to []"
+        ) from error
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             pairs.append((str(row["prompt"]), str(row["answer"])))
