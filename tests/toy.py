@@ -60,6 +60,8 @@ def make(folder: Path, *, num_clips: int = 24, min_s: float = 2.0, max_s: float 
         "data": data,
     }
     (root / "train.json").write_text(json.dumps(manifest))
+    readings = ({"prompt": f"a tone. {row['prompt']}", "answer": row["output"]} for row in data.values())
+    (root / "train.reading.jsonl").write_text("".join(json.dumps(line) + "\n" for line in readings))
     (root / "train.captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in captions))
     return root
 
@@ -80,6 +82,7 @@ def overrides(root: Path, storage: Path) -> list[str]:
         "model.lm.intermediate_size=64",
         "model.lm.pretrain.steps=4",
         "model.lm.pretrain.batch_size=8",
+        f"model.lm.pretrain.reading=[{root / 'train.reading.jsonl'}]",
         "model.transform.num_heads=2",
         "model.transform.inner_size=64",
         "model.cross_attention.num_heads=2",

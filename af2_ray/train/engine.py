@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
+from af2_ray.models.htsat import AudioTower
 
 NO_DECAY_GROUPS = {"tokens"}
 
@@ -108,6 +109,10 @@ def start_engine(
     import deepspeed  # after DS_ACCELERATOR is set: DeepSpeed picks its device at import
 
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
+    if settings.zero_stage == 3:
+        # The tower takes windows in parts, of which ranks have unlike numbers, and uses some weights outside their own
+        # module's forward: it is gathered as a whole, once a call.
+        deepspeed.utils.set_z3_leaf_modules(model, [AudioTower], raise_if_not_found=False)
     adamw = torch.optim.AdamW(optimizer_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas)
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: schedule(optimizer, num_steps, step))
     engine, *_ = deepspeed.initialize(
