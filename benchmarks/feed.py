@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -49,7 +50,9 @@ def make_files(folder: Path, num: int) -> list[str]:
         channels = 1 + (number // 3) % 2
         sound = np.stack([tone + rng.normal(0, 0.02, len(t)) for _ in range(channels)], axis=1)
         path = folder / f"{number}.{suffix}"
-        sf.write(path, sound, RATE)
+        with sf.SoundFile(path, "w", RATE, channels) as file:
+            for start in range(0, len(sound), RATE):  # libsndfile's OGG encoder falls over a minute in one call
+                file.write(sound[start : start + RATE])
         paths.append(str(path))
     return paths
 
@@ -128,7 +131,7 @@ def measure(paths: list[str]) -> dict[str, float]:
     ray.init(num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     loader = DataLoader(AllChannels(paths), batch_size=8, num_workers=CORES, collate_fn=padded, persistent_workers=True)  # type: ignore[type-var]
     best = {"feed": np.inf, "limit": np.inf, "reference": np.inf}
-    with ProcessPoolExecutor(CORES) as pool:
+    with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
         ways: dict[str, Callable[[], Any]] = {
             "feed": lambda: run_feed(made, collator),
             "limit": lambda: list(pool.map(decode_bare, paths)),
