@@ -1,0 +1,71 @@
+"""Settings of the corpus, the blend and its batches."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from af2_ray.config.base import Split, Strict
+
+
+class SceneSet(Strict):
+    """One set of composed scenes: how many, how long, with how many events, from which split of the source clips."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    split: Split
+    num_scenes: int = Field(ge=2)
+    duration_s: tuple[float, float] = Field(strict=False)
+    num_events: tuple[int, int] = Field((1, 3), strict=False)
+    questions_per_scene: int = Field(3, ge=0)
+    captions_per_scene: int = Field(1, ge=0, le=1, description="1: also asked to describe the clip")
+
+
+class Corpus(Strict):
+    """A corpus made by `jobs/make_data.py` from free recordings (or from a folder of `label/clip.*`)."""
+
+    dir: str = "data/demo"
+    sources: str = Field("packages", description="packages, rendered, or a folder of label/clip.*")
+    num_classes: int = Field(20, ge=2)
+    min_clips: int = Field(4, ge=2)
+    seed: int = 0
+    num_positives: int = Field(3, ge=1)
+    num_negatives: int = Field(3, ge=0)
+    sets: list[SceneSet]
+
+
+class Dataset(Strict):
+    """One manifest of a blend: NVIDIA's JSON (PAPER 4); `weight` counts epochs, below and above 1."""
+
+    manifest: str
+    root: str | None = None
+    weight: float = Field(1.0, gt=0)
+
+
+class Budget(Strict):
+    """The two-sided budget of a row (one micro-batch) and the rows of an optimiser step (DESIGN, data path)."""
+
+    windows_per_row: int = Field(64, ge=1)
+    text_tokens_per_row: int = Field(2048, ge=16)
+    questions_per_clip: int = Field(4, ge=1)
+    step_batches: int = Field(240, ge=1)
+    balanced_rows: int | None = Field(
+        None,
+        ge=1,
+        description="rows of like cost that follow each other, a divisor of step_batches; none: all of a step",
+    )
+    tokens_per_window: int = Field(64, ge=1, description="what hearing a window costs, in text tokens")
+    attention_tokens: int | None = Field(
+        None, ge=1, description="length at which attention costs as much as all else; none: cost is linear in length"
+    )
+
+    @model_validator(mode="after")
+    def _runs_fill_a_step(self) -> Budget:
+        if self.balanced_rows and self.step_batches % self.balanced_rows:
+            raise ValueError(f"balanced_rows={self.balanced_rows} does not divide step_batches={self.step_batches}")
+        return self
+
+
+class Faults(Strict):
+    """What is put up with before a run ends."""
+
+    max_bad_share: float = Field(0.02, ge=0, le=1, description="share of samples that may be set aside")
+    max_failures: int = Field(2, ge=0, description="worker-group restarts a stage may need")

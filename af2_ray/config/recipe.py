@@ -1,0 +1,67 @@
+"""A recipe: all settings of a run, and what must fit together across its blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import yaml
+from pydantic import Field, model_validator
+
+from af2_ray.config.base import Strict
+from af2_ray.config.data import Corpus, Faults
+from af2_ray.config.model import ModelSettings
+from af2_ray.config.training import Clap, Cluster, DeepSpeedSettings, Stage
+from af2_ray.config.use import Evaluation, Serve, Tracking
+
+
+class Recipe(Strict):
+    """One run, whole: everything that decides its outcome."""
+
+    name: str
+    seed: int = 0
+    storage: str = Field("runs", description="folder or s3:// prefix of run directories")
+    model: ModelSettings
+    corpus: Corpus | None = None
+    clap: Clap | None = None
+    stages: list[Stage] = []
+    faults: Faults = Faults()
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    cluster: Cluster = Cluster()
+    evaluation: Evaluation = Evaluation()
+    serve: Serve = Serve()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ, got {names}")
+        for stage in self.stages:
+            if stage.budget.step_batches % self.cluster.num_workers:
+                raise ValueError(
+                    f"stages.{stage.name}.budget.step_batches={stage.budget.step_batches} is not a multiple of "
+                    f"cluster.num_workers={self.cluster.num_workers}: every rank takes equally many rows a step"
+                )
+        if self.clap and self.clap.batch_size % self.cluster.num_workers:
+            raise ValueError(
+                f"clap.batch_size={self.clap.batch_size} is not a multiple of "
+                f"cluster.num_workers={self.cluster.num_workers}"
+            )
+        return self
+
+    def stage(self, name: str) -> Stage:
+        """Return the stage called `name`; `ValueError` lists the names there are."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"no stage {name!r} in recipe {self.name!r}; it has {[s.name for s in self.stages]}")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+
+    def fingerprint(self, *, without: Sequence[str] = ("storage", "tracking", "serve", "evaluation")) -> str:
+        """SHA-256 (first 16 hex digits) of everything that decides the weights."""
+        kept = self.model_dump(mode="json", exclude=set(without))
+        return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,111 @@
+"""Settings of AF-CLAP, of the stages, of DeepSpeed and of what a job asks of Ray."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from af2_ray.config.base import Group, Strict
+from af2_ray.config.data import Budget, Dataset
+
+
+class Optimizer(Strict):
+    """AdamW, warm-up, then constant or cosine (PAPER 3: constant)."""
+
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    warmup_steps: int = Field(1875, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    grad_clip: float = Field(1.0, gt=0)
+    lr_scale: dict[Group | Literal["gates"], float] = Field(
+        default_factory=dict, description="learning-rate factor of a group; `gates`: the tanh gates, which start at 0"
+    )
+
+
+class DeepSpeedSettings(Strict):
+    """DeepSpeed's part of a recipe; `raw` is merged into the JSON configuration last."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    raw: dict[str, Any] = {}
+
+
+class Lora(Strict):
+    """Adapters on the LM for one stage, merged on export (`trainable: [lora, ...]`)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+
+
+class Stage(Strict):
+    """What trains, on what data, with how many windows (PAPER 3)."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    max_windows: int = Field(ge=1)
+    trainable: list[Group]
+    lora: Lora | None = None
+    data: list[Dataset] = Field(min_length=1)
+    steps: int = Field(ge=1, description="optimiser steps")
+    budget: Budget = Budget()
+    optimizer: Optimizer = Optimizer()
+    checkpoint_every: int = Field(500, ge=1)
+
+    @model_validator(mode="after")
+    def _lora_has_its_block(self) -> Stage:
+        if ("lora" in self.trainable) != (self.lora is not None):
+            raise ValueError(f"stage {self.name}: trainable `lora` and a `lora` block belong together: give both")
+        return self
+
+
+class ClapTextTower(Strict):
+    """Text tower: `path` names an encoder (flan-t5-large in the paper); without it a small T5 encoder is made."""
+
+    path: str | None = None
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    inner_size: int = 256
+    pooling: Literal["masked_mean", "mean"] = "masked_mean"
+
+
+class Clap(Strict):
+    """AF-CLAP training (PAPER 1): M positives, M x N composition-aware negatives; M = 1, N = 0 is vanilla."""
+
+    text: ClapTextTower = ClapTextTower()
+    joint_dim: int = 512
+    captions: list[Dataset] = Field(min_length=1)
+    warmup_captions: list[Dataset] = Field([], description="easy clips (one sound each) for the first steps")
+    warmup_steps: int = Field(0, ge=0, description="how many of `steps` draw on warmup_captions")
+    num_positives: int = Field(3, ge=1)
+    num_negatives: int = Field(3, ge=0)
+    max_windows: int = Field(1, ge=1)
+    batch_size: int = Field(256, ge=2, description="clips of one contrastive batch, over all workers")
+    steps: int = Field(ge=1)
+    optimizer: Optimizer = Optimizer(lr=5e-4)
+    checkpoint_every: int = Field(500, ge=1)
+    head_direction: float = Field(
+        0.0, ge=0, description="starting bias of attention heads to what comes before, or after (`direct_heads`)"
+    )
+    mel_statistics_clips: int = Field(256, ge=1, description="clips of the one pass that sets the mel BatchNorm")
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Clap:
+        if bool(self.warmup_steps) != bool(self.warmup_captions) or self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} goes with warmup_captions, and must be less than steps={self.steps}"
+            )
+        return self
+
+
+class Cluster(Strict):
+    """What a job asks of Ray. `auto`: GPUs (and bf16) where Ray has them, CPUs (and fp32) where not."""
+
+    num_workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0, strict=False)
+    threads_per_worker: int = Field(1, ge=1)
+    gpus: Literal["auto", "yes", "no"] = "auto"
+    decode_cpus: float = Field(0.25, gt=0, description="CPUs of one decode task; fractional, or training starves them")

@@ -1,0 +1,53 @@
+"""Settings of evaluation, server and tracking."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from af2_ray.config.base import Strict
+from af2_ray.config.data import Dataset
+
+
+class Evaluation(Strict):
+    """What `jobs/evaluate.py` scores after training, beside its controls."""
+
+    manifests: list[Dataset] = []
+    seen_manifests: list[Dataset] = Field([], description="new scenes of TRAINING source clips")
+    captions: str | None = Field(None, description="AF-CLAP caption sets for retrieval and order choice")
+    gallery: int = Field(200, ge=2)
+    max_windows: int = Field(30, ge=1)
+    max_new_tokens: int = Field(24, ge=1)
+    batch_windows: int = Field(32, ge=1)
+    ask: str | None = Field(None, description="question the demo asks over HTTP; none: one of the test split")
+
+
+class Serve(Strict):
+    """The server's size: replicas, GPUs a replica, autoscaling bounds and limits of a request."""
+
+    model_name: str = "af2"
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(4, gt=0, strict=False)
+    cpus_per_replica: float = Field(1.0, ge=0, strict=False)
+    gpus_per_replica: float | Literal["auto"] = Field("auto", union_mode="left_to_right")
+    max_batch_size: int = Field(8, ge=1)
+    batch_wait_s: float = Field(0.02, ge=0)
+    max_audio_s: float = Field(300.0, gt=0, strict=False)
+    max_body_mb: int = Field(64, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+    request_timeout_s: float = Field(120.0, gt=0, strict=False)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Serve:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}")
+        return self
+
+
+class Tracking(Strict):
+    """MLflow; without a uri the run directory gets a SQLite store of its own."""
+
+    uri: str | None = None
+    experiment: str = "af2_ray"
