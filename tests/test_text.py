@@ -23,6 +23,12 @@ def test_format_prompt() -> None:
         format_prompt("<audio> what?", 2)
 
 
+def test_a_mark_of_an_option_is_one_token_and_a_word_is_the_same_before_a_comma() -> None:
+    small = train_tokenizer(["which? (a) dog (b) bell, dog"] * 9, 320)
+    assert small.tokenize("which? (b) bell, dog")[2:] == ["Ġ(b)", "Ġbell", ",", "Ġdog"]
+    assert small.decode(small("(c) x (d? ")["input_ids"]) == "(c) x (d? "
+
+
 def test_special_tokens_have_consecutive_ids_and_are_added_once(tokenizer: PreTrainedTokenizerFast) -> None:
     first = add_special_tokens(tokenizer)
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [first, first + 1, first + 2, first + 3]

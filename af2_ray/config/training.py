@@ -90,6 +90,9 @@ class Clap(Strict):
     head_direction: float = Field(
         0.0, ge=0, description="starting bias of attention heads to what comes before, or after (`direct_heads`)"
     )
+    moments: int = Field(
+        0, ge=0, description="moments of time that the heads see beside the mean of the tokens; 0 in the paper"
+    )
     mel_statistics_clips: int = Field(256, ge=1, description="clips of the one pass that sets the mel BatchNorm")
 
     @model_validator(mode="after")

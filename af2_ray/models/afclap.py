@@ -28,6 +28,7 @@ class AfClapConfig(PreTrainedConfig):
         text_pooling: `masked_mean` over real tokens (our training), or `mean` over all positions, padding included,
             which converted weights need (with texts padded to 77 tokens).
         initial_temperature: the similarity's divisor at the start of training.
+        moments: how many moments of time the heads see beside the mean (`pool`); 0, as in the paper, for none.
     """
 
     model_type = "af_clap"
@@ -41,6 +42,7 @@ class AfClapConfig(PreTrainedConfig):
     projection_dim: int = 512
     text_pooling: Literal["masked_mean", "mean"] = "masked_mean"
     initial_temperature: float = 0.07
+    moments: int = 0
 
 
 class AfClapModel(PreTrainedModel):
@@ -57,8 +59,9 @@ class AfClapModel(PreTrainedModel):
         super().__init__(config)
         self.audio_tower = AudioTower(config.audio_config)
         self.text_tower = _text_encoder(config.text_config)
-        self.audio_projection = _head(self.audio_tower.output_size, config.projection_dim)
-        self.text_projection = _head(config.text_config.hidden_size, config.projection_dim)
+        parts = 1 + config.moments
+        self.audio_projection = _head(parts * self.audio_tower.output_size, config.projection_dim)
+        self.text_projection = _head(parts * config.text_config.hidden_size, config.projection_dim)
         self.logit_scale = nn.Parameter(
             torch.full((1,), math.log(1 / config.initial_temperature))
         )  # DeepSpeed cannot broadcast a 0-d one
@@ -102,19 +105,24 @@ class AfClapModel(PreTrainedModel):
             raise ValueError(
                 f"windows_per_clip {counts.tolist()} must be 1 or more each, {len(waveforms)} (the windows) in all"
             )
-        means = self.audio_tower(waveforms).mean(dim=1)  # [S, D]
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=means.device), counts)
-        sums = means.new_zeros(len(counts), means.shape[1]).index_add(0, owner, means)
+        features = self.audio_tower(waveforms)  # [S, F, D]
+        bands, steps = self.audio_tower.window_shape
+        inside = torch.arange(bands * steps, device=features.device) % steps / steps
+        windows = torch.cat([torch.arange(int(count), device=features.device) for count in counts])
+        length = torch.repeat_interleave(counts, counts)
+        share = (windows[:, None] + inside) / length[:, None]
+        pooled = pool(features, torch.full_like(share, 1 / share.shape[1]), share, self.config.moments)  # [S, P * D]
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=features.device), counts)
+        sums = pooled.new_zeros(len(counts), pooled.shape[1]).index_add(0, owner, pooled)
         return nnf.normalize(self.audio_projection(sums / counts[:, None]), dim=-1)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit vectors [N, J] of captions [N, T]."""
         hidden = self.text_tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.config.text_pooling == "mean":
-            pooled = hidden.mean(dim=1)
-        else:
-            weights = attention_mask.to(hidden.dtype)[..., None]
-            pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        real = torch.ones_like(attention_mask) if self.config.text_pooling == "mean" else attention_mask
+        count = real.sum(dim=1, keepdim=True).clamp(min=1)
+        share = (real.cumsum(dim=1) - 0.5) / count
+        pooled = pool(hidden, real / count, share.to(hidden.dtype), self.config.moments)
         return nnf.normalize(self.text_projection(pooled), dim=-1)
 
     def forward(
@@ -130,6 +138,21 @@ class AfClapModel(PreTrainedModel):
             self.get_text_features(input_ids, attention_mask),
             self.logit_scale,
         )
+
+
+def pool(x: Tensor, weights: Tensor, share: Tensor, moments: int) -> Tensor:
+    """The weighted mean of tokens [N, T, D], and beside it their moments of time, [N, (1 + moments) * D].
+
+    A mean is blind to order unless attention has written into each token what came before it. The m-th moment weighs a
+    token by a cosine of m half turns over the clip (or caption): the first is what the beginning has more of than the
+    end, the second what both have more of than the middle.
+
+    Args:
+        weights, share: [N, T], a token's weight in the mean, and where it lies from beginning (0) to end (1).
+    """
+    turns = torch.arange(moments + 1, device=x.device) * math.pi
+    cosines = (share[..., None] * turns).cos() * torch.where(turns > 0, 2**0.5, 1.0)  # [N, T, P]
+    return torch.einsum("ntp,ntd->npd", (weights[..., None] * cosines).to(x.dtype), x).flatten(1)
 
 
 def _text_encoder(config: PreTrainedConfig) -> PreTrainedModel:

@@ -116,6 +116,7 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
             text_config=text_config,
             projection_dim=recipe.joint_dim,
             text_pooling=text.pooling,
+            moments=recipe.moments,
         )
     )
     model.direct_heads(recipe.head_direction)

@@ -7,7 +7,7 @@ import torch
 from small import make_tower, make_windows
 from transformers import AutoModel, BertConfig, PreTrainedConfig, T5Config
 
-from af2_ray.models.afclap import AfClapConfig, AfClapModel
+from af2_ray.models.afclap import AfClapConfig, AfClapModel, pool
 
 T5 = T5Config(vocab_size=90, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
 BERT = BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -37,6 +37,27 @@ def test_masked_mean_does_not_see_padding_and_mean_does(text_config: PreTrainedC
         model = make_clap(text_config, text_pooling=pooling)
         short, long = model.get_text_features(ids, mask[0]), model.get_text_features(padded, mask[1])
         assert torch.allclose(short, long, atol=1e-5) is equal
+
+
+def test_moments_tell_two_orders_apart_where_a_mean_cannot() -> None:
+    tokens = torch.randn(1, 6, 4)
+    share, weights = torch.arange(6).add(0.5).div(6)[None], torch.full((1, 6), 1 / 6)
+    forward, backward = pool(tokens, weights, share, 2), pool(tokens.flip(1), weights, share, 2)
+    mean, first, second = forward.chunk(3, dim=1)
+    torch.testing.assert_close(mean, tokens.mean(dim=1))
+    torch.testing.assert_close(backward, torch.cat([mean, -first, second], dim=1), atol=1e-6, rtol=1e-6)
+    assert pool(tokens, weights, share, 0).shape == (1, 4)
+
+
+@pytest.mark.parametrize("text_config", [T5, BERT])
+def test_moments_do_not_depend_on_padding_or_the_batch(text_config: PreTrainedConfig) -> None:
+    model, windows = make_clap(text_config, moments=2), make_windows(4)
+    together = model.get_audio_features(windows, [1, 3])
+    torch.testing.assert_close(together[1:], model.get_audio_features(windows[1:], [3]), atol=1e-5, rtol=0)
+    ids = torch.randint(1, 90, (1, 5))
+    padded, mask = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1), (torch.arange(9) < 5).long()[None]
+    short, long = model.get_text_features(ids, torch.ones_like(ids)), model.get_text_features(padded, mask)
+    torch.testing.assert_close(short, long, atol=1e-5, rtol=0)
 
 
 def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
