@@ -72,6 +72,7 @@ class TransformSettings(Strict):
     inner_size: int = Field(2048, ge=1)
     rope_base: float | None = Field(4096.0, description="null leaves positions out")
     time_features: int = Field(0, ge=0, description="size of an embedding of each token's time; 0 in the paper")
+    moments: int = Field(0, ge=0, description="moments of time of the clip that each token is told; 0 in the paper")
 
 
 class CrossAttentionSettings(Strict):

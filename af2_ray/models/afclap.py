@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 
 from af2_ray.models.htsat import AudioTower
+from af2_ray.models.transform import time_moments
 
 
 class AfClapConfig(PreTrainedConfig):
@@ -141,17 +142,12 @@ class AfClapModel(PreTrainedModel):
 
 
 def pool(x: Tensor, weights: Tensor, share: Tensor, moments: int) -> Tensor:
-    """The weighted mean of tokens [N, T, D], and beside it their moments of time, [N, (1 + moments) * D].
-
-    A mean is blind to order unless attention has written into each token what came before it. The m-th moment weighs a
-    token by a cosine of m half turns over the clip (or caption): the first is what the beginning has more of than the
-    end, the second what both have more of than the middle.
+    """The weighted mean of tokens [N, T, D], and their moments of time (`time_moments`): [N, (1 + moments) * D].
 
     Args:
         weights, share: [N, T], a token's weight in the mean, and where it lies from beginning (0) to end (1).
     """
-    turns = torch.arange(moments + 1, device=x.device) * math.pi
-    cosines = (share[..., None] * turns).cos() * torch.where(turns > 0, 2**0.5, 1.0)  # [N, T, P]
+    cosines = torch.cat([torch.ones_like(share)[..., None], time_moments(share, moments)], dim=-1)  # [N, T, 1 + P]
     return torch.einsum("ntp,ntd->npd", (weights[..., None] * cosines).to(x.dtype), x).flatten(1)
 
 

@@ -26,6 +26,7 @@ class AudioFlamingo2Config(PreTrainedConfig):
         cross_attn_every: cross-attention stands before LM layer i where (i + 1) % cross_attn_every == 0.
         transform_rope_base: none leaves positions out of the audio transformer.
         transform_time_features: size of an embedding of each audio token's time; 0, as in the paper, for none.
+        transform_moments: moments of time of the clip that each audio token is told; 0, as in the paper, for none.
         max_windows: the longest audio, in windows of 10 s, that the model accepts.
     """
 
@@ -49,6 +50,7 @@ class AudioFlamingo2Config(PreTrainedConfig):
     transform_inner_size: int = 2048
     transform_rope_base: float | None = 4096.0
     transform_time_features: int = 0
+    transform_moments: int = 0
     max_windows: int = 30
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

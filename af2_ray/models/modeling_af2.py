@@ -68,6 +68,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.transform_inner_size,
             config.transform_rope_base,
             config.transform_time_features,
+            config.transform_moments,
             self.audio_tower.window_shape if config.audio_features == "dense" else (1, 1),
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)

@@ -22,6 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 LAYER_NORM_EPS = 1e-6
 MIN_ROTARY_DIMS = 32
+MOMENT_GAIN = 4.0
+"""Moments are means over many tokens, and so smaller than a token: this makes them about as loud."""
 
 
 @functools.cache
@@ -78,6 +80,15 @@ def time_table(times: Tensor, length: Tensor, num_features: int) -> Tensor:
     return torch.cat((share.cos(), clock.sin(), clock.cos()), dim=1)
 
 
+def time_moments(share: Tensor, num: int) -> Tensor:
+    """Weights [..., num] of tokens at `share` [...] of the way from beginning (0) to end (1): cosines of m half turns.
+
+    A mean is blind to order unless attention has written into each token what came before it. The first moment is what
+    the beginning has more of than the end, the second what both have more of than the middle, and so on.
+    """
+    return (share[..., None] * math.pi * torch.arange(1, num + 1, device=share.device)).cos() * 2**0.5
+
+
 class AudioTransformLayer(GradientCheckpointingLayer):
     """Self-attention without biases, then a ReLU feed-forward, each followed by residual and LayerNorm."""
 
@@ -111,6 +122,7 @@ class AudioTransform(nn.Module):
         rope_base: base of the rotary frequencies; none leaves positions out.
         time_features: size of an embedding of each token's time, added after the first LayerNorm (`time_table`); 0, as
             in the paper, for none. A small model learns order and place from it in a fraction of the examples.
+        moments: how many moments of time of its clip a token is told (`time_moments`); 0, as in the paper, for none.
         window_shape: frequency bands and time steps of a window's tokens, bands first.
     """
 
@@ -122,6 +134,7 @@ class AudioTransform(nn.Module):
         inner_size: int,
         rope_base: float | None = 4096.0,
         time_features: int = 0,
+        moments: int = 0,
         window_shape: tuple[int, int] = (2, 32),
     ) -> None:
         super().__init__()
@@ -134,6 +147,9 @@ class AudioTransform(nn.Module):
         self.time_features, self.window_shape = time_features, window_shape
         if time_features:
             self.time_embedding = nn.Linear(3 * time_features, width, bias=False)
+        self.moments = moments
+        if moments:
+            self.moment_embedding = nn.Linear(moments * width, width, bias=False)
         self.layers = nn.ModuleList([AudioTransformLayer(width, num_heads, inner_size) for _ in range(num_layers)])
 
     def forward(self, features: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -145,8 +161,8 @@ class AudioTransform(nn.Module):
         x = self.input_norm(x * x.shape[-1] ** 0.5)
         groups = [(num, length) for length, num in sorted(Counter(lengths).items())]
         positions = torch.cat([torch.arange(length, device=x.device).repeat(num) for num, length in groups])
-        if self.time_features:
-            x = x + self._embed_time(positions, groups).to(x.dtype)
+        if self.time_features or self.moments:
+            x = x + self._embed_time(x, positions, [lengths[index] for index in order]).to(x.dtype)
         table = None
         if self.rope_base is not None:
             rows = rotary_table(max(lengths), self.rotary_dims, self.rope_base, x)
@@ -158,11 +174,20 @@ class AudioTransform(nn.Module):
         back = dict(zip(order, x.split([lengths[index] for index in order]), strict=True))
         return torch.cat([back[index] for index in range(len(lengths))])
 
-    def _embed_time(self, positions: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
-        """The embedding [N, D] of each token's time, from its position [N] in its clip."""
+    def _embed_time(self, x: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What is added to tokens [N, D]: the time of each, from its position [N], and the moments of its clip."""
         bands, steps = self.window_shape
+        sizes = torch.tensor(lengths, device=x.device)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), sizes)
         times = positions // (bands * steps) + (positions % steps) / steps
-        sizes = [num * length for num, length in groups]
-        windows = torch.tensor([length / (bands * steps) for _, length in groups], device=positions.device)
-        length = windows.repeat_interleave(torch.tensor(sizes, device=positions.device))
-        return self.time_embedding(time_table(times, length, self.time_features).to(self.time_embedding.weight.dtype))
+        length = sizes[owner] / (bands * steps)
+        told = torch.zeros_like(x)
+        if self.time_features:
+            table = time_table(times, length, self.time_features)
+            told = told + self.time_embedding(table.to(self.time_embedding.weight.dtype))
+        if self.moments:
+            weights = (time_moments(times / length, self.moments) / sizes[owner, None]).to(x.dtype)  # [N, P]
+            sums = x.new_zeros(len(lengths), self.moments, x.shape[1])
+            sums = sums.index_add(0, owner, weights[..., None] * x[:, None])
+            told = told + MOMENT_GAIN * self.moment_embedding(sums.flatten(1))[owner]
+        return told

@@ -134,6 +134,7 @@ def assemble(run: Run) -> Path:
         transform_inner_size=recipe.transform.inner_size,
         transform_rope_base=recipe.transform.rope_base,
         transform_time_features=recipe.transform.time_features,
+        transform_moments=recipe.transform.moments,
         max_windows=max(stage.max_windows for stage in run.recipe.stages),
     )
     model = AudioFlamingo2ForConditionalGeneration.from_parts(config, language_model, audio_tower)

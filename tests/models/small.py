@@ -45,6 +45,7 @@ def make_model(
     fusion: str = "xattn",
     features: str = "dense",
     time_features: int = 0,
+    moments: int = 0,
 ) -> Model:
     lm, tower = make_lm(family, tied=tied), make_tower()
     config = AudioFlamingo2Config(
@@ -60,6 +61,7 @@ def make_model(
         transform_heads=2,
         transform_inner_size=64,
         transform_time_features=time_features,
+        transform_moments=moments,
     )
     torch.manual_seed(2)
     model = Model.from_parts(config, lm, tower).eval()

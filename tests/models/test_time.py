@@ -32,11 +32,24 @@ def test_the_window_has_the_shape_of_the_towers_features() -> None:
 
 @pytest.mark.parametrize("features", ["dense", "pooled"])
 def test_ragged_clips_have_the_states_they_have_alone(features: str) -> None:
-    model, windows, counts = make_model(time_features=4, features=features), make_windows(6), [1, 3, 2]
+    model = make_model(time_features=4, moments=2, features=features)
+    windows, counts = make_windows(6), [1, 3, 2]
     together = model.encode_audio(windows, counts)
     for clip, (count, part) in enumerate(zip(counts, windows.split(counts), strict=True)):
         alone = model.encode_audio(part, [count])
         assert torch.allclose(together.hidden[clip][together.mask[clip]], alone.hidden[0], atol=1e-5)
+
+
+def test_every_token_is_told_what_the_beginning_has_more_of_than_the_end() -> None:
+    model = make_model(moments=1).audio_transform
+    model.layers = torch.nn.ModuleList()
+    features = torch.randn(128, model.input_norm.weight.numel())
+    halves = features.split(64)
+    told = model(features, [128]) - model.input_norm(features * features.shape[1] ** 0.5)
+    swapped = torch.cat([halves[1], halves[0]])
+    told_swapped = model(swapped, [128]) - model.input_norm(swapped * features.shape[1] ** 0.5)
+    assert torch.allclose(told, told[:1].expand_as(told), atol=1e-5)  # the same for all tokens
+    assert torch.nn.functional.cosine_similarity(told[0], told_swapped[0], dim=0) < 0  # the other way round
 
 
 def test_equal_windows_at_unlike_times_differ_and_the_weights_are_kept(tmp_path: Path) -> None:
