@@ -1,9 +1,13 @@
 """Both losses against loops written from the paper's formula, and what they do with nothing to learn."""
 
+import math
+
+import pytest
 import torch
 import torch.nn.functional as nnf
 
-from af2_ray.losses import afclap_loss, lm_loss_sum, token_loss_sum
+from af2_ray import losses
+from af2_ray.losses import MAX_SCALE, MIN_SCALE, afclap_loss, clamp_scale, lm_loss_sum, token_loss_sum
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,17 +47,98 @@ def test_lm_loss_without_labels_is_zero_with_zero_gradients() -> None:
     assert not logits.grad.any()
 
 
-def test_afclap_loss_is_the_papers_formula() -> None:
-    clips, m, n, scale = 4, 3, 2, 5.0
-    audio, positives, negatives, positive_mask, negative_mask = captions(clips, m, n)
-    loss = afclap_loss(audio, positives, negatives, positive_mask, negative_mask, torch.tensor(scale))
-    s = lambda u, v: torch.exp(scale * (u * v).sum())  # noqa: E731
-    expected = torch.zeros(())
-    for i in range(clips):
-        total = [sum(s(positives[j, k], audio[i]) for k in range(m)) for j in range(clips)]
-        harder = sum(s(negatives[i, k, o], audio[i]) for k in range(m) for o in range(n))
-        expected = expected - torch.log(total[i] / (harder + sum(total))) / clips
-    torch.testing.assert_close(loss, expected)
+def double_loop(
+    audio: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, masks: tuple[torch.Tensor, ...], scale: float
+) -> torch.Tensor:
+    """PAPER 1, caption by caption, in float64."""
+    positive_mask, negative_mask = masks
+    s = lambda u, v: torch.exp(scale * (u.double() * v.double()).sum())  # noqa: E731
+    total, counted = torch.zeros((), dtype=torch.float64), 0
+    for i in range(len(audio)):
+        if not positive_mask[i].any():
+            continue
+        sums = [
+            sum((s(positives[j, m], audio[i]) for m in positive_mask[j].nonzero().flatten()), torch.tensor(0.0))
+            for j in range(len(audio))
+        ]
+        harder = sum((s(negatives[i, m, n], audio[i]) for m, n in negative_mask[i].nonzero()), torch.tensor(0.0))
+        total, counted = total - torch.log(sums[i] / (harder + sum(sums))), counted + 1
+    return total / counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("m", "n"), [(3, 3), (3, 0), (1, 3), (1, 0)])
+def test_afclap_loss_is_the_papers_formula(m: int, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips, scale = 7, 14.0
+    audio, positives, negatives, *_ = (t.detach().to(dtype) for t in captions(clips, m, n))
+    generator = torch.Generator().manual_seed(9)
+    positive_mask = torch.rand(clips, m, generator=generator) < 0.8
+    negative_mask = torch.rand(clips, m, n, generator=generator) < 0.8
+    positive_mask[0], positive_mask[1:, 0] = False, True
+    masks = (positive_mask, negative_mask)
+    expected = double_loop(audio, positives, negatives, masks, scale)
+    for part in (2**21, 1, 2 * clips * m):  # all clips at once, one at a time, two at a time
+        monkeypatch.setattr(losses, "PART", part)
+        loss = afclap_loss(audio, positives, negatives, *masks, torch.tensor(scale, dtype=dtype))
+        assert loss.dtype == dtype
+        assert abs(loss.double() - expected) < 1e-6
+
+
+def test_gradients_are_those_of_the_formula_whatever_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    audio, positives, negatives, positive_mask, negative_mask = captions(6, 3, 2)
+    positive_mask[1, 2] = negative_mask[1, 2] = False
+    leaves = [t.detach().double().requires_grad_() for t in (audio, positives, negatives, torch.tensor([9.0]))]
+
+    def formula() -> torch.Tensor:
+        return double_loop(*leaves[:3], (positive_mask, negative_mask), leaves[3])  # type: ignore[arg-type]
+
+    expected = torch.autograd.grad(formula(), leaves)
+    for part in (2**21, 1):
+        monkeypatch.setattr(losses, "PART", part)
+        loss = afclap_loss(*leaves[:3], positive_mask, negative_mask, leaves[3])
+        for mine, theirs in zip(torch.autograd.grad(3 * loss, leaves), expected, strict=True):
+            torch.testing.assert_close(mine, 3 * theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_no_table_of_similarities_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between forward and backward there is nothing larger than the features themselves."""
+    monkeypatch.setattr(losses, "PART", 256)
+    args = [t.requires_grad_() if t.dtype.is_floating_point else t for t in captions(64, 3, 0, width=4)]
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        afclap_loss(*args, torch.tensor(3.0))
+    assert max(kept) <= 64 * 3 * 4  # the table would have 64 * 192
+
+
+def test_symmetric_vanilla_is_clips_loss() -> None:
+    audio, positives, negatives, positive_mask, negative_mask = captions(5, 1, 0)
+    loss = afclap_loss(audio, positives, negatives, positive_mask, negative_mask, torch.tensor(3.0), symmetric=True)
+    logits, own = 3 * audio @ positives[:, 0].T, torch.arange(5)
+    torch.testing.assert_close(loss, (nnf.cross_entropy(logits, own) + nnf.cross_entropy(logits.T, own)) / 2)
+
+
+def test_symmetric_paraphrases_share_their_clips_weight() -> None:
+    audio, positives, negatives, positive_mask, negative_mask = captions(4, 3, 2)
+    positive_mask[1, 1:] = positive_mask[3] = False
+    args = (positive_mask, negative_mask, torch.tensor(3.0))
+    audio = audio.detach()
+    there = afclap_loss(audio, positives, negatives, *args)
+    both = afclap_loss(audio, positives, negatives, *args, symmetric=True)
+    back = 0.0
+    for i in range(3):
+        losses_ = [nnf.cross_entropy(3 * positives[i, m] @ audio[:3].T, torch.tensor(i)) for m in range(3)]
+        back += float(torch.stack([x for x, exists in zip(losses_, positive_mask[i], strict=True) if exists]).mean())
+    torch.testing.assert_close(both, (there + back / 3) / 2)
+
+
+def test_the_temperature_stays_in_its_range_and_can_come_back() -> None:
+    logs = torch.tensor([-1.0, 0.0, 2.0, math.log(100), 6.0], requires_grad=True)
+    scale = clamp_scale(logs)
+    torch.testing.assert_close(scale, torch.tensor([MIN_SCALE, MIN_SCALE, math.exp(2), MAX_SCALE, MAX_SCALE]))
+    for sign in (1.0, -1.0):  # descent goes against the gradient: 1 makes the factor smaller
+        (gradient,) = torch.autograd.grad(sign * scale.sum(), logs, retain_graph=True)
+        moves = gradient != 0
+        assert moves.tolist() == [sign < 0, sign < 0, True, sign > 0, sign > 0]
 
 
 def test_one_positive_and_no_negative_is_the_plain_contrastive_loss() -> None:

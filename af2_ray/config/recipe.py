@@ -48,6 +48,15 @@ class Recipe(Strict):
                 f"clap.batch_size={self.clap.batch_size} is not a multiple of "
                 f"cluster.num_workers={self.cluster.num_workers}"
             )
+        if (
+            self.clap
+            and self.deepspeed.zero_stage == 3
+            and (self.clap.windows_per_chunk or self.clap.captions_per_chunk)
+        ):
+            raise ValueError(
+                "clap.windows_per_chunk and clap.captions_per_chunk need deepspeed.zero_stage 2 or less: with 3, ranks "
+                "that have unlike numbers of chunks would wait for each other for ever"
+            )
         return self
 
     def stage(self, name: str) -> Stage:

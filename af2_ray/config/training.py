@@ -84,6 +84,13 @@ class Clap(Strict):
     num_negatives: int = Field(3, ge=0)
     max_windows: int = Field(1, ge=1)
     batch_size: int = Field(256, ge=2, description="clips of one contrastive batch, over all workers")
+    symmetric: bool = Field(False, description="half of the loss from text to audio (the paper: audio to text only)")
+    temperature: float = Field(0.07, gt=0, description="where it starts; it stays between 0.01 and 1")
+    learn_temperature: bool = True
+    windows_per_chunk: int | None = Field(
+        None, ge=1, description="windows whose activations a device holds at a time; the rest is worked out twice"
+    )
+    captions_per_chunk: int | None = Field(None, ge=1, description="as windows_per_chunk, of captions")
     steps: int = Field(ge=1)
     optimizer: Optimizer = Optimizer(lr=5e-4)
     checkpoint_every: int = Field(500, ge=1)

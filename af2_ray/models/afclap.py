@@ -1,21 +1,31 @@
 """AF-CLAP: an audio tower and a text tower that meet in one space, trained by contrast (GOLDEN: AF-CLAP two towers).
 
-Its audio tower, trained here, is the one Audio Flamingo 2 hears with. Shapes: S windows of C clips, N captions, T text
-tokens, J joint width.
+Its audio tower, trained here, is the one Audio Flamingo 2 hears with. Used as transformers' CLAP is:
+`get_audio_features`, `get_text_features`, `logits_per_audio`, the pipeline `zero-shot-audio-classification`. Shapes: S
+windows of C clips, N captions, T text tokens, J joint width.
+
+Contrast wants batches of more captions than a device can hold activations for. With `windows_per_chunk` and
+`captions_per_chunk` both towers keep features alone, and work a chunk out again when its gradient is there: the
+gradient cache of Gao et al. 2021 (arXiv 2101.06983), as PyTorch's checkpointing does it, random numbers included. It
+costs one more forward pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, ClapAudioConfig, PreTrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import ModelOutput
 
 from af2_ray.models.htsat import AudioTower
 from af2_ray.models.transform import time_moments
@@ -27,7 +37,10 @@ class AfClapConfig(PreTrainedConfig):
     Attributes:
         text_config: an encoder's configuration; of a T5 only the encoder is built.
         text_pooling: `masked_mean` over real tokens (our training), or `mean` over all positions, padding included,
-            which converted weights need (with texts padded to 77 tokens).
+            which converted weights need (with texts padded to `text_length`; `AfClapProcessor` does).
+        text_length: tokens of a text at most; with pooling `mean`, always.
+        short_clips: what fills a clip's window after its end: `silence`, or the clip again (`repeat`, as often as it
+            fits whole: the reference's way).
         initial_temperature: the similarity's divisor at the start of training.
         moments: how many moments of time the heads see beside the mean (`pool`); 0, as in the paper, for none.
     """
@@ -42,8 +55,20 @@ class AfClapConfig(PreTrainedConfig):
     audio_config: Any = None
     projection_dim: int = 512
     text_pooling: Literal["masked_mean", "mean"] = "masked_mean"
+    text_length: int = 77
+    short_clips: Literal["silence", "repeat"] = "silence"
     initial_temperature: float = 0.07
     moments: int = 0
+
+
+@dataclass
+class AfClapOutput(ModelOutput):
+    """Similarities of clips [C, N] and of captions [N, C] (times the factor), and the features behind them."""
+
+    logits_per_audio: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    audio_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
 
 
 class AfClapModel(PreTrainedModel):
@@ -99,26 +124,38 @@ class AfClapModel(PreTrainedModel):
             table[1:back] += sign
             table[back + 1 :] -= sign
 
-    def get_audio_features(self, waveforms: Tensor, windows_per_clip: Tensor | Sequence[int]) -> Tensor:
-        """Unit vectors [C, J] of clips: the mean over all tokens of a clip's windows, through the head."""
+    def get_audio_features(
+        self, waveforms: Tensor, windows_per_clip: Tensor | Sequence[int], *, windows_per_chunk: int | None = None
+    ) -> Tensor:
+        """Unit vectors [C, J] of clips: the mean over all tokens of a clip's windows, through the head.
+
+        `windows_per_chunk`: activations of so many windows at a time (see the module); none: of all.
+        """
         counts = torch.as_tensor(windows_per_clip, device=waveforms.device)
         if int(counts.sum()) != waveforms.shape[0] or int(counts.min()) < 1:
             raise ValueError(
                 f"windows_per_clip {counts.tolist()} must be 1 or more each, {len(waveforms)} (the windows) in all"
             )
-        features = self.audio_tower(waveforms)  # [S, F, D]
         bands, steps = self.audio_tower.window_shape
-        inside = torch.arange(bands * steps, device=features.device) % steps / steps
-        windows = torch.cat([torch.arange(int(count), device=features.device) for count in counts])
-        length = torch.repeat_interleave(counts, counts)
-        share = (windows[:, None] + inside) / length[:, None]
-        pooled = pool(features, torch.full_like(share, 1 / share.shape[1]), share, self.config.moments)  # [S, P * D]
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=features.device), counts)
+        inside = torch.arange(bands * steps, device=waveforms.device) % steps / steps
+        windows = torch.cat([torch.arange(int(count), device=waveforms.device) for count in counts])
+        share = (windows[:, None] + inside) / torch.repeat_interleave(counts, counts)[:, None]  # [S, F]
+        pooled = _in_chunks(self._pool_windows, windows_per_chunk, waveforms, share)  # [S, P * D]
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=waveforms.device), counts)
         sums = pooled.new_zeros(len(counts), pooled.shape[1]).index_add(0, owner, pooled)
         return nnf.normalize(self.audio_projection(sums / counts[:, None]), dim=-1)
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit vectors [N, J] of captions [N, T]."""
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor, *, captions_per_chunk: int | None = None
+    ) -> Tensor:
+        """Unit vectors [N, J] of captions [N, T]; `captions_per_chunk` as `windows_per_chunk`."""
+        return _in_chunks(self._caption_vectors, captions_per_chunk, input_ids, attention_mask)
+
+    def _pool_windows(self, waveforms: Tensor, share: Tensor) -> Tensor:
+        weights = torch.full_like(share, 1 / share.shape[1])
+        return pool(self.audio_tower(waveforms), weights, share, self.config.moments)
+
+    def _caption_vectors(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.text_tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         real = torch.ones_like(attention_mask) if self.config.text_pooling == "mean" else attention_mask
         count = real.sum(dim=1, keepdim=True).clamp(min=1)
@@ -132,13 +169,29 @@ class AfClapModel(PreTrainedModel):
         windows_per_clip: Tensor | Sequence[int],
         input_ids: Tensor,
         attention_mask: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of clips [C, J] and captions [N, J], and the log of the factor on their dot products."""
-        return (
-            self.get_audio_features(waveforms, windows_per_clip),
-            self.get_text_features(input_ids, attention_mask),
-            self.logit_scale,
-        )
+        *,
+        windows_per_chunk: int | None = None,
+        captions_per_chunk: int | None = None,
+        logits: bool = True,
+    ) -> AfClapOutput | tuple[Tensor, Tensor, Tensor]:
+        """Clips [C] against captions [N].
+
+        With `logits=False`, for training, whose loss never holds the table [C, N]: features of clips [C, J] and of
+        captions [N, J], and the logarithm of the factor on their dot products.
+        """
+        audio = self.get_audio_features(waveforms, windows_per_clip, windows_per_chunk=windows_per_chunk)
+        text = self.get_text_features(input_ids, attention_mask, captions_per_chunk=captions_per_chunk)
+        if not logits:
+            return audio, text, self.logit_scale
+        similarity = self.logit_scale.exp() * audio @ text.T
+        return AfClapOutput(similarity, similarity.T, audio, text)
+
+
+def load_text_encoder(path: str | Path) -> PreTrainedModel:
+    """The pretrained encoder of a Hugging Face folder, in float32; of an encoder-decoder its encoder alone."""
+    if AutoConfig.from_pretrained(path).model_type == "t5":
+        return T5EncoderModel.from_pretrained(path, dtype=torch.float32)
+    return _encoder_of(AutoModel.from_pretrained(path, dtype=torch.float32))
 
 
 def pool(x: Tensor, weights: Tensor, share: Tensor, moments: int) -> Tensor:
@@ -152,7 +205,21 @@ def pool(x: Tensor, weights: Tensor, share: Tensor, moments: int) -> Tensor:
 
 
 def _text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    return T5EncoderModel(config) if config.model_type == "t5" else AutoModel.from_config(config)
+    return T5EncoderModel(config) if config.model_type == "t5" else _encoder_of(AutoModel.from_config(config))
+
+
+def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def _in_chunks(encode: Callable[..., Tensor], size: int | None, *inputs: Tensor) -> Tensor:
+    """`encode` of inputs that share their first dimension, `size` rows at a time; activations are not kept."""
+    if size is None or len(inputs[0]) <= size:
+        return encode(*inputs)
+    parts = zip(*(tensor.split(size) for tensor in inputs))
+    if not torch.is_grad_enabled():
+        return torch.cat([encode(*part) for part in parts])
+    return torch.cat([checkpoint(encode, *part, use_reentrant=False) for part in parts])
 
 
 def _head(in_features: int, out_features: int) -> nn.Sequential:

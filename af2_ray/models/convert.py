@@ -241,6 +241,7 @@ def infer_afclap_config(weights: Mapping[str, Tensor], **text_settings: Any) -> 
         audio_config=infer_tower_config(weights, "audio_branch."),
         projection_dim=weights["audio_projection.0.weight"].shape[0],
         text_pooling="mean",
+        short_clips="repeat",
     )
 
 

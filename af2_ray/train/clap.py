@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoConfig, AutoTokenizer, T5Config
 
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import to_windows
@@ -21,8 +21,9 @@ from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapCollator
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
 from af2_ray.data.quarantine import Failure, Quarantine
-from af2_ray.models.afclap import AfClapConfig, AfClapModel
+from af2_ray.models.afclap import AfClapConfig, AfClapModel, load_text_encoder
 from af2_ray.models.htsat import tower_config
+from af2_ray.models.processing_afclap import AfClapProcessor
 from af2_ray.train.run import Run, finished, replacing
 from af2_ray.train.task import ClapTask
 from af2_ray.train.tracking import Tracker
@@ -49,7 +50,16 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
     job = Job(
         name="afclap",
         folder=folder,
-        task=ClapTask(start, recipe.optimizer, recipe.num_positives, recipe.num_negatives),
+        task=ClapTask(
+            start,
+            recipe.optimizer,
+            recipe.num_positives,
+            recipe.num_negatives,
+            symmetric=recipe.symmetric,
+            learn_temperature=recipe.learn_temperature,
+            windows_per_chunk=recipe.windows_per_chunk,
+            captions_per_chunk=recipe.captions_per_chunk,
+        ),
         plan=plan_captions(
             [phase for phase in phases if phase[1]],
             clips_per_row=recipe.batch_size // num_workers,
@@ -117,16 +127,16 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
             projection_dim=recipe.joint_dim,
             text_pooling=text.pooling,
             moments=recipe.moments,
+            initial_temperature=recipe.temperature,
         )
     )
     model.direct_heads(recipe.head_direction)
     if text.path:
-        pretrained = T5EncoderModel if text_config.model_type == "t5" else AutoModel
-        model.text_tower = pretrained.from_pretrained(text.path, dtype=torch.float32)
+        model.text_tower = load_text_encoder(text.path)
     _set_mel_statistics(model, captions, recipe.mel_statistics_clips, run.recipe.seed)
     with replacing(run.clap_dir / "start") as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        AfClapProcessor.of(model.config, tokenizer, recipe.max_windows).save_pretrained(temporary)
 
 
 def _set_mel_statistics(model: AfClapModel, captions: list[CaptionSet], num_clips: int, seed: int) -> None:

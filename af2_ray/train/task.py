@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from af2_ray.config import Lora, Optimizer
 from af2_ray.data.collate import ClapBatch, LmBatch
-from af2_ray.losses import afclap_loss_sum, token_loss_sum
+from af2_ray.losses import afclap_loss_sum, clamp_scale, token_loss_sum
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.text import IGNORE
 from af2_ray.train.engine import freeze_except, group_of
 from af2_ray.train.lora import add_lora
-
-MAX_LOGIT_SCALE = 100.0  # the usual clamp of contrastive training: a temperature of 0.01
 
 
 class Task(Protocol):
@@ -101,21 +98,26 @@ class ClapTask:
     optimizer: Optimizer
     num_positives: int
     num_negatives: int
+    symmetric: bool = False
+    learn_temperature: bool = True
+    windows_per_chunk: int | None = None
+    captions_per_chunk: int | None = None
 
     @property
     def batch_type(self) -> type[ClapBatch]:
         return ClapBatch
 
     def build(self) -> nn.Module:
-        """Both towers, all of them training but the mel BatchNorm (`engine.group_of`)."""
+        """Both towers, all of them training but the mel BatchNorm (`engine.group_of`) and a fixed temperature."""
         model = AfClapModel.from_pretrained(self.start, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(group_of(name) != "mel")
+        model.logit_scale.requires_grad_(self.learn_temperature)
         return model
 
     def count(self, batch: ClapBatch) -> int:
-        """Clips."""
-        return len(batch.windows_per_clip)
+        """Clips with a caption; the silence that stands for a row of broken files has none."""
+        return int(batch.caption_owner.unique().numel())
 
     def loss(self, model: nn.Module, batch: ClapBatch, total: int) -> Tensor:
         """Loss rows of this rank's clips against the positives of all ranks, divided by all clips of the step."""
@@ -124,11 +126,21 @@ class ClapTask:
             windows_per_clip=batch.windows_per_clip,
             input_ids=batch.text_ids,
             attention_mask=batch.text_mask,
+            windows_per_chunk=self.windows_per_chunk,
+            captions_per_chunk=self.captions_per_chunk,
+            logits=False,
         )
         positives, positive_mask, negatives, negative_mask = self._arrange(batch, text)
-        positives, positive_mask, first = gather_clips(positives, positive_mask)
-        scale = log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-        loss, _ = afclap_loss_sum(audio, positives, negatives, positive_mask, negative_mask, scale, first=first)
+        loss, _ = afclap_loss_sum(
+            audio,
+            positives,
+            negatives,
+            positive_mask,
+            negative_mask,
+            clamp_scale(log_scale),
+            symmetric=self.symmetric,
+            gather=True,
+        )
         return loss / max(total, 1)
 
     def _arrange(self, batch: ClapBatch, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,38 +153,3 @@ class ClapTask:
         mask[place] = True
         table, mask = flat.view(*shape, width), mask.view(shape)
         return table[:, :, 0], mask[:, :, 0], table[:, :, 1:], mask[:, :, 1:]
-
-
-def gather_clips(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Positives of all ranks [G, M, J] with gradients to their owners, their masks, and where this rank's begin.
-
-    Ranks may hold different numbers of clips (a broken file is left out), so they are padded to the largest with
-    masked-out clips; the offset counts padded places.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features, mask, 0
-    longest = torch.tensor([len(features)], device=features.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    missing = int(longest) - len(features)
-    features = torch.cat([features, features.new_zeros(missing, *features.shape[1:])])
-    mask = torch.cat([mask, mask.new_zeros(missing, mask.shape[1])])
-    masks = [torch.empty_like(mask, dtype=torch.uint8) for _ in range(dist.get_world_size())]
-    dist.all_gather(masks, mask.to(torch.uint8))
-    return _AllGather.apply(features), torch.cat(masks).bool(), dist.get_rank() * int(longest)
-
-
-class _AllGather(torch.autograd.Function):
-    """Concatenation over ranks whose backward sums the gradients of all ranks for the rows each one owns."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        size = len(grad) // dist.get_world_size()
-        return grad[dist.get_rank() * size : (dist.get_rank() + 1) * size]

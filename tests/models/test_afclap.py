@@ -1,13 +1,27 @@
 """AF-CLAP: unit vectors, ragged clips, both ways of pooling text, save and load."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import make_tower, make_windows
-from transformers import AutoModel, BertConfig, PreTrainedConfig, T5Config
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoProcessor,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    PreTrainedConfig,
+    T5Config,
+    T5EncoderModel,
+    pipeline,
+)
 
-from af2_ray.models.afclap import AfClapConfig, AfClapModel, pool
+from af2_ray.models.afclap import AfClapConfig, AfClapModel, load_text_encoder, pool
+from af2_ray.models.processing_afclap import AfClapFeatureExtractor, AfClapProcessor, repeated
 
 T5 = T5Config(vocab_size=90, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
 BERT = BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -92,3 +106,91 @@ def test_directed_heads_make_both_towers_hear_the_order() -> None:
         apart.append([float((pair[0] - pair[1]).norm()) for pair in (audio, text)])
     assert apart[1][0] > 1.5 * apart[0][0]
     assert apart[1][1] > 1.5 * apart[0][1]
+
+
+def test_features_and_logits_as_transformers_clap_has_them() -> None:
+    model, windows, ids = make_clap(), make_windows(3), torch.randint(1, 90, (2, 5))
+    inputs = {
+        "waveforms": windows,
+        "windows_per_clip": [1, 2],
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+    }
+    out = model(**inputs)
+    torch.testing.assert_close(out.audio_embeds, model.get_audio_features(windows, [1, 2]))
+    torch.testing.assert_close(out.text_embeds, model.get_text_features(ids, torch.ones_like(ids)))
+    torch.testing.assert_close(out.logits_per_audio, out.audio_embeds @ out.text_embeds.T / 0.07)
+    assert torch.equal(out.logits_per_text, out.logits_per_audio.T)
+    audio, text, log_scale = model(**inputs, logits=False)
+    assert torch.equal(audio, out.audio_embeds)
+    assert torch.equal(text, out.text_embeds)
+    assert float(log_scale.detach().exp()) == pytest.approx(1 / 0.07)
+
+
+@torch.no_grad()
+def test_chunks_give_the_same_features() -> None:
+    model, windows, ids = make_clap(), make_windows(3), torch.randint(1, 90, (5, 4))
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(
+        model.get_audio_features(windows, [1, 2], windows_per_chunk=2), model.get_audio_features(windows, [1, 2])
+    )
+    torch.testing.assert_close(
+        model.get_text_features(ids, mask, captions_per_chunk=2), model.get_text_features(ids, mask)
+    )
+
+
+def test_zero_shot_pipeline_from_a_folder(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    model = make_clap(T5Config(**{**T5.to_dict(), "vocab_size": len(tiny_tokenizer)}))
+    model.save_pretrained(tmp_path)
+    AfClapProcessor.of(model.config, tiny_tokenizer).save_pretrained(tmp_path)
+    classify = pipeline("zero-shot-audio-classification", model=str(tmp_path))
+    clip = np.random.default_rng(0).normal(size=30_000).astype(np.float32) * 0.1
+    found = classify(clip, candidate_labels=["dog", "bell"], hypothesis_template="the sound of a {}")
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, AfClapProcessor)
+    inputs = processor(["the sound of a dog", "the sound of a bell"], clip, sampling_rate=16_000)
+    with torch.no_grad():
+        scores = model(**inputs).logits_per_audio.softmax(dim=-1)[0]
+    expected = dict(zip(["dog", "bell"], scores.tolist(), strict=True))
+    assert {row["label"]: pytest.approx(row["score"], abs=1e-5) for row in found} == expected
+
+
+def test_processor_pads_and_repeats_as_the_config_says(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    config = make_clap(text_pooling="mean", short_clips="repeat", text_length=20).config
+    AfClapProcessor.of(config, tiny_tokenizer, max_windows=2).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    text = processor(["a dog barks", "dog " * 40])
+    assert text["input_ids"].shape == (2, 20)
+    assert 0 < text["attention_mask"][0].sum() < 20
+    clip = np.linspace(-0.5, 0.5, 70_000).astype(np.float32)
+    audio = processor(audio=[clip, np.tile(clip, 6)], sampling_rate=16_000)
+    assert audio["windows_per_clip"].tolist() == [1, 2]
+    assert torch.equal(audio["waveforms"][0, :70_000], audio["waveforms"][0, 70_000:140_000])
+    assert not audio["waveforms"][0, 140_000:].any()
+    assert repeated(np.zeros(200_000)).size == 200_000
+    assert isinstance(AutoFeatureExtractor.from_pretrained(tmp_path), AfClapFeatureExtractor)
+    with pytest.raises(ValueError, match="text, audio"):
+        processor()
+
+
+def test_any_encoder_serves_as_text_tower(tmp_path: Path) -> None:
+    bart = BartConfig(
+        vocab_size=90, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    )  # fmt: skip
+    ids = torch.randint(3, 90, (2, 5))
+    for number, (config, build) in enumerate(((bart, BartModel), (T5, T5EncoderModel))):
+        folder = tmp_path / str(number)
+        torch.manual_seed(1)
+        whole = build(config)
+        whole.save_pretrained(folder)
+        model = make_clap(config)
+        model.text_tower = load_text_encoder(folder)
+        assert not any("decoder" in name for name, _ in model.text_tower.named_parameters())
+        assert torch.equal(
+            model.text_tower.get_input_embeddings().weight, whole.get_encoder().get_input_embeddings().weight
+        )
+        model.save_pretrained(folder / "clap")
+        loaded = AfClapModel.from_pretrained(folder / "clap").eval()
+        mask = torch.ones_like(ids)
+        torch.testing.assert_close(loaded.get_text_features(ids, mask), model.eval().get_text_features(ids, mask))

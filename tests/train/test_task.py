@@ -1,61 +1,97 @@
-"""AF-CLAP's loss over ranks equals the loss of one process, gradients included."""
+"""AF-CLAP's step: captions find their places, chunks change nothing, what trains is what was asked."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from transformers import T5Config
 
+from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Optimizer
 from af2_ray.data.collate import ClapBatch
-from af2_ray.losses import afclap_loss
-from af2_ray.train.task import ClapTask, gather_clips
+from af2_ray.models.afclap import AfClapConfig, AfClapModel
+from af2_ray.models.htsat import tower_config
+from af2_ray.train.task import ClapTask
 
-CLIPS, M, N, J = 5, 2, 2, 6
 
-
-def _tensors() -> tuple[torch.Tensor, ...]:
+def _clap_and_batch(folder: Path, dropout: float = 0.0) -> ClapBatch:
+    """A small AF-CLAP in `folder`, and four clips (one of two windows) with 3 + 3 captions each but the last."""
     torch.manual_seed(0)
-    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)  # noqa: E731
-    mask = torch.ones(CLIPS, M, dtype=torch.bool)
-    mask[3, 1] = False
-    return unit(CLIPS, J), unit(CLIPS, M, J), unit(CLIPS, M, N, J), mask, torch.ones(CLIPS, M, N, dtype=torch.bool)
-
-
-def _rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    mine = slice(0, 2) if rank == 0 else slice(2, CLIPS)  # uneven, as after a broken file
-    audio, positives, negatives, mask, negative_mask = (tensor[mine] for tensor in _tensors())
-    leaves = [tensor.clone().requires_grad_() for tensor in (audio, positives, negatives)]
-    from af2_ray.losses import afclap_loss_sum
-
-    everyone, everyone_mask, first = gather_clips(leaves[1], mask)
-    loss, _ = afclap_loss_sum(
-        leaves[0], everyone, leaves[2], everyone_mask, negative_mask, torch.tensor(10.0), first=first
+    text = T5Config(
+        vocab_size=90, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=dropout, pad_token_id=0
     )
-    (loss / CLIPS).backward()
-    torch.save([leaf.grad for leaf in leaves], Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    model = AfClapModel(
+        AfClapConfig(text_config=text, audio_config=tower_config(8, (1, 1, 1, 1), (1, 2, 2, 2)), projection_dim=12)
+    )
+    rng = np.random.default_rng(0)
+    windows = (rng.normal(size=(5, WINDOW_SAMPLES)) * 3000 * np.arange(1, 6)[:, None]).clip(-32767, 32767)
+    model.audio_tower.calibrate(torch.from_numpy(windows.astype(np.int16)))
+    model.save_pretrained(folder)
+    places = np.array([(owner, slot, rank) for owner in range(4) for slot in range(3) for rank in range(2)][:-3])
+    return ClapBatch(
+        row=0,
+        num_clips=4,
+        failures=(),
+        sample_ids=tuple("abcd"),
+        num_truncated=0,
+        waveforms=windows.astype(np.int16),
+        windows_per_clip=np.array([1, 2, 1, 1]),
+        text_ids=rng.integers(1, 90, (len(places), 6)),
+        text_mask=np.tril(np.ones((len(places), 6), np.int64), 3)[:, ::-1].copy()
+        | np.eye(len(places), 6, dtype=np.int64),
+        caption_owner=places[:, 0],
+        caption_kind=(places[:, 2] > 0).astype(np.int64),
+        caption_slot=places[:, 1],
+        caption_rank=places[:, 2],
+    ).tensors()
 
 
-def test_two_uneven_ranks_give_the_gradients_of_one(tmp_path):
-    import socket
+def _step(folder: Path, batch: ClapBatch, **settings: object) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss and gradients of one step, and how many numbers autograd kept for the backward pass."""
+    task = ClapTask(folder, Optimizer(), num_positives=3, num_negatives=1, **settings)
+    model = task.build().train()
+    torch.manual_seed(1)
+    kept: dict[int, int] = {}
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    audio, positives, negatives, mask, negative_mask = _tensors()
-    leaves = [tensor.requires_grad_() for tensor in (audio, positives, negatives)]
-    afclap_loss(*leaves, mask, negative_mask, torch.tensor(10.0)).backward()
-    for index, leaf in enumerate(leaves):
-        torch.testing.assert_close(torch.cat([part[index] for part in parts]), leaf.grad, rtol=1e-6, atol=1e-9)
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task.loss(model, batch, task.count(batch))
+    size = sum(kept.values())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, size
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_chunks_with_a_gradient_cache_equal_the_direct_step(dropout: float, tmp_path: Path) -> None:
+    batch = _clap_and_batch(tmp_path, dropout)
+    direct, expected, much = _step(tmp_path, batch)
+    cached, gradients, little = _step(tmp_path, batch, windows_per_chunk=2, captions_per_chunk=5)
+    assert gradients.keys() == expected.keys()
+    assert {"logit_scale", "text_projection.0.weight", "audio_projection.0.weight"} <= gradients.keys()
+    if dropout:  # other numbers are drawn for other chunks, but each chunk draws its own twice
+        again, same, _ = _step(tmp_path, batch, windows_per_chunk=2, captions_per_chunk=5)
+        assert torch.equal(again, cached)
+        assert all(torch.equal(same[name], gradients[name]) for name in same)
+        return
+    torch.testing.assert_close(cached, direct, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
+    assert little < much / 5
+
+
+def test_a_fixed_temperature_has_no_gradient_and_silence_does_not_count(tmp_path: Path) -> None:
+    batch = _clap_and_batch(tmp_path)
+    _, gradients, _ = _step(tmp_path, batch, learn_temperature=False)
+    assert "logit_scale" not in gradients
+    task = ClapTask(tmp_path, Optimizer(), num_positives=3, num_negatives=1)
+    assert task.count(batch) == 4
 
 
 def test_ragged_captions_find_their_places():
