@@ -4,8 +4,9 @@ Files: 44.1 kHz, mono and stereo, FLAC, OGG and WAV, 2 to 60 s; on two cores. Th
 of the plan, decoded, resampled, cut into windows, collated with their questions, through the object store to tensors
 at a rank. Its limit is a bare pool of two processes of soundfile and soxr on the same stretches, sending nothing back.
 The reference's way is a DataLoader of two workers that reads every channel, resamples each (soxr, librosa's own
-resampler), takes the first and pads to the batch's longest. Process start-up is left out on all sides; each is run
-three times in turn and the best counts. The last line is one JSON object.
+resampler), takes the first and pads to the batch's longest. Process start-up is left out on all sides: after one run to
+warm up, each is run in turn (twice with --quick, else three times) and the best counts. The feed's time has the start
+of Ray Data in it, some tenths of a second of --quick's few. The last line is one JSON object.
 
     python benchmarks/feed.py [--quick] [--audio FOLDER]
 """
@@ -116,7 +117,7 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def measure(paths: list[str]) -> dict[str, float]:
+def measure(paths: list[str], num_runs: int) -> dict[str, float]:
     """Audio seconds a second of the three ways."""
     import ray
     from torch.utils.data import DataLoader
@@ -137,9 +138,10 @@ def measure(paths: list[str]) -> dict[str, float]:
             "limit": lambda: list(pool.map(decode_bare, paths)),
             "reference": lambda: sum(len(batch) for batch in loader),
         }
-        for attempt in range(4):  # the first warms up
+        for attempt in range(1 + num_runs):  # the first warms up
             for name, work in ways.items():
                 seconds = timed(work)
+                print(f"run {attempt}: {name:10} {seconds:6.1f} s for {audio_s:.0f} s of audio", flush=True)
                 best[name] = min(best[name], seconds) if attempt else np.inf
     ray.shutdown()
     return {name: audio_s / seconds for name, seconds in best.items()}
@@ -148,15 +150,15 @@ def measure(paths: list[str]) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="120 files instead of 600")
+    parser.add_argument("--quick", action="store_true", help="32 files and two runs instead of 300 and three")
     parser.add_argument("--audio", type=Path, help="folder of sound files (default: made for the purpose)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.audio:
             paths = [str(p) for p in sorted(args.audio.rglob("*")) if p.suffix in (".flac", ".ogg", ".wav")]
         else:
-            paths = make_files(Path(folder), 120 if args.quick else 600)
-        rates = measure(paths)
+            paths = make_files(Path(folder), 32 if args.quick else 300)
+        rates = measure(paths, 2 if args.quick else 3)
     for name, rate in rates.items():
         print(f"{name:10} {rate:8.0f} s of audio a second")
     result = {"vs_limit": rates["feed"] / rates["limit"], "vs_reference": rates["feed"] / rates["reference"]}

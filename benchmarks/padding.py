@@ -9,7 +9,8 @@ order within, filled while clips x longest <= budget); lhotse's DynamicBucketing
 clips' durations as it usually is, and given whole windows; ours. A step is 128 batches, one a worker, when the mix of
 datasets is judged; in `max_step_dataset_ratio_8x30` it is 240 batches on 8 workers, in runs of 8 of like cost
 (`balanced_rows: 8`). `spread_8` and `spread_128` are (largest - smallest) / largest predicted cost of the batches that
-so many workers have at one time. `text_padding_shared` is with three questions a clip, split where that costs less.
+so many workers have at one time, in steps of 240 and of 128 of them. `text_padding_shared` is with three questions a
+clip, which stand end to end in one row of text; `text_padding_side_by_side` is what a row each would pad.
 
 The last line is one JSON object; shares from 0 to 1.
 
@@ -191,10 +192,12 @@ def measure(stage: str, num: int, num_lhotse: int) -> dict[str, float]:
     started = time.perf_counter()
     made = mix.plan(BUDGET)
     plan_s = time.perf_counter() - started
+    steps_of_240 = mix.plan(BUDGET.model_copy(update={"step_batches": 240}))
+    rows = Rows(steps_of_240.entries, steps_of_240.clip_starts, steps_of_240.row_starts)
     dealt = mix.plan(BUDGET.model_copy(update={"step_batches": 240, "balanced_rows": 8}))
-    cost = Rows(dealt.entries, dealt.clip_starts, dealt.row_starts).cost(mix.windows, mix.texts, BUDGET)
     target = mean_cost(mix, batches_of(made)[:5000])
-    shared = Mix(stage, num // 4, 3).plan(BUDGET.model_copy(update={"questions_per_clip": 3})).stats
+    three = Mix(stage, num // 4, 3)
+    shared = three.plan(BUDGET.model_copy(update={"questions_per_clip": 3}))
     few = num_lhotse // 4
     of_ranks = lhotse(small, target, lengths=small.duration_s, num=num_lhotse, num_ranks=128)
     capped = np.minimum(mix.duration_s, 10.0 * WINDOWS[stage])
@@ -205,12 +208,13 @@ def measure(stage: str, num: int, num_lhotse: int) -> dict[str, float]:
         "lhotse_on_windows": padding(mix, lhotse(mix, target, lengths=10 * mix.windows, num=few)),
         "ours": made.stats.padding_share,
         "text_padding": made.stats.text_padding_share,
-        "text_padding_shared": shared.text_padding_share,
+        "text_padding_shared": shared.stats.text_padding_share,
+        "text_padding_side_by_side": padding_share(three.texts[shared.entries], shared.clip_starts[shared.row_starts]),
         "order_correlation": order_correlation(mix, made),
         "max_step_dataset_ratio": step_dataset_ratio(mix, batches_of(made)),
         "max_step_dataset_ratio_8x30": step_dataset_ratio(mix, batches_of(dealt), 240),
         "max_step_dataset_ratio_lhotse": step_dataset_ratio(small, of_ranks),
-        "spread_8": cost_spread(cost, 8),
+        "spread_8": cost_spread(rows.cost(mix.windows, mix.texts, BUDGET), 8),
         "spread_128": made.stats.cost_spread,
         "batch_cost": target,
         "plan_s": plan_s,

@@ -4,7 +4,7 @@ Samples are a stage-2 like mix (1 to 120 s, many clips with several questions), 
 them, planned for 128 workers in a process of its own: blend, rows, steps, measures and fingerprint, with text lengths
 given. `seconds` are CPU seconds of its one core (`wall_s` has what else the machine does in it), `peak_gib` is the peak
 of that process, its samples and Python included. `feed_start_s` is from a plan of a million rows to the first decoded
-batch. `plan_scale.svg` (in --out) plots time and memory against samples. The last line is one JSON object.
+batch. `plan_scale.png` (in --out) plots time and memory against samples. The last line is one JSON object.
 
     python benchmarks/plan_scale.py [--quick] [--out DIR]
 """
@@ -149,7 +149,7 @@ def plot(found: list[dict[str, float]], path: Path) -> None:
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -170,7 +170,7 @@ def main() -> None:
     for num in QUICK if args.quick else SIZES:
         found.append(in_process(num))
         print("{samples:>10,} samples: {seconds:6.2f} s, {peak_gib:.2f} GiB, {rows:,} rows".format(**found[-1]))
-    plot(found, args.out / "plan_scale.svg")
+    plot(found, args.out / "plan_scale.png")
     num_rows = FEED_ROWS_QUICK if args.quick else FEED_ROWS
     start_s = measure_feed(num_rows)
     print(f"first batch of a plan of {num_rows:,} rows after {start_s:.1f} s")

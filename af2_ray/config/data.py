@@ -45,7 +45,7 @@ class Budget(Strict):
 
     windows_per_row: int = Field(64, ge=1)
     text_tokens_per_row: int = Field(2048, ge=16)
-    questions_per_clip: int = Field(4, ge=1)
+    questions_per_clip: int = Field(4, ge=1, description="heard once and told in one row of text, end to end")
     step_batches: int = Field(240, ge=1)
     balanced_rows: int | None = Field(
         None,

@@ -1,9 +1,10 @@
 """The plan: which samples make up which batch, decided from manifest durations before any audio is read.
 
-A row is one micro-batch under a two-sided budget: clips x longest clip (in windows) and questions x longest text (in
+A row is one micro-batch under a two-sided budget: clips x longest clip (in windows) and clips x longest text (in
 tokens), both as padded rectangles. A clip comes once in a row with up to `questions_per_clip` of its questions, so the
-expensive encoder hears it once. Rows are filled from clips of like length, then dealt in groups of `step_batches` rows
-of like cost; a group is one optimiser step whatever the number of workers, and its rows go to the ranks in turn.
+expensive encoder hears it once; the questions stand in one row of text, end to end (`collate`). Rows are filled from
+clips of like length, then dealt in groups of `step_batches` rows of like cost; a group is one optimiser step whatever
+the number of workers, and its rows go to the ranks in turn.
 
 The trade-off: neighbours in a row are alike in length and so not independent. In return next to nothing is padded; what
 is random is which of the alike clips meet (new in every epoch), which rows share a step, and the order of the steps.
@@ -212,9 +213,8 @@ def plan_captions(
     entries = np.concatenate(parts)
     windows = window_counts(items, max_windows)[entries]
     row_starts = np.arange(0, len(entries) + 1, clips_per_row)
-    one_text = np.ones(len(entries), np.int64)
     cost = windows.reshape(-1, clips_per_row).sum(1).astype(float)
-    stats = measure(windows, row_starts, one_text, row_starts, cost, step_batches)
+    stats = measure(windows, np.ones(len(entries), np.int64), row_starts, len(entries), cost, step_batches)
     origin = {
         "data": fingerprint(items),
         "seed": str(seed),
@@ -314,9 +314,8 @@ class _Pool:
 
     def rows(self, index: Index, rng: np.random.Generator) -> Rows:
         """The drawn samples, packed into rows under the budget."""
-        lengths = (self.clips, self.windows, self.texts, self.budget, rng)
-        entries, clip_starts = share_clips(np.asarray(index, np.int64), *lengths)
-        return fill_rows(entries, clip_starts, *lengths)
+        entries, clip_starts = share_clips(np.asarray(index, np.int64), self.clips, self.texts, self.budget, rng)
+        return fill_rows(entries, clip_starts, self.clips, self.windows, self.texts, self.budget, rng)
 
     def dealt(self, rows: Rows, rng: np.random.Generator) -> Rows:
         """A multiple of `step_batches` rows in the order of training."""
@@ -330,8 +329,7 @@ class _Pool:
             raise ValueError("nothing to plan: no usable samples, or fewer rows than one step takes (tail='drop')")
         windows = self.windows[rows.entries[rows.clip_starts[:-1]]]
         cost = rows.cost(self.windows, self.texts, self.budget)
-        question_starts = rows.clip_starts[rows.row_starts]
-        stats = measure(windows, rows.row_starts, self.texts[rows.entries], question_starts, cost, budget.step_batches)
+        stats = measure(windows, rows.told(self.texts), rows.row_starts, len(rows.entries), cost, budget.step_batches)
         sizes = [name for name in dir(Budget) if not name.startswith("_")]
         origin = {
             "data": fingerprint(self.items),

@@ -1,6 +1,8 @@
 """Rows of the plan to batches: decode the clips, cut windows, tokenise.
 
-Ragged in windows, each clip once: nothing is padded where it would be expensive. A batch is made of numpy arrays in a
+Ragged in windows, each clip once: nothing is padded where it would be expensive. The questions about a clip stand in
+one row of text, end to end, and do not see each other: questions of unlike length would otherwise pad a third of the
+text away. A batch is made of numpy arrays in a
 decode task, which needs no torch (450 MB and 2.5 s less a worker process), and of torch tensors in the trainer;
 `to_row` and `from_row` are the way through Ray's object store. A clip that fails is left out with all that was asked
 of it and recorded; nothing takes its place. A row with no clip left keeps its place as one silent window without
@@ -93,16 +95,17 @@ class _Batch:
 
 @dataclass(frozen=True)
 class LmBatch(_Batch):
-    """Questions about clips. B questions, C clips, S windows of all clips, K audios a question (1), T text tokens.
+    """Questions about clips. B rows of text, C clips, S windows of all clips, K audios a row (1), T text tokens.
 
-    `audio_index` [B, K] names the clips of each question (-1: none); `sample_ids` has one entry a question.
+    `audio_index` [B, K] names the clips of each row (-1: none). For training a row holds all questions about its clip,
+    numbered in `attention_mask`; to be answered, each question has a row. `sample_ids` has one entry a question.
     """
 
     waveforms: Array = field(kw_only=True)  # int16 [S, 160000]
     windows_per_clip: Array = field(kw_only=True)  # int64 [C]
     audio_index: Array = field(kw_only=True)  # int64 [B, K]
     input_ids: Array = field(kw_only=True)  # int64 [B, T]
-    attention_mask: Array = field(kw_only=True)  # int64 [B, T]
+    attention_mask: Array = field(kw_only=True)  # int64 [B, T], 0 at padding, 1, 2 ... in a row's questions
     labels: Array = field(kw_only=True)  # int64 [B, T], -100 where nothing is learned
 
 
@@ -194,6 +197,7 @@ def collate_lm(
     """Decode a row's clips and encode its questions; see `LmCollator`."""
     clips, waveforms, failures = _hear(row, max_windows, channel, allow_silent)
     samples = [sample for clip in clips for sample in clip]
+    sizes = [len(clip) for clip in clips] or [1]
     encoded = text.encode(
         tokenizer,
         [sample.prompt for sample in samples] or [""],
@@ -201,6 +205,10 @@ def collate_lm(
         max_tokens=max_text_tokens,
         padding_side="right" if with_answers else "left",
     )
+    input_ids, attention_mask, labels = encoded.input_ids, encoded.attention_mask, encoded.labels
+    if with_answers:
+        input_ids, attention_mask, labels = _end_to_end(encoded, sizes, int(tokenizer.pad_token_id))
+        sizes = [1] * len(sizes)
     return LmBatch(
         row=row.index,
         num_clips=len(row.clips),
@@ -209,11 +217,25 @@ def collate_lm(
         num_truncated=encoded.num_truncated if samples else 0,
         waveforms=np.concatenate(waveforms),
         windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
-        audio_index=np.repeat(np.arange(len(waveforms)), [len(clip) for clip in clips] or [1])[:, None],
-        input_ids=encoded.input_ids,
-        attention_mask=encoded.attention_mask,
-        labels=encoded.labels if samples else np.full_like(encoded.labels, text.IGNORE),
+        audio_index=np.repeat(np.arange(len(waveforms)), sizes)[:, None],
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels if samples else np.full_like(labels, text.IGNORE),
     )
+
+
+def _end_to_end(encoded: text.TextBatch, sizes: list[int], pad_id: int) -> tuple[NDArray[np.int64], ...]:
+    """Texts padded on the right, put end to end by so many a row: ids, numbers of the texts and labels, [B, T]."""
+    lengths = encoded.attention_mask.sum(1)
+    totals = np.add.reduceat(lengths, np.cumsum([0, *sizes[:-1]]))
+    real = np.arange(totals.max()) < totals[:, None]
+    numbers = np.repeat(np.concatenate([np.arange(1, size + 1) for size in sizes]), lengths)
+    kept = encoded.attention_mask.astype(bool)
+    rows = []
+    for values, padding in ((encoded.input_ids[kept], pad_id), (numbers, 0), (encoded.labels[kept], text.IGNORE)):
+        rows.append(np.full(real.shape, padding, np.int64))
+        rows[-1][real] = values
+    return tuple(rows)
 
 
 def collate_clap(

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from af2_ray.data.manifest import Sample, Stretch, StretchT, fingerprint
+from af2_ray.data.manifest import Sample, Stretch, StretchT, check_samples, fingerprint
 
 TEXT_COLUMNS = ("id", "uri", "prompt", "answer", "task", "dataset", "skill", "pair", "template")
 JSON_COLUMNS = ("options", "meta")  # as JSON text; empty where there is nothing
@@ -204,6 +204,17 @@ def durations(samples: Sequence[Stretch]) -> NDArray[np.float64]:
     if isinstance(samples, Joined):
         return np.concatenate([durations(part) for part in samples.parts] or [np.empty(0)])
     return np.fromiter((s.duration_s for s in samples), np.float64, len(samples))
+
+
+def check_table(table: SampleTable) -> tuple[SampleTable, list[tuple[Sample, str]]]:
+    """As `manifest.check_samples`, of columns: an object is made of a bad sample only."""
+    seconds, offset_s = table.duration_s, table.offset_s
+    good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
+    for name in ("prompt", "answer"):
+        values, codes = table.texts(name)
+        good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
+    bad = check_samples(table.take(~good))[1]
+    return (table if good.all() else table.take(good)), bad
 
 
 def clip_numbers(samples: Sequence[Stretch]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import fsspec
 import numpy as np
@@ -28,6 +28,14 @@ ItemT = TypeVar("ItemT", Sample, CaptionSet)
 _THREADS = 16  # waiting for headers, not computing
 
 
+@overload
+def fill_durations(
+    items: SampleTable, manifest_uri: str, *, fallback: str | None = None, threads: int = _THREADS
+) -> tuple[SampleTable, dict[str, str]]: ...
+@overload
+def fill_durations(
+    items: Sequence[ItemT], manifest_uri: str, *, fallback: str | None = None, threads: int = _THREADS
+) -> tuple[Sequence[ItemT], dict[str, str]]: ...
 def fill_durations(
     items: Sequence[ItemT], manifest_uri: str, *, fallback: str | None = None, threads: int = _THREADS
 ) -> tuple[Sequence[ItemT], dict[str, str]]:

@@ -7,7 +7,8 @@ the rows that an uninterrupted one would have given from there, to any number of
 
 The trade-off: a row costs Ray 20-30 ms, next to nothing beside a training step but ruinous if a row were a clip. The
 plan travels through the object store once, as arrays that all decode processes of a machine read in place: tasks
-themselves carry numbers, and a plan of a million rows starts as fast as one of ten.
+themselves carry numbers. One read task runs at a time: it yields hundreds of numbers a second, and more of them would
+each start a process of Ray before the first row is decoded, and hold the CPUs that decoding needs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 BatchT = TypeVar("BatchT", LmBatch, ClapBatch)
 
 _READ_ROWS = 1024  # plan rows of one read task, which yields numbers only
-_MIN_READ_TASKS = 8
+_READ_CPUS = 0.01  # of the one read task that runs at a time: it only counts
 _SCHEDULER_PAUSE_S = 0.02
 
 
@@ -73,12 +74,14 @@ def make_dataset(plan: Plan[Any], collator: Collator, *, start: int | Cursor = 0
     first = check_cursor(plan, start)
     num_rows = len(plan) - first
     decode = _Decode(ray.put(collator), ray.put(replace(plan, items=portable(plan.items))), first)
-    num_reads = min(max(1, num_rows), max(_MIN_READ_TASKS, num_rows // _READ_ROWS))
-    # Not `ray.data.range`: its read tasks want a whole CPU each and never start beside the trainer's workers.
+    num_reads = max(1, num_rows // _READ_ROWS)
+    # Not `ray.data.range`: its read tasks want a whole CPU each and never start beside the trainer's workers. Reading
+    # must ask for other CPUs than decoding: Ray Data fuses what asks alike, and a task would decode a thousand rows.
     source = _numbers_source()(num_rows)
-    numbers = ray.data.read_datasource(source, num_cpus=decode_cpus, override_num_blocks=num_reads)
+    numbers = ray.data.read_datasource(source, num_cpus=_READ_CPUS, concurrency=1, override_num_blocks=num_reads)
     numbers.context.target_max_block_size = 1  # one row a block: round robin is exact only so
     numbers.context.custom_execution_callback_classes = [_pace()]
+    numbers.context.set_config(*_policies())
     return numbers.map(decode, num_cpus=decode_cpus)
 
 
@@ -154,6 +157,28 @@ def _pace() -> type[Any]:
             time.sleep(_SCHEDULER_PAUSE_S)
 
     return Pace
+
+
+@functools.cache
+def _policies() -> tuple[str, list[type[Any]]]:
+    """Ray Data's rules of who may run, and one more, as its configuration's key and value.
+
+    Its own rules count bytes, and numbers have next to none: a plan of a million rows would be read to its end at once,
+    a kilobyte of the scheduler's memory a row.
+    """
+    from ray.data._internal.execution import backpressure_policy as policies
+
+    class ReadAhead(policies.BackpressurePolicy):
+        @property
+        def name(self) -> str:
+            return "ReadAhead"
+
+        def can_add_input(self, op: Any) -> bool:
+            waiting = (self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
+            return max(waiting, default=0) < _READ_ROWS
+
+    enabled = [*policies.ENABLED_BACKPRESSURE_POLICIES, ReadAhead]
+    return policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, enabled
 
 
 @functools.lru_cache(maxsize=8)

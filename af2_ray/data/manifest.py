@@ -118,17 +118,20 @@ def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet
     Raises:
         ValueError: a line cannot be understood; the message names the file and the line.
     """
+    from af2_ray.data.formats import read_caption_rows
+
     base = root if root is not None else split_uri(captions_uri)[0]
     if not captions_uri.endswith(".jsonl"):
-        from af2_ray.data.formats import read_caption_rows
-
         return read_caption_rows(captions_uri, root)
     sets = []
     for number, line in enumerate(_read_text(captions_uri).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            sets.append(caption_set(json.loads(line), base))
+            item = json.loads(line)
+            if isinstance(item, dict) and "recording" in item:  # a lhotse cut: so are the others
+                return read_caption_rows(captions_uri, root)
+            sets.append(caption_set(item, base))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{captions_uri}, line {number}: {told(error)}") from error
     return sets

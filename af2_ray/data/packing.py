@@ -1,9 +1,9 @@
 """How rows are filled and dealt into steps, with numpy alone: 8 million samples take seconds, not an hour.
 
-Three decisions, each on whole arrays. Which questions of a clip share one encoding: the partition of least predicted
-cost, since a second encoding costs its windows and a long text beside short ones costs its padding. Which encodings
-share a row: neighbours by windows and then by text, as many as the budget holds. Which rows share a step: rows of like
-cost, whatever their lengths.
+Three decisions, each on whole arrays. Which questions of a clip share one encoding: as many as may, drawn at random;
+they stand in one row of text, end to end, so unlike lengths among them are no padding. Which encodings share a row:
+neighbours by windows and then by the length of all their text, as many as the budget holds. Which rows share a step:
+rows of like cost, whatever their lengths.
 
 The trade-off: a row ends where a clip would come twice, instead of looking further for one that fits. In return where
 a row ends depends on nothing but where it starts, so all ends are found at once; a clip's encodings lie far apart in
@@ -86,18 +86,21 @@ class Rows:
         places, clip_starts = ragged(self.clip_starts, clips)
         return Rows(self.entries[places], clip_starts, row_starts)
 
+    def told(self, texts: NDArray[Any]) -> Index:
+        """Text tokens of each encoding, all its questions together, [C]."""
+        return sum_by(texts[self.entries], self.clip_starts)
+
     def cost(self, windows: NDArray[Any], texts: NDArray[Any], budget: Budget) -> NDArray[np.float64]:
-        """Predicted cost of each row in text tokens, [R]: its windows, and its rectangle of questions x tokens.
+        """Predicted cost of each row in text tokens, [R]: its windows, and its rectangle of clips x text tokens.
 
         Args:
             windows, texts: windows and text tokens of each sample.
             budget: what a window weighs, and attention.
         """
         heard = audio_cost(windows[self.entries[self.clip_starts[:-1]]], budget)
-        question_starts = self.clip_starts[self.row_starts]
-        longest = max_by(texts[self.entries], question_starts)
+        longest = max_by(self.told(texts), self.row_starts)
         audio = np.append(0.0, np.cumsum(heard))[self.row_starts]
-        cost = np.diff(audio) + text_cost(np.diff(question_starts), longest, budget)
+        cost = np.diff(audio) + text_cost(np.diff(self.row_starts), longest, budget)
         return np.where(np.diff(self.row_starts) > 0, cost, float(budget.tokens_per_window))  # or one silent window
 
 
@@ -172,18 +175,13 @@ def _all_differ(values: NDArray[Any]) -> bool:
 
 
 def share_clips(
-    index: Index,
-    clips: NDArray[Any],
-    windows: NDArray[Any],
-    texts: NDArray[Any],
-    budget: Budget,
-    rng: np.random.Generator,
+    index: Index, clips: NDArray[Any], texts: NDArray[Any], budget: Budget, rng: np.random.Generator
 ) -> tuple[Index, Index]:
-    """Group the questions about a clip into encodings: up to `questions_per_clip` of like length, at least cost.
+    """Group the questions about a clip into encodings: up to `questions_per_clip`, as many as the text budget holds.
 
     Args:
         index: the samples to group, [N]; one that comes twice is in two encodings.
-        clips, windows, texts: clip number, windows and text tokens of each sample.
+        clips, texts: clip number and text tokens of each sample.
 
     Returns:
         The entries, encoding by encoding [N], and where each encoding starts [C+1].
@@ -192,46 +190,30 @@ def share_clips(
     if budget.questions_per_clip == 1 or len(index) == 0 or _all_differ(clip):
         return index, np.arange(len(index) + 1)
     draw = occurrence(index)
-    alike = texts[index] * rng.uniform(1, _TEXT_BUCKET, len(index))  # who shares is drawn among the alike
-    order = np.lexsort((alike, draw, clip))
-    del alike
+    order = np.lexsort((rng.random(len(index)), draw, clip))  # who shares is drawn
     clip, draw, entries = clip[order], draw[order], index[order]
     is_first = (np.diff(clip, prepend=-1) != 0) | (np.diff(draw, prepend=-1) != 0)
-    starts = np.append(np.flatnonzero(is_first), len(entries))
-    cut = _cheapest_cuts(texts[entries], windows[entries], starts, budget)
+    cut = _cuts(texts[entries], np.append(np.flatnonzero(is_first), len(entries)), budget)
     return entries, np.append(np.flatnonzero(cut), len(entries))
 
 
-def _cheapest_cuts(texts: NDArray[Any], windows: NDArray[Any], starts: Index, budget: Budget) -> NDArray[np.bool_]:
-    """Where encodings start, so that the sum of windows and text rectangles over each clip is least: bool [N].
+def _cuts(texts: NDArray[Any], starts: Index, budget: Budget) -> NDArray[np.bool_]:
+    """Where encodings start in the runs of questions of one clip each, bool [N]; of all clips at once.
 
-    By dynamic programming over all clips at once: the k-th question of every clip in round k.
+    The k-th question of every clip in round k joins the encoding before it, or starts one.
     """
-    place = np.arange(len(texts)) - np.repeat(starts[:-1], np.diff(starts))
-    by_place = np.argsort(place, kind="stable")
-    rounds = np.append(np.flatnonzero(np.diff(place[by_place], prepend=-1)), len(texts))
-    hearing = audio_cost(windows, budget)
-    best = np.zeros(len(texts) + 1)  # best[i + 1]: of a clip's questions up to i; the slot before stays 0
-    size_of = np.ones(len(texts), np.int32)
-    for number in range(len(rounds) - 1):
-        at = by_place[rounds[number] : rounds[number + 1]]
-        longest = np.zeros(len(at), np.int64)
-        least = np.full(len(at), np.inf)
-        for size in range(1, min(budget.questions_per_clip, number + 1) + 1):
-            longest = np.maximum(longest, texts[at - size + 1])
-            before = best[at - size + 1] if size <= number else 0
-            cost = before + hearing[at] + text_cost(size, longest, budget)
-            better = (cost < least) & (size * longest <= budget.text_tokens_per_row)
-            least[better] = cost[better]
-            size_of[at[better]] = size
-        best[at + 1] = least
+    lengths = np.diff(starts)
     cut = np.zeros(len(texts), bool)
-    last, first = starts[1:] - 1, starts[:-1]
-    while len(last):
-        begin = last - size_of[last] + 1
-        cut[begin] = True
-        open_ = begin > first
-        last, first = begin[open_] - 1, first[open_]
+    clip = np.arange(len(lengths))
+    size, told = np.zeros(len(clip), np.int32), np.zeros(len(clip), np.int64)
+    for number in range(int(lengths.max())):
+        clip = clip[lengths[clip] > number]
+        at = starts[clip] + number
+        new = (size[clip] == budget.questions_per_clip) | (told[clip] + texts[at] > budget.text_tokens_per_row)
+        new |= number == 0
+        cut[at] = new
+        size[clip] = np.where(new, 1, size[clip] + 1)
+        told[clip] = np.where(new, texts[at], told[clip] + texts[at])
     return cut
 
 
@@ -252,12 +234,11 @@ def fill_rows(
         return Rows.empty()
     first = entries[clip_starts[:-1]]
     wide = windows[first]
-    longest = max_by(texts[entries], clip_starts).astype(np.int32)
-    order = _order(wide, longest, clips[first], rng)
+    told = sum_by(texts[entries], clip_starts).astype(np.int32)
+    order = _order(wide, told, clips[first], rng)
     clip = clips[first][order]
     del first
-    sizes = np.diff(clip_starts)[order]
-    ends = _row_ends(wide[order], longest[order], sizes, _last_place(clip), budget)
+    ends = _row_ends(wide[order], told[order], _last_place(clip), budget)
     ends -= _trimmed(ends, rng)
     steps, place, row_starts = memoryview(ends.data), 0, [0]
     while place < len(ends):
@@ -278,12 +259,12 @@ def _trimmed(ends: Index, rng: np.random.Generator) -> Index:
     return np.floor(rng.random(len(ends)) * (_TRIM_SHARE * sizes + 1)).astype(np.int64) * (sizes >= _TRIM_FROM)
 
 
-def _order(wide: NDArray[Any], longest: NDArray[Any], clip: NDArray[Any], rng: np.random.Generator) -> Index:
+def _order(wide: NDArray[Any], told: NDArray[Any], clip: NDArray[Any], rng: np.random.Generator) -> Index:
     """Encodings by windows, then by text (up and down in turn, so that neighbours are alike there too), then at random.
 
     Of several encodings of a clip in one bucket, all clips' first ones come before all second ones.
     """
-    bucket = np.log(np.maximum(longest, 1)) / math.log(_TEXT_BUCKET) + rng.random()
+    bucket = np.log(np.maximum(told, 1)) / math.log(_TEXT_BUCKET) + rng.random()
     number = bucket.astype(np.int64)
     num_buckets = int(number.max()) + 1
     number = np.where(wide % 2 == 1, number, num_buckets - 1 - number)
@@ -307,9 +288,7 @@ def _last_place(clip: NDArray[Any]) -> NDArray[np.int32] | None:
     return last
 
 
-def _row_ends(
-    wide: NDArray[Any], longest: NDArray[Any], sizes: NDArray[Any], last: NDArray[np.int32] | None, budget: Budget
-) -> Index:
+def _row_ends(wide: NDArray[Any], told: NDArray[Any], last: NDArray[np.int32] | None, budget: Budget) -> Index:
     """For each place, where a row that starts there ends: int64 [C].
 
     By doubling: the largest text of 1, 2, 4 ... places from each place on is found from two halves, and the end by
@@ -317,13 +296,11 @@ def _row_ends(
     """
     num = len(wide)
     depth = max(0, int(budget.windows_per_row).bit_length() - 1)  # a row has no more clips than windows
-    questions = np.zeros(num + 1, np.int64)
-    np.cumsum(sizes, out=questions[1:])
     ends = np.empty(num, np.int64)
     for start in range(0, num, _CHUNK):
         stop = min(start + _CHUNK, num)
         reach = slice(start, min(stop + 2 ** (depth + 1), num))
-        text_tables = _doubling(longest[reach], depth)
+        text_tables = _doubling(told[reach], depth)
         last_tables = _doubling(last[reach], depth) if last is not None else None
         end = np.arange(start, stop)
         text = np.zeros(stop - start, np.int64)
@@ -332,8 +309,9 @@ def _row_ends(
             text_then = np.maximum(text, text_tables[level][inside])
             end_then = np.minimum(end + 2**level, num)
             fits = end + 2**level <= num
-            fits &= (end_then - np.arange(start, stop)) * wide[end_then - 1] <= budget.windows_per_row
-            fits &= (questions[end_then] - questions[start:stop]) * text_then <= budget.text_tokens_per_row
+            size = end_then - np.arange(start, stop)
+            fits &= size * wide[end_then - 1] <= budget.windows_per_row
+            fits &= size * text_then <= budget.text_tokens_per_row
             if last_tables is not None:
                 fits &= last_tables[level][inside] < np.arange(start, stop)
             end = np.where(fits, end_then, end)

@@ -27,6 +27,7 @@ from af2_ray.models.audio_states import AudioStates, Heard
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer
 from af2_ray.models.htsat import AudioTower
+from af2_ray.models.packed_text import see_themselves, text_numbers
 from af2_ray.models.prefix import PrefixFusion
 from af2_ray.models.transform import AudioTransform
 from af2_ray.text import IGNORE, SPECIAL_TOKENS
@@ -172,11 +173,21 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return AudioStates.of_packed(self.audio_transform(features.flatten(0, 1), lengths), lengths)
 
     def _hear(
-        self, input_ids: Tensor, states: AudioStates | None, audio_index: Tensor | None, cache: AudioCache | None
+        self,
+        input_ids: Tensor,
+        states: AudioStates | None,
+        audio_index: Tensor | None,
+        cache: AudioCache | None,
+        numbers: Tensor | None,
     ) -> Heard | None:
-        """What each row hears and where its `<audio>` markers are, from the arguments or the cache. None: no audio."""
+        """What each row hears and where its `<audio>` markers are, from the arguments or the cache. None: no audio.
+
+        `numbers` [B, T] are those of texts end to end, each with one marker: it counts from its own text on.
+        """
         tokens = None if cache is None else cache.tokens_heard
         markers = (input_ids == self.config.audio_token_id).cumsum(dim=1)
+        if numbers is not None:
+            markers = markers - (numbers - 1).clamp(min=0)
         if tokens is None:
             if states is None:
                 return None
@@ -227,7 +238,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, T], each row with one `<audio>` marker an audio, in order.
-            attention_mask: [B, T], 1 where text is real; padding may be on either side.
+            attention_mask: [B, T], 1 where text is real; padding may be on either side. Several texts end to end in a
+                row are numbered 1, 2 ...: each hears the row's one audio and sees itself alone, as in a row of its own.
             waveforms: windows of all clips, int16 or float in [-1, 1], [S, 160000].
             windows_per_clip: [C], adding up to S.
             audio_index: [B, K], the clips of each row's audios, -1 for none; left out, row b hears clip b.
@@ -245,7 +257,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             audio_states = self.encode_audio(waveforms, windows_per_clip)
         if audio_states is not None and cache is not None and not isinstance(cache, AudioCache):
             raise ValueError(f"audio needs an AudioCache for past_key_values, not {type(cache).__name__}")
-        heard = self._hear(input_ids, audio_states, audio_index, cache) if audio_states or cache else None
+        numbers = text_numbers(attention_mask, self.config.text_config)
+        heard = self._hear(input_ids, audio_states, audio_index, cache, numbers) if audio_states or cache else None
         embeds, num_prefix = self.embed_tokens(input_ids), 0
         if heard is not None and self.config.fusion == "xattn":
             kwargs["audio"] = AudioContext.of(heard, self.dtype, cache)
@@ -253,6 +266,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             prefixed = self.prefix(heard, embeds, attention_mask, cache)
             embeds, attention_mask, num_prefix = prefixed.embeds, prefixed.attention_mask, prefixed.num_prefix
             position_ids = prefixed.position_ids
+        if numbers is not None:
+            attention_mask, position_ids = see_themselves(attention_mask, num_prefix, embeds.dtype)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         output = self.language_model.model(

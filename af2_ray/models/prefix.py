@@ -47,14 +47,14 @@ class PrefixFusion(nn.Module):
         """Put each row's audios before its text [B, T, D]; a row without any is the bare LM's.
 
         Args:
-            attention_mask: [B, text so far], 1 where text is real; none: all of it.
+            attention_mask: [B, text so far], 1 (or a text's number) where text is real; none: all of it.
         """
         real = heard.tokens.flatten(1).long()  # [B, P]
         if attention_mask is None:
             num_text = text.shape[1] + (0 if cache is None or heard.first else cache.get_seq_length() - real.shape[1])
             attention_mask = real.new_ones(len(real), num_text)
         attention_mask = attention_mask.long()
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0) + real.sum(dim=1, keepdim=True)
+        positions = (attention_mask.clamp(max=1).cumsum(dim=1) - 1).clamp(min=0) + real.sum(dim=1, keepdim=True)
         positions, whole = positions[:, -text.shape[1] :], torch.cat((real, attention_mask), dim=1)
         if not heard.first:
             return PrefixedText(text, whole, positions, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from af2_ray.config import Dataset, Stage
 from af2_ray.data.batching import Plan, plan_steps, text_lengths
 from af2_ray.data.collate import LmCollator
+from af2_ray.data.columns import check_table
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.manifest import Sample, check_samples, read_samples
+from af2_ray.data.formats import read_table
+from af2_ray.data.manifest import Sample
 from af2_ray.data.quarantine import Failure, Quarantine
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
@@ -97,11 +99,11 @@ def plan_stage(run: Run, stage: Stage, tokenizer: Any) -> Plan[Sample]:
     )
 
 
-def usable_samples(run: Run, dataset: Dataset) -> list[Sample]:
-    """A manifest's usable samples; the others go to the quarantine, which ends the run when they are too many."""
-    read = read_samples(dataset.manifest, dataset.root)
+def usable_samples(run: Run, dataset: Dataset) -> Sequence[Sample]:
+    """A manifest's usable samples, as columns; the others go to the quarantine, and too many of them end the run."""
+    read = read_table(dataset.manifest, dataset.root)
     samples, _ = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
-    good, bad = check_samples(samples)
+    good, bad = check_table(samples)
     quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
     quarantine.add([Failure(sample.uri, reason, sample.offset_s) for sample, reason in bad], len(samples))
     return good

@@ -51,7 +51,7 @@ def check_budget(made: Plan[Sample], budget: Budget, max_windows: int = 9) -> No
         assert all(len({s.uri for s in clip}) == 1 <= len(clip) <= budget.questions_per_clip for clip in row.clips)
         if row.clips:
             windows = window_counts([clip[0] for clip in row.clips], max_windows)
-            texts = lengths_of([sample for clip in row.clips for sample in clip])
+            texts = np.array([lengths_of(clip).sum() for clip in row.clips])
             assert len(windows) * windows.max() <= budget.windows_per_row
             assert len(texts) * texts.max() <= budget.text_tokens_per_row
 
@@ -247,8 +247,25 @@ def test_like_runs_inside_a_step_mix_its_lengths() -> None:
     assert spans[1] > 2 * spans[0]
 
 
-def test_a_question_that_costs_less_alone_is_heard_alone() -> None:
-    samples = [Sample(f"{i}", "a.flac", 0.0, 10.0, "q", "a", "AQA", "d") for i in range(4)]
-    made = plan(samples, windows=[1] * 4, text_lengths=[20, 21, 22, 300], budget=BUDGET, seed=0)
-    shared = sorted(tuple(sorted(sample.id for sample in clip)) for row in made.rows() for clip in row.clips)
-    assert shared == [("0", "1", "2"), ("3",)]
+def test_questions_of_a_clip_share_up_to_the_budgets() -> None:
+    samples = [Sample(f"{i}", "a.flac", 0.0, 10.0, "q", "a", "AQA", "d") for i in range(7)]
+    budget = BUDGET.model_copy(update={"text_tokens_per_row": 250})
+    made = plan(samples, windows=[1] * 7, text_lengths=[20, 21, 22, 23, 24, 100, 200], budget=budget, seed=0)
+    shared = [clip for row in made.rows() for clip in row.clips]
+    assert sorted(sample.id for clip in shared for sample in clip) == [str(i) for i in range(7)]
+    assert all(len(row.clips) <= 1 for row in made.rows()), "a clip comes once in a row"
+    assert max(map(len, shared)) == 3
+
+
+def test_questions_of_unlike_length_pad_next_to_nothing() -> None:
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(f"{c}.{q}", f"{c}.flac", 0.0, float(seconds), "q", "a", "AQA", "d")
+        for c, seconds in enumerate(rng.uniform(1, 85, 4000))
+        for q in range(3)
+    ]
+    texts = np.clip(rng.lognormal(np.log(60), 0.6, len(samples)), 4, 512).astype(int)
+    budget = Budget(windows_per_row=64, text_tokens_per_row=4096, questions_per_clip=3, step_batches=8)
+    made = plan(samples, windows=window_counts(samples, 9), text_lengths=texts, budget=budget, seed=0)
+    assert made.stats.num_clips == 4000
+    assert made.stats.text_padding_share < 0.1

@@ -45,13 +45,20 @@ def test_lm_batch(make_sound: Callable[..., str], collator: LmCollator) -> None:
     assert batch.waveforms.shape == (1 + 3, WINDOW_SAMPLES)
     assert batch.waveforms.dtype == np.int16
     assert batch.windows_per_clip.tolist() == [1, 3]
-    assert batch.audio_index.tolist() == [[0], [0], [1]]
+    assert batch.audio_index.tolist() == [[0], [1]]
     np.testing.assert_array_equal(batch.waveforms[:1], to_windows(decode(short)))
     np.testing.assert_array_equal(batch.waveforms[1:], to_windows(decode(long, 10.0, 20.5)))
     samples = [sample for clip in row.clips for sample in clip]
     expected = encode(collator.tokenizer, [s.prompt for s in samples], [s.answer for s in samples])
-    np.testing.assert_array_equal(batch.input_ids, expected.input_ids)
-    np.testing.assert_array_equal(batch.labels, expected.labels)
+    lengths = expected.attention_mask.sum(1).tolist()
+    for name in ("input_ids", "labels"):
+        first, second, third = (v[:n] for v, n in zip(getattr(expected, name), lengths, strict=True))
+        values = getattr(batch, name)
+        np.testing.assert_array_equal(values[0], np.concatenate([first, second]))
+        np.testing.assert_array_equal(values[1, : len(third)], third)
+    assert batch.attention_mask[0].tolist() == [1] * lengths[0] + [2] * lengths[1]
+    assert batch.attention_mask[1].tolist() == [1] * lengths[2] + [0] * (lengths[0] + lengths[1] - lengths[2])
+    assert (batch.labels[1, lengths[2] :] == -100).all()
     assert batch.sample_ids == tuple(sample.id for sample in samples)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 from af2_ray.audio import shards
 from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.data import durations as durations_module
-from af2_ray.data.columns import Joined, Pickled, SampleTable, clip_numbers, portable
+from af2_ray.data.columns import Joined, Pickled, SampleTable, check_table, clip_numbers, portable
 from af2_ray.data.durations import fill_durations
 from af2_ray.data.formats import read_table
 from af2_ray.data.manifest import CaptionSet, Sample, check_samples, fingerprint, read_captions, read_samples
@@ -70,7 +72,9 @@ def told(samples: Any) -> list[tuple[Any, ...]]:
     return [(s.uri, s.offset_s, s.duration_s, s.prompt, s.answer) for s in samples]
 
 
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet", "folder of parquet", "datasets", "lhotse"])
+@pytest.mark.parametrize(
+    "form", ["jsonl", "jsonl.gz", "parquet", "folder of parquet", "datasets", "lhotse", "lhotse.gz"]
+)
 def test_all_formats_say_the_same(tmp_path: Path, form: str) -> None:
     other_names = [
         {"audio": r["name"], "question": r["prompt"], "answer": r["output"], "duration": r["duration"]} for r in ROWS
@@ -90,12 +94,35 @@ def test_all_formats_say_the_same(tmp_path: Path, form: str) -> None:
         folder = tmp_path / "train"
         uri = write_arrow(folder, other_names)
     else:
-        uri = write_lines(tmp_path / "cuts.jsonl.gz", [cut(c) for c in range(4)])
+        name = "cuts.jsonl.gz" if form.endswith("gz") else "cuts.jsonl"
+        uri = write_lines(tmp_path / name, [cut(c) for c in range(4)])
     samples = read_samples(uri)
     assert told(samples) == [(f"{folder}/{r['name']}", 0.0, r["duration"], r["prompt"], r["output"]) for r in ROWS]
     assert len({s.id for s in samples}) == len(samples)
     assert read_samples(uri, root="s3://bucket")[0].uri == "s3://bucket/audio/0.flac"
     assert check_samples(samples)[1] == []
+
+
+def test_plain_lhotse_cuts_are_told_from_our_caption_lines(tmp_path: Path) -> None:
+    cuts = write_lines(tmp_path / "cuts.jsonl", [cut(c) for c in range(4)])
+    ours = [{"name": r["name"], "caption": r["output"], "duration": r["duration"]} for r in ROWS]
+    assert read_captions(cuts) == read_captions(write_lines(tmp_path / "captions.jsonl", ours))
+
+
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
+def test_a_store_without_its_client_says_what_to_install() -> None:
+    for read in (lambda: read_samples("gs://bucket/train.jsonl"), lambda: decode("gs://bucket/a.flac")):
+        with pytest.raises(ImportError, match="gcsfs"):
+            read()
+
+
+def test_a_table_parts_usable_samples_as_a_list_does() -> None:
+    good = Sample("a", "a.flac", 0.0, 1.0, "which?", "bell", "AQA", "d")
+    wrong = [{"duration_s": math.nan}, {"duration_s": 0.0}, {"offset_s": -1.0}, {"prompt": " \n"}, {"answer": ""}]
+    samples = [good, *(replace(good, id=str(n), **change) for n, change in enumerate(wrong)), replace(good, id="b")]
+    of_table, of_list = check_table(SampleTable.from_samples(samples)), check_samples(samples)
+    assert list(of_table[0]) == of_list[0] == [samples[0], samples[-1]]
+    assert [(s.id, reason) for s, reason in of_table[1]] == [(s.id, reason) for s, reason in of_list[1]]
 
 
 def test_remote_and_unreadable(tmp_path: Path) -> None:
