@@ -13,15 +13,22 @@ import torch
 
 
 def export(folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
-    """Write a random model with open gates (so that the audio is heard) and its tokenizer; returns `folder`."""
-    from transformers import Qwen2Config
+    """Write a random model and its tokenizer; returns `folder`."""
+    build(tokenizer, seed=seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build(tokenizer: Any, *, seed: int = 0, llama: bool = False, **settings: Any) -> Any:
+    """A random model with open gates, so that the audio is heard; `settings` are its configuration's."""
+    from transformers import LlamaConfig, Qwen2Config
 
     from af2_ray.models.configuration_af2 import AudioFlamingo2Config
     from af2_ray.models.htsat import tower_config
     from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 
     torch.manual_seed(seed)
-    lm = Qwen2Config(
+    lm = (LlamaConfig if llama else Qwen2Config)(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -42,15 +49,14 @@ def export(folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
         transform_layers=1,
         transform_heads=2,
         transform_inner_size=32,
+        **settings,
     )
     model = AudioFlamingo2ForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):
                 parameter.fill_(1.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return model.eval()
 
 
 def wav(duration_s: float = 1.0, *, hz: float = 440.0, rate: int = 16_000, subtype: str = "PCM_16") -> bytes:

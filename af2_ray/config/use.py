@@ -32,12 +32,15 @@ class Serve(Strict):
     target_ongoing_requests: float = Field(4, gt=0, strict=False)
     cpus_per_replica: float = Field(1.0, ge=0, strict=False)
     gpus_per_replica: float | Literal["auto"] = Field("auto", union_mode="left_to_right")
-    max_batch_size: int = Field(8, ge=1)
-    batch_wait_s: float = Field(0.02, ge=0)
+    num_slots: int = Field(8, ge=1, description="answers a replica writes at one time")
+    encode_windows: int | Literal["auto"] = Field("auto", description="10 s windows encoded between two tokens")
+    prefill_tokens: int = Field(1024, ge=1, description="prompt tokens read between two tokens of running answers")
+    audio_memory_mb: int = Field(1024, ge=1, description="encoded audio kept for further questions, a replica")
     max_audio_s: float = Field(300.0, gt=0, strict=False)
     max_body_mb: int = Field(64, ge=1)
     max_new_tokens: int = Field(256, ge=1)
     request_timeout_s: float = Field(120.0, gt=0, strict=False)
+    stall_s: float = Field(60.0, gt=0, strict=False, description="a step that takes longer fails a replica's health")
 
     @model_validator(mode="after")
     def _bounds(self) -> Serve:

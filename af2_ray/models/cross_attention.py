@@ -95,6 +95,11 @@ class AudioContext:
         packed, lengths = heard.states.pack() if heard.states is not None and heard.first else (None, [])
         return cls(heard, packed, lengths, penalty, visible.any(dim=2, keepdim=True), cache)
 
+    def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
+        """Queries [B, H, T, d] of a layer to the audio, [B, H, T, d]."""
+        keys, values = layer._keys_values(self)
+        return nnf.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
+
 
 class GatedCrossAttention(GradientCheckpointingLayer):
     """x += tanh(attn_gate) * attention(x, audio); x += tanh(ff_gate) * feed_forward(x). Gates start at 0.
@@ -130,9 +135,8 @@ class GatedCrossAttention(GradientCheckpointingLayer):
     def forward(self, x: Tensor, audio: AudioContext) -> Tensor:
         """Text states [B, T, D] with what they hear added."""
         rows, length, _ = x.shape
-        keys, values = self._keys_values(audio)
         q = self.to_q(self.norm(x)).view(rows, length, self.num_heads, self.head_dim).transpose(1, 2)
-        y = nnf.scaled_dot_product_attention(q, keys, values, attn_mask=audio.mask)
+        y = audio.attend(self, q)
         y = self.to_out(y.transpose(1, 2).reshape(rows, length, -1)) * self.attn_gate.tanh()
         heard = x + y
         heard = heard + self.fc2(nnf.gelu(self.fc1(self.ff_norm(heard)))) * self.ff_gate.tanh()

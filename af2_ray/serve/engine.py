@@ -1,62 +1,92 @@
-"""Batched answers from one model on one device; knows nothing of Ray or HTTP.
+"""Continuous batching on one device: answers join and leave between two tokens; knows nothing of Ray, HTTP or threads.
 
-A batch mixes requests freely: clips of unequal length, several clips or none, and each its own length, sampling, seed
-and stop strings. Rows are sampled by generators of their own, so an answer does not depend on what shares its batch.
-The trade-off of static batches: a batch ends when its longest answer does, and one lock lets one batch run at a time.
+Each step encodes a few windows of audio, reads a few prompts into free slots, and writes one token of every running
+answer. Encoding and reading have budgets, so running answers wait for a bounded time, whatever comes in; the shortest
+recording is encoded first. Every answer has its own sampling, seed, stop strings and length, and does not depend on
+what shares its steps (up to rounding: sums in a larger matrix product run in another order). What was heard stays in
+a byte-bounded memory, so a further question about a clip starts with its prompt.
+
+The life of a request: waiting (for memory) -> admitted (its clips are being encoded) -> running (a slot) -> answered.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import fsspec
 import numpy as np
 import torch
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES
+from af2_ray.config import Serve
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
-from af2_ray.serve.request import Answer, Failure, FinishReason, Request
+from af2_ray.serve.audio_memory import AudioMemory
+from af2_ray.serve.decoder import Decoder
+from af2_ray.serve.encoder import Encoder
+from af2_ray.serve.hearing import Projection
+from af2_ray.serve.request import Answer, Clip, Event, Failure, Piece, Request
+from af2_ray.serve.sampling import choose
+from af2_ray.serve.ticket import Emit, Ticket
 from af2_ray.text import END_OF_CHUNK, encode
 
 logger = logging.getLogger(__name__)
 
 _FAILED = Failure("the model failed on this request; the log has the reason", by_caller=False)
+_CANCELLED = Failure("the request was cancelled", by_caller=True)
+_ENCODE_WINDOWS = {"cpu": 2, "cuda": 32}
 
 
 @dataclass
+class Counts:
+    """What an engine has done since it started; `rows` over `decode_steps` is the mean batch."""
+
+    steps: int = 0
+    decode_steps: int = 0
+    rows: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    answers: int = 0
+    failures: int = 0
+
+
 class Engine:
-    """A model and its tokenizer, ready to answer; safe to call from several threads."""
+    """A model and its tokenizer, ready to answer. Not safe to call from several threads (`runner.Runner` is)."""
 
-    model: AudioFlamingo2ForConditionalGeneration
-    tokenizer: PreTrainedTokenizerBase
-    max_prompt_tokens: int = 512
-    max_time_s: float | None = None
-    """A batch that runs longer is cut off where it is."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-    _busy_since: float | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.model.eval()
+    def __init__(
+        self,
+        model: AudioFlamingo2ForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Serve | None = None,
+        *,
+        max_prompt_tokens: int = 512,
+    ) -> None:
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
+        self.max_prompt_tokens = max_prompt_tokens
+        self.counts = Counts()
+        self._projection = project = Projection(model)
+        memory_bytes, budget = self.settings.audio_memory_mb * 2**20, self.settings.encode_windows
+        self.memory = AudioMemory(project, project.states_bytes, project.heard_bytes, memory_bytes)
+        self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
+        max_text = max_prompt_tokens + self.settings.max_new_tokens
+        self._decoder = Decoder(model, project, num_slots=self.settings.num_slots, max_text=max_text)
+        ends = {tokenizer.convert_tokens_to_ids(END_OF_CHUNK), tokenizer.eos_token_id}
+        self._ends: set[int] = {end for end in ends if end is not None}
+        self._end_ids = torch.tensor(sorted(self._ends), device=model.device)
+        self._waiting: deque[Ticket] = deque()
+        self._admitted: list[Ticket] = []
+        self._running: list[Ticket] = []  # by row of the decoder
 
     @classmethod
-    def from_pretrained(cls, folder: str, device: str = "auto", *, max_time_s: float | None = None) -> Engine:
+    def from_pretrained(cls, folder: str, device: str = "auto", settings: Serve | None = None) -> Engine:
         """Load an exported model (local folder or `s3://...`); `auto`: a GPU in bf16 if there is one, else CPU."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,65 +96,100 @@ class Engine:
             model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local, dtype=dtype).to(device)
             tokenizer = AutoTokenizer.from_pretrained(local)
         logger.info("loaded %s on %s as %s", folder, device, dtype)
-        return cls(model, tokenizer, getattr(model.config, "max_text_tokens", None) or 512, max_time_s)
+        max_prompt_tokens = getattr(model.config, "max_text_tokens", None) or 512
+        return cls(model, tokenizer, settings, max_prompt_tokens=max_prompt_tokens)
 
-    def busy_s(self) -> float:
-        """How long the running batch has been running; 0 when idle."""
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
+    # --- What callers see ----------------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Answers being written."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting) + len(self._admitted)
+
+    @property
+    def num_windows(self) -> int:
+        """Audio windows of all requests that have no answer yet: the load that replicas are added for."""
+        return sum(sum(ticket.clips.values()) for ticket in self._tickets())
+
+    def submit(self, request: Request, emit: Emit) -> Ticket:
+        """Take a request; `emit` gets its pieces, and at last an `Answer` or a `Failure` (perhaps at once)."""
+        ids = self._read_prompt(request)
+        ticket = Ticket(request, emit, [] if isinstance(ids, Failure) else ids, self.tokenizer, self.model.device)
+        if isinstance(ids, Failure):
+            self._end(ticket, ids)
+        else:
+            self._waiting.append(ticket)
+        return ticket
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Encode, read and write one token of every running answer; whether anything is left to do."""
+        self.counts.steps += 1
+        self._drop()
+        self._admit()
+        self._encode()
+        self._begin()
+        self._go_on()
+        return bool(self._waiting or self._admitted or self._running)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        """Answer all requests in one batch, in order; one that cannot be answered never takes the others with it."""
-        results: list[Answer | Failure | None] = [self._fault(request) for request in requests]
-        good = [index for index, result in enumerate(results) if result is None]
-        for index, result in zip(good, self._generate_safely([requests[index] for index in good]), strict=True):
-            results[index] = result
-        return [result for result in results if result is not None]
+        """Answer all requests, in order; one that cannot be answered never takes the others with it."""
+        results: dict[int, Answer | Failure] = {}
 
-    def stream(self, request: Request, cancelled: threading.Event | None = None) -> Iterator[str | Answer | Failure]:
-        """Answer one request piece by piece; the last item is the whole `Answer`, or a `Failure`.
+        def keep(index: int, event: Event) -> None:
+            if not isinstance(event, Piece):
+                results[index] = event
 
-        Setting `cancelled`, or closing the iterator, ends the generation at its next token.
-        """
-        if fault := self._fault(request):
-            yield fault
-            return
-        cancelled = cancelled or threading.Event()
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        outcome: list[Answer | Failure] = []
+        for index, request in enumerate(requests):
+            self.submit(request, partial(keep, index))
+        while self.step():
+            pass
+        return [results[index] for index in range(len(requests))]
 
-        def run() -> None:
-            try:
-                outcome.extend(self._generate([request], streamer, cancelled))
-            except Exception:  # as for batches: logged here, told to the caller
-                logger.exception("request %s failed", request.id)
-                outcome.append(_FAILED)
-            streamer.on_finalized_text("", stream_end=True)
-
-        worker = threading.Thread(target=run, name=f"stream-{request.id}", daemon=True)
-        worker.start()
-        cutter = _StopCutter(request.stop)
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Answer one request piece by piece; the last item is the whole `Answer`, or a `Failure`."""
+        events: deque[Event] = deque()
+        ticket = self.submit(request, events.append)
         try:
-            for piece in streamer:
-                if text := cutter.feed(piece):
-                    yield text
-            if text := cutter.rest():
-                yield text
+            while True:
+                while events:
+                    event = events.popleft()
+                    yield event
+                    if not isinstance(event, Piece):
+                        return
+                self.step()
         finally:
-            cancelled.set()
-        worker.join()
-        yield outcome[-1]
+            ticket.cancel()
 
-    # --- Checks --------------------------------------------------------------------------------------------------
+    def fail_all(self) -> None:
+        """Give every request up, as failed."""
+        for ticket in self._waiting:
+            self._end(ticket, _FAILED)
+        self._waiting.clear()
+        for ticket in list(self._admitted):
+            self._leave(ticket, _FAILED)
+        self._free(dict.fromkeys(self._running, _FAILED))
 
-    def _fault(self, request: Request) -> Failure | None:
-        """What is wrong with a request, found before it can share a batch."""
-        for clip in request.clips:
-            if clip.ndim != 2 or clip.shape[1] != WINDOW_SAMPLES or not len(clip) or clip.dtype != np.int16:
-                return Failure(f"a clip must be int16 [W, {WINDOW_SAMPLES}], got {clip.dtype} {clip.shape}", True)
-            if len(clip) > self.model.config.max_windows:
-                limit_s = self.model.config.max_windows * WINDOW_S
-                return Failure(f"a recording is longer than the model's {limit_s} s: send a shorter stretch", True)
+    # --- Taking requests -----------------------------------------------------------------------------------------
+
+    def _tickets(self) -> tuple[Ticket, ...]:
+        return (*self._waiting, *self._admitted, *self._running)
+
+    def _read_prompt(self, request: Request) -> list[int] | Failure:
+        """The prompt's tokens, or what is wrong with the request, found before it can share a step."""
+        most = self.model.config.max_windows
+        if faults := [fault for clip in request.clips if (fault := _clip_fault(clip, most))]:
+            return Failure(faults[0], by_caller=True)
+        if self._projection.is_prefix and sum(clip.num_windows for clip in request.clips) > most:
+            return Failure(f"this model hears {most * WINDOW_S} s of audio in all: send less", by_caller=True)
+        if not 1 <= request.max_new_tokens <= self.settings.max_new_tokens:
+            limit = self.settings.max_new_tokens
+            return Failure(f"max_new_tokens={request.max_new_tokens} is not within 1 to {limit}", by_caller=True)
         try:
             text = encode(
                 self.tokenizer, [request.prompt], max_tokens=self.max_prompt_tokens, num_audios=len(request.clips)
@@ -133,97 +198,159 @@ class Engine:
             return Failure(str(error), by_caller=True)
         if text.num_truncated:
             return Failure(f"the prompt is longer than {self.max_prompt_tokens} tokens: shorten it", by_caller=True)
-        return None
+        return [int(token) for token in text.input_ids[0]]
 
-    # --- Generation ----------------------------------------------------------------------------------------------
+    def _drop(self) -> None:
+        """End what was cancelled or took too long."""
+        limit_s = self.settings.request_timeout_s
+        late = Failure(f"no answer within {limit_s:g} s: send less audio or ask for fewer tokens", by_caller=False)
+        now = time.monotonic()
+        ended = {
+            ticket: _CANCELLED if ticket.cancelled else late
+            for ticket in self._tickets()
+            if ticket.cancelled or now - ticket.since > limit_s
+        }
+        if not ended:
+            return
+        for ticket in [ticket for ticket in self._waiting if ticket in ended]:
+            self._waiting.remove(ticket)
+            self._end(ticket, ended[ticket])
+        for ticket in [ticket for ticket in self._admitted if ticket in ended]:
+            self._leave(ticket, ended[ticket])
+        self._free(ended)
 
-    def _generate_safely(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        """One batch; if it fails, each request alone, so that the one at fault fails alone (memory, for instance)."""
-        if not requests:
-            return []
+    def _admit(self) -> None:
+        """Let in requests, first come first, while memory has room for what they hear."""
+        while self._waiting and self.memory.has_room(self._waiting[0].clips):
+            ticket = self._waiting.popleft()
+            coming = {clip.key: clip for clip in ticket.request.clips if clip.key not in self.memory}
+            unknown = [key for key, clip in coming.items() if clip.windows is None and key not in self.encoder]
+            if unknown:
+                self._end(ticket, Failure("recordings are not kept here: send them again", False, tuple(unknown)))
+                continue
+            self.memory.pin(ticket.clips)
+            self.memory.hits += len(ticket.clips) - len(coming)
+            self.memory.misses += len(coming)
+            ticket.encoded_windows = sum(clip.num_windows for clip in coming.values())
+            for key, clip in coming.items():
+                if clip.windows is not None:
+                    self.encoder.add(key, clip.windows)
+            self._admitted.append(ticket)
+
+    # --- The three parts of a step -------------------------------------------------------------------------------
+
+    def _encode(self) -> None:
+        for key, states in self.encoder.step().items():
+            if states is not None:
+                self.memory.put(key, states, len(states) // self._projection.tokens_per_window)
+                continue
+            for ticket in [ticket for ticket in self._admitted if key in ticket.clips]:
+                self._leave(ticket, _FAILED)
+
+    def _begin(self) -> None:
+        """Read the prompts of requests whose clips are there, as far as slots and the budget go."""
+        room, budget = self.settings.num_slots - len(self._running), self.settings.prefill_tokens
+        batch: list[Ticket] = []
+        for ticket in self._admitted:
+            if len(batch) == room:
+                break
+            if all(key in self.memory for key in ticket.clips):
+                budget -= len(ticket.ids)
+                if batch and budget < 0:
+                    break
+                batch.append(ticket)
+        if batch:
+            self._prefill(batch)
+
+    def _prefill(self, batch: list[Ticket]) -> None:
+        """Prefill together; if that fails, each alone, so that the one at fault fails alone (memory, for instance)."""
         try:
-            return list(self._generate(requests))
+            clips = [[(clip.key, self.memory.heard(clip.key)) for clip in t.request.clips] for t in batch]
+            logits = self._decoder.prefill([ticket.ids for ticket in batch], clips)
         except Exception:  # the model may raise anything; it is logged, and the caller is told
-            logger.exception("batch of %s failed", [request.id for request in requests])
-        if len(requests) == 1:
-            return [_FAILED]
-        return [result for request in requests for result in self._generate_safely([request])]
+            logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])
+            if len(batch) == 1:
+                self._leave(batch[0], _FAILED)
+            else:
+                for ticket in batch:
+                    self._prefill([ticket])
+            return
+        for ticket in batch:
+            self._admitted.remove(ticket)
+        self.counts.prompt_tokens += sum(len(ticket.ids) for ticket in batch)
+        self._running += batch
+        self._advance(batch, logits)
 
-    @torch.inference_mode()
-    def _generate(
-        self,
-        requests: Sequence[Request],
-        streamer: TextIteratorStreamer | None = None,
-        cancelled: threading.Event | None = None,
-    ) -> list[Answer]:
-        with self._lock:
-            self._busy_since = time.monotonic()
-            try:
-                inputs = self._inputs(requests)
-                num_prompt = inputs["input_ids"].shape[1]
-                ends = _Ends(requests, self.tokenizer, num_prompt, cancelled)
-                ids = self.model.generate(
-                    **inputs,
-                    generation_config=self._generation_config(requests),
-                    logits_processor=LogitsProcessorList([_RowSampler(requests, self.model.device)]),
-                    stopping_criteria=StoppingCriteriaList([ends]),
-                    streamer=streamer,
-                )
-            finally:
-                self._busy_since = None
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        rows = ids[:, num_prompt:].tolist()
-        return [
-            self._read(request, row, ends.at[index], lengths[index])
-            for index, (request, row) in enumerate(zip(requests, rows, strict=True))
-        ]
+    def _go_on(self) -> None:
+        """One token of every running answer."""
+        if not self._running:
+            return
+        self.counts.decode_steps += 1
+        self.counts.rows += len(self._running)
+        try:
+            logits = self._decoder.decode([ticket.token for ticket in self._running])
+        except Exception:  # as for prompts; nobody can say which row is at fault
+            logger.exception("a step of %s failed", [ticket.request.id for ticket in self._running])
+            self._free(dict.fromkeys(self._running, _FAILED))
+            return
+        self._advance(list(self._running), logits)
 
-    def _inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        """Left-padded prompts [B, T] and the ragged windows [S, 160000] of all clips [C]."""
-        counts = [len(request.clips) for request in requests]
-        text = encode(
-            self.tokenizer,
-            [request.prompt for request in requests],
-            max_tokens=self.max_prompt_tokens,
-            num_audios=counts,
-            padding_side="left",
-        )
-        inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
-        clips = [clip for request in requests for clip in request.clips]
-        if clips:
-            audio_index = np.full((len(requests), max(counts)), -1, np.int64)
-            audio_index[np.arange(max(counts)) < np.array(counts)[:, None]] = np.arange(len(clips))
-            inputs |= {
-                "waveforms": np.concatenate(clips),
-                "windows_per_clip": np.array([len(clip) for clip in clips], np.int64),
-                "audio_index": audio_index,
-            }
-        return {key: torch.from_numpy(value).to(self.model.device) for key, value in inputs.items()}
+    def _advance(self, tickets: list[Ticket], logits: Tensor) -> None:
+        """Choose the next token of running rows of logits [B, V], pass text on, free the slots of what is done."""
+        samplers = [ticket.sampler for ticket in tickets]
+        chosen = choose(logits, samplers, [ticket.must_go_on for ticket in tickets], self._end_ids)
+        ended: dict[Ticket, Answer | Failure] = {}
+        for ticket, token, row in zip(tickets, chosen, logits, strict=True):
+            if token is None:
+                logger.error("the logits of %s are not numbers", ticket.request.id)
+                ended[ticket] = _FAILED
+                continue
+            self.counts.new_tokens += 1
+            if answer := ticket.take(token, row, token in self._ends):
+                ended[ticket] = answer
+        self._free(ended)
 
-    def _generation_config(self, requests: Sequence[Request]) -> GenerationConfig:
-        """Greedy as far as `generate` knows: sampling is the row sampler's."""
-        return GenerationConfig(
-            max_new_tokens=max(request.max_new_tokens for request in requests),
-            max_time=self.max_time_s,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=sorted(self._end_ids()),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+    # --- Ends ----------------------------------------------------------------------------------------------------
 
-    def _end_ids(self) -> set[int]:
-        ids = {self.tokenizer.convert_tokens_to_ids(END_OF_CHUNK), self.tokenizer.eos_token_id}
-        return {token for token in ids if token is not None}
+    def _free(self, ended: Mapping[Ticket, Answer | Failure]) -> None:
+        """End running answers (others are passed over) and close the gaps they leave."""
+        for row in range(len(self._running) - 1, -1, -1):
+            ticket = self._running[row]
+            if ticket in ended:
+                self._decoder.remove(row)
+                last = self._running.pop()
+                if last is not ticket:
+                    self._running[row] = last
+                self.memory.unpin(ticket.clips)
+                self._end(ticket, ended[ticket])
 
-    def _read(self, request: Request, row: list[int], end: int | None, num_prompt: int) -> Answer:
-        """The answer in the generated ids of one row, which other rows may have outlived."""
-        row = row[:end]
-        stopped = next((index for index, token in enumerate(row) if token in self._end_ids()), None)
-        kept = row if stopped is None else row[: stopped + 1]
-        cutter = _StopCutter(request.stop)
-        text = cutter.feed(str(self.tokenizer.decode(kept, skip_special_tokens=True))) + cutter.rest()
-        reason: FinishReason = "stop" if stopped is not None or cutter.found else "length"
-        return Answer(text, reason, prompt_tokens=num_prompt, completion_tokens=len(kept))
+    def _leave(self, ticket: Ticket, result: Failure) -> None:
+        """End an admitted request; what only it waited for is not encoded."""
+        self._admitted.remove(ticket)
+        wanted = {key for other in self._admitted for key in other.clips}
+        for key in ticket.clips:
+            if key not in wanted:
+                self.encoder.drop(key)
+        self.memory.unpin(ticket.clips)
+        self._end(ticket, result)
+
+    def _end(self, ticket: Ticket, result: Answer | Failure) -> None:
+        if isinstance(result, Answer):
+            self.counts.answers += 1
+        else:
+            self.counts.failures += 1
+        ticket.tell(result)
+
+
+def _clip_fault(clip: Clip, max_windows: int) -> str:
+    """What is wrong with a clip; empty: nothing."""
+    if not 1 <= clip.num_windows <= max_windows:
+        return f"a recording must be of 1 to {max_windows * WINDOW_S} s: send a shorter stretch"
+    windows = clip.windows
+    if windows is not None and (windows.shape != (clip.num_windows, WINDOW_SAMPLES) or windows.dtype != np.int16):
+        wanted = f"int16 ({clip.num_windows}, {WINDOW_SAMPLES})"
+        return f"a clip must be {wanted}, got {windows.dtype} {windows.shape}"
+    return ""
 
 
 def _local(folder: str, scratch: Path) -> str:
@@ -235,103 +362,3 @@ def _local(folder: str, scratch: Path) -> str:
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"no model in {folder!r}: name the folder that an export wrote, the one with config.json")
     return folder
-
-
-class _RowSampler(LogitsProcessor):
-    """Samples each row with its own temperature, top-p and generator, and leaves only the chosen token.
-
-    Greedy decoding then takes it: `generate` itself has one setting and one generator for the whole batch.
-    """
-
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        self._rows: list[tuple[int, Request, torch.Generator]] = []
-        for index, request in enumerate(requests):
-            if request.temperature > 0:
-                generator = torch.Generator(device)
-                if request.seed is None:
-                    generator.seed()
-                else:
-                    generator.manual_seed(request.seed)
-                self._rows.append((index, request, generator))
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not self._rows:
-            return scores
-        chosen_only = scores.clone()
-        for index, request, generator in self._rows:
-            chosen = _sample(scores[index].float(), request.temperature, request.top_p, generator)
-            chosen_only[index] = -torch.inf
-            chosen_only[index, chosen] = 0.0
-        return cast(torch.FloatTensor, chosen_only)
-
-
-def _sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> torch.Tensor:
-    """One token of logits [V]: the smallest set of tokens whose probabilities reach `top_p`, then by chance."""
-    probs, order = torch.softmax((logits - logits.max()) / temperature, dim=-1).sort(descending=True)
-    outside = probs.cumsum(dim=-1) - probs >= top_p
-    return order[torch.multinomial(probs.masked_fill(outside, 0.0), 1, generator=generator)]
-
-
-class _Ends(StoppingCriteria):
-    """Ends each row at its own length, at its stop strings, or all at a cancellation; remembers where."""
-
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        tokenizer: PreTrainedTokenizerBase,
-        num_prompt: int,
-        cancelled: threading.Event | None,
-    ) -> None:
-        self._requests, self._tokenizer, self._num_prompt = requests, tokenizer, num_prompt
-        self._cancelled = cancelled
-        self.at: list[int | None] = [None] * len(requests)
-        """Number of tokens a row was ended at; none while it was not ended here."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
-        num_new = input_ids.shape[1] - self._num_prompt
-        cancelled = self._cancelled is not None and self._cancelled.is_set()
-        for index, request in enumerate(self._requests):
-            over = num_new >= request.max_new_tokens or cancelled
-            if self.at[index] is None and (over or self._at_stop(request, input_ids[index])):
-                self.at[index] = num_new
-        return torch.tensor([end is not None for end in self.at], device=input_ids.device)
-
-    def _at_stop(self, request: Request, ids: torch.Tensor) -> bool:
-        """Whether a stop string has just been written: each token is at least a byte, so a short tail tells."""
-        if not request.stop:
-            return False
-        tail = max(len(stop.encode()) for stop in request.stop) + 1
-        text = str(self._tokenizer.decode(ids[self._num_prompt :][-tail:], skip_special_tokens=True))
-        return any(stop in text for stop in request.stop)
-
-
-class _StopCutter:
-    """Passes text on up to the first stop string, holding back what may yet become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-        self.found = False
-
-    def feed(self, piece: str) -> str:
-        """The text that is safe to pass on now."""
-        if self.found:
-            return ""
-        text = self._held + piece
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if starts:
-            self.found, self._held = True, ""
-            return text[: min(starts)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def rest(self) -> str:
-        """What was held back and turned out to be no stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import soundfile as sf
 from numpy.typing import NDArray
 
 from af2_ray.audio.decode import AudioError, decode_bytes
-from af2_ray.audio.windows import SAMPLE_RATE, to_windows
+from af2_ray.audio.windows import SAMPLE_RATE, num_windows_for, to_windows
 from af2_ray.config import Serve
-from af2_ray.serve.request import Failure, Request
+from af2_ray.serve.request import Clip, Failure, Request
 from af2_ray.serve.schemas import ApiError, ChatRequest, InputAudio, parse_request
 from af2_ray.text import EOS, SPECIAL_TOKENS
 
 MAX_AUDIOS = 8
 MAX_TEXT_CHARS = 32_768
-RATES_HZ = (1_000, 384_000)
-MAX_CHANNELS = 16
+RATES_HZ = (1_000, 192_000)
+MAX_CHANNELS = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Limits:
             ApiError: 413 too large, 400 not what the API takes, 404 another model.
         """
         self.check_size(len(body))
-        request = parse_request(body)
+        request = parse_request(body, ChatRequest)
         if request.model != self.model_name:
             raise ApiError(
                 404,
@@ -74,53 +76,90 @@ class Limits:
                 code="max_tokens_too_large",
                 param="max_tokens",
             )
-        _check_text(request.prompt())
+        check_text(request.prompt())
+        self.check_count(len(request.audios()))
         return request
 
-    def to_engine(self, request: ChatRequest, request_id: str) -> Request:
-        """Decode the audio and make the engine's request.
+    def check_count(self, num: int) -> None:
+        """`ApiError` 413 if a request has too many recordings."""
+        if num > MAX_AUDIOS:
+            raise ApiError(413, f"{num} recordings in a request; send at most {MAX_AUDIOS}", code="too_many_audios")
+
+    def to_engine(
+        self, request: ChatRequest, request_id: str, files: Sequence[bytes], heard: Mapping[str, float] | None = None
+    ) -> list[Request]:
+        """Decode the audio and make the engine's requests, one for each of the `n` answers asked for.
+
+        Args:
+            files: the recordings' bytes, in order.
+            heard: seconds of recordings, by key, that the engine has heard already: these are not decoded again.
 
         Raises:
             ApiError: 400 audio that cannot be used, 413 too many seconds of it.
         """
-        audios = request.audios()
-        if len(audios) > MAX_AUDIOS:
-            raise ApiError(
-                413, f"{len(audios)} recordings in a request; send at most {MAX_AUDIOS}", code="too_many_audios"
-            )
-        clips: list[NDArray[np.int16]] = []
-        audio_s = 0.0
-        for index, audio in enumerate(audios):
-            mono = self._decode(audio, f"input_audio {index + 1}", self.max_audio_s - audio_s)
-            audio_s += len(mono) / SAMPLE_RATE
-            clips.append(to_windows(mono))
-        return Request(
+        clips: list[Clip] = []
+        truncated = False
+        for index, data in enumerate(files):
+            left_s = self.max_audio_s - sum(clip.duration_s for clip in clips)
+            name, cut = f"audio {index + 1}", bool(request.truncate_audio)
+            clip, is_cut = self.read_audio(data, name, left_s, heard or {}, truncate=cut)
+            truncated |= is_cut
+            clips.append(clip)
+        one = Request(
             prompt=request.prompt(),
             clips=tuple(clips),
-            audio_s=audio_s,
+            truncated=truncated,
             max_new_tokens=request.max_completion_tokens or request.max_tokens or self.max_new_tokens,
             temperature=request.temperature or 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=request.seed,
             stop=request.stops(),
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             id=request_id,
         )
+        seeds = range(request.n or 1)  # answers of one request differ, and repeat with its seed
+        return [replace(one, seed=None if one.seed is None else one.seed + number) for number in seeds]
 
-    def _decode(self, audio: InputAudio, name: str, left_s: float) -> NDArray[np.float32]:
-        """Samples [T] at 16 kHz of one recording, at most `left_s` seconds."""
-        data = decode_base64(audio.data, name)
+    def read_audio(
+        self, data: bytes, name: str, left_s: float, heard: Mapping[str, float], *, truncate: bool = False
+    ) -> tuple[Clip, bool]:
+        """Check and decode a recording of at most `left_s` seconds (or else, its beginning), and whether it was cut.
+
+        One heard before is known by its bytes alone.
+        """
+        key = hashlib.sha256(data).hexdigest()
+        if heard.get(key, left_s + 1) <= left_s:
+            return Clip(key, num_windows_for(heard[key]), None, heard[key]), False
         _check_header(data, name)
+        cut = False
         try:
-            return decode_bytes(data, name=name, max_duration_s=left_s)
+            mono = decode_bytes(data, name=name, max_duration_s=left_s)
         except AudioError as error:
-            if error.reason == "too long":
+            if error.reason != "too long":
+                raise _bad_audio(str(error)) from error
+            if not truncate or left_s < 1:
                 raise ApiError(
                     413,
-                    f"{name}: the request has more than {self.max_audio_s:g} s of audio: send a shorter stretch",
+                    f"{name}: the request has more than {self.max_audio_s:g} s of audio: send a shorter stretch, or "
+                    "truncate_audio: true to have its beginning heard",
                     code="audio_too_long",
                     param="messages",
                 ) from error
-            raise _bad_audio(str(error)) from error
+            mono, cut, key = _beginning(data, name, left_s), True, f"{key}:{left_s:g}"
+        return Clip.of(to_windows(mono), key, len(mono) / SAMPLE_RATE), cut
+
+
+def _beginning(data: bytes, name: str, duration_s: float) -> NDArray[np.float32]:
+    try:
+        return decode_bytes(data, 0.0, duration_s, name=name)
+    except AudioError as error:
+        raise _bad_audio(str(error)) from error
+
+
+def read_files(request: ChatRequest) -> list[bytes]:
+    """The bytes of all recordings of a request, in order."""
+    texts = [audio.data if isinstance(audio, InputAudio) else audio.url for audio in request.audios()]
+    return [decode_base64(text, f"audio {index + 1}") for index, text in enumerate(texts)]
 
 
 def decode_base64(text: str, name: str) -> bytes:
@@ -148,7 +187,8 @@ def failure_error(failure: Failure) -> ApiError:
     return ApiError(500, failure.message, code="generation_failed")
 
 
-def _check_text(prompt: str) -> None:
+def check_text(prompt: str) -> None:
+    """`ApiError` 400 for a text that is too long or has the model's own tokens in it."""
     if len(prompt) > MAX_TEXT_CHARS:
         raise ApiError(
             400,
@@ -161,7 +201,7 @@ def _check_text(prompt: str) -> None:
         if token.lower() in lowered:
             raise ApiError(
                 400,
-                f"the text contains {token!r}, which the model reserves: recordings go in input_audio parts",
+                f"the text contains {token!r}, which the model reserves: send recordings as input_audio parts",
                 code="reserved_token",
                 param="messages",
             )

@@ -1,25 +1,21 @@
 """OpenAI's chat completions as far as a model that hears and writes text can honour them.
 
 Keys we do not know are ignored, because every client version sends a few more. Keys we do know are strict in type, and
-a value that would silently change the answer's meaning (`n: 2`, tools, JSON mode) is refused with what to do instead:
+a value that would silently change the answer's meaning (tools, JSON mode) is refused with what to do instead:
 better a 400 at once than an answer that ignored half of the question.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from af2_ray.serve.request import FinishReason
+MAX_TOP_LOGPROBS = 20
 
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "tools": ([],),
     "functions": ([],),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -28,6 +24,9 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "audio": (),
 }
 """Keys this server cannot honour, with the values that ask for nothing (besides null)."""
+
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -57,8 +56,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
+        if self.status in _KINDS:
+            kind = _KINDS[self.status]
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -92,11 +91,24 @@ class AudioPart(_Incoming):
     input_audio: InputAudio
 
 
+class AudioUrl(_Incoming):
+    """Where a whole audio file is: `data:` with base64; `https:` and `s3:` as far as this server's lists allow."""
+
+    url: str = Field(max_length=2**27, repr=False)
+
+
+class AudioUrlPart(_Incoming):
+    """A recording by its address."""
+
+    type: Literal["audio_url"]
+    audio_url: AudioUrl
+
+
 class Message(_Incoming):
     """One turn: a string, or parts of text and audio."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | AudioPart, Field(discriminator="type")]]
+    content: list[Annotated[TextPart | AudioPart | AudioUrlPart, Field(discriminator="type")]]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -107,9 +119,10 @@ class Message(_Incoming):
         """The words of this turn, parts on lines of their own."""
         return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
 
-    def audios(self) -> list[InputAudio]:
+    def audios(self) -> list[InputAudio | AudioUrl]:
         """The recordings of this turn, in order."""
-        return [part.input_audio for part in self.content if isinstance(part, AudioPart)]
+        parts = [part for part in self.content if not isinstance(part, TextPart)]
+        return [part.input_audio if isinstance(part, AudioPart) else part.audio_url for part in parts]
 
 
 class StreamOptions(_Incoming):
@@ -129,8 +142,12 @@ class ChatRequest(_Incoming):
     top_p: float | None = Field(None, gt=0, le=1)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(None, ge=1, le=8)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    truncate_audio: bool | None = Field(None, description="hear the beginning of what is too long (not OpenAI's)")
 
     @model_validator(mode="before")
     @classmethod
@@ -159,14 +176,16 @@ class ChatRequest(_Incoming):
         if not self.prompt():
             raise ValueError("the messages have no text: add a {'type': 'text', 'text': ...} part with the question")
         if any(message.audios() for message in self.messages if message.role != "user"):
-            raise ValueError("only user messages may carry input_audio parts")
+            raise ValueError("only user messages may carry recordings")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         return self
 
     def prompt(self) -> str:
         """All words of all turns, one after another: the model was trained on single questions, not on chats."""
         return "\n".join(text for message in self.messages if (text := message.text().strip()))
 
-    def audios(self) -> list[InputAudio]:
+    def audios(self) -> list[InputAudio | AudioUrl]:
         """All recordings of all turns, in order."""
         return [audio for message in self.messages for audio in message.audios()]
 
@@ -175,121 +194,19 @@ class ChatRequest(_Incoming):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-def parse_request(body: bytes) -> ChatRequest:
+RequestT = TypeVar("RequestT", bound=BaseModel)
+
+
+def parse_request(body: bytes, kind: type[RequestT]) -> RequestT:
     """Read a request body; `ApiError` 400 names the first key at fault."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
-    message = first["msg"].removeprefix("Value error, ")
+    param = ".".join(str(part)[:40] for part in first["loc"])[:120] or None
+    message = first["msg"].removeprefix("Value error, ")[:200]
     if first["type"] == "json_invalid":
         raise ApiError(400, f"the body is not JSON: {message}", code="invalid_json")
     if first["type"] == "union_tag_invalid":
-        message = "this server takes content parts of type 'text' and 'input_audio'"
+        message = "this server takes content parts of type 'text', 'input_audio' and 'audio_url'"
     raise ApiError(400, f"{param}: {message}" if param else message, code="invalid_request", param=param)
-
-
-# --- Responses ---------------------------------------------------------------------------------------------------
-
-
-class PromptDetails(BaseModel):
-    """What the prompt held besides words."""
-
-    audio_seconds: float
-
-
-class Usage(BaseModel):
-    """Text tokens read and written, and the seconds of audio heard (audio is not counted in tokens)."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-
-    @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int, audio_s: float) -> Usage:
-        """Add it up."""
-        return cls(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptDetails(audio_seconds=round(audio_s, 3)),
-        )
-
-
-class ReplyMessage(BaseModel):
-    """The answer."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class Choice(BaseModel):
-    """The one answer of a completion."""
-
-    index: int = 0
-    message: ReplyMessage
-    logprobs: None = None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(BaseModel):
-    """The whole answer at once."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    choices: list[Choice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    """What a chunk adds to the answer; what it does not add is left out."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-    @model_serializer
-    def _given(self) -> dict[str, str]:
-        return {key: value for key, value in (("role", self.role), ("content", self.content)) if value is not None}
-
-
-class ChunkChoice(BaseModel):
-    """The one answer of a chunk."""
-
-    index: int = 0
-    delta: Delta
-    finish_reason: FinishReason | None = None
-
-
-class ChatChunk(BaseModel):
-    """One server-sent event of a streamed answer."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-    def event(self) -> str:
-        """The chunk as a server-sent event."""
-        return f"data: {self.model_dump_json(exclude={'usage'} if self.usage is None else None)}\n\n"
-
-
-class ModelCard(BaseModel):
-    """One model of `GET /v1/models`."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "af2_ray"
-
-
-class ModelList(BaseModel):
-    """`GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

@@ -18,11 +18,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from af2_ray.config import Serve
-from af2_ray.serve.request import Request
 from af2_ray.serve.schemas import ApiError
 from serve_apps import af2
+from serve_apps.ingress import Ingress
 
-OVERRIDES = ("serve.max_new_tokens=24", "serve.max_body_mb=4", "serve.max_audio_s=60", "serve.batch_wait_s=0.2")
+OVERRIDES = ("serve.max_new_tokens=24", "serve.max_body_mb=4", "serve.max_audio_s=60")
 MODEL = "af2-tiny"  # as recipe `tiny` calls it
 
 
@@ -64,18 +64,18 @@ def test_what_goes_wrong_behind_the_ingress(
     errors: list[Exception], status: int | None, retry_after_s: int | None
 ) -> None:
     """A replica's death is survived once; pressure and time become errors a client knows how to treat."""
-    ingress = af2.Ingress(cast(Any, None), Serve())
+    ingress = Ingress(cast(Any, None), Serve())
 
-    async def ask(request: Request) -> str:
+    async def ask() -> str:
         if errors:
             raise errors.pop(0)
-        return request.prompt
+        return "hello"
 
     if status is None:
-        assert asyncio.run(ingress._retried(ask, Request("hello"))) == "hello"
+        assert asyncio.run(ingress._retried(ask)) == "hello"
     else:
         with pytest.raises(ApiError) as caught:
-            asyncio.run(ingress._retried(ask, Request("hello")))
+            asyncio.run(ingress._retried(ask))
         assert (caught.value.status, caught.value.retry_after_s) == (status, retry_after_s)
     assert not errors
 
@@ -119,6 +119,27 @@ def test_whole_and_streamed_answers_are_the_same(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert last.choices == []
     assert last.usage == usage
+
+
+def test_several_answers_with_log_probabilities(client: openai.OpenAI) -> None:
+    asked = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 8, "logprobs": True, "top_logprobs": 2}
+    whole = ask(client, serve_toy.wav(3), **asked)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    assert whole.choices[0].message.content != whole.choices[1].message.content
+    place = whole.choices[0].logprobs.content[0]
+    assert place.logprob <= place.top_logprobs[0].logprob <= 0
+    texts = ["", ""]
+    for chunk in ask(client, serve_toy.wav(3), stream=True, **asked):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+
+
+def test_a_further_question_of_a_long_clip(client: openai.OpenAI) -> None:
+    audio = serve_toy.wav(55)
+    first = ask(client, audio, max_tokens=6).choices[0].message.content
+    assert ask(client, audio, max_tokens=6).choices[0].message.content == first
+    assert ask(client, audio, text="and then?", max_tokens=6).usage.prompt_tokens_details is not None
 
 
 def test_answers_at_once_equal_answers_alone(client: openai.OpenAI) -> None:

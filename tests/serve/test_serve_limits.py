@@ -15,7 +15,7 @@ import serve_toy
 import soundfile as sf
 
 from af2_ray.config import Serve
-from af2_ray.serve.limits import Limits, failure_error
+from af2_ray.serve.limits import Limits, failure_error, read_files
 from af2_ray.serve.request import Failure, Request
 from af2_ray.serve.schemas import ApiError
 
@@ -25,7 +25,13 @@ LIMITS = Limits.of(Serve(max_body_mb=1, max_audio_s=20.0, max_new_tokens=64))
 def take(body: bytes | dict[str, Any]) -> Request:
     """The whole way of a body, as the server goes it."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return LIMITS.to_engine(LIMITS.read(raw), "id-1")
+    return all_of(raw)[0]
+
+
+def all_of(raw: bytes) -> list[Request]:
+    """The requests of all `n` answers."""
+    chat = LIMITS.read(raw)
+    return LIMITS.to_engine(chat, "id-1", read_files(chat))
 
 
 def refused(body: bytes | dict[str, Any]) -> ApiError:
@@ -68,7 +74,7 @@ def test_a_good_request() -> None:
             user="somebody", metadata={"any": "thing"}, store=False, tools=None, response_format={"type": "text"},
         )
     )  # fmt: skip
-    assert [clip.shape for clip in request.clips] == [(2, 160_000), (1, 160_000)]
+    assert [clip.num_windows for clip in request.clips] == [2, 1]
     assert request.audio_s == pytest.approx(14.0)
     assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (9, 1.0, 0.5, 3)
     assert (request.stop, request.prompt, request.id) == (("end",), "which sound is heard?", "id-1")
@@ -78,6 +84,34 @@ def test_defaults_are_greedy_and_within_the_limit() -> None:
     request = take({"model": "af2", "messages": [{"role": "user", "content": "  hello "}], "max_completion_tokens": 5})
     assert (request.temperature, request.max_new_tokens, request.clips, request.prompt) == (0.0, 5, (), "hello")
     assert take(serve_toy.chat()).max_new_tokens == 64
+
+
+def test_several_answers_and_log_probabilities() -> None:
+    asked = {"n": 3, "seed": 5, "temperature": 1, "logprobs": True, "top_logprobs": 2}
+    requests = all_of(json.dumps(serve_toy.chat(serve_toy.wav(), **asked)).encode())
+    assert [request.seed for request in requests] == [5, 6, 7]
+    assert {request.top_logprobs for request in requests} == {2}
+    assert len({request.clips for request in requests}) == 1
+    assert take(serve_toy.chat()).top_logprobs is None
+
+
+def test_audio_heard_before_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    audio = serve_toy.wav(12.0)
+    chat = LIMITS.read(json.dumps(serve_toy.chat(audio)).encode())
+    first = LIMITS.to_engine(chat, "a", [audio])[0]
+    monkeypatch.setattr("af2_ray.serve.limits.decode_bytes", None)
+    again = LIMITS.to_engine(chat, "b", [audio], {first.clips[0].key: 12.0})[0]
+    assert again.clips == first.clips
+    assert again.clips[0].windows is None
+    assert again.audio_s == first.audio_s == 12.0
+
+
+def test_the_beginning_is_heard_where_that_is_asked_for() -> None:
+    cut = take(serve_toy.chat(serve_toy.wav(30.0, rate=8_000), truncate_audio=True))
+    assert (cut.audio_s, cut.truncated, cut.clips[0].num_windows) == (20.0, True, 2)
+    whole = take(serve_toy.chat(serve_toy.wav(3.0), truncate_audio=True))
+    assert (whole.audio_s, whole.truncated) == (3.0, False)
+    assert cut.clips[0].key != LIMITS.read_audio(serve_toy.wav(30.0, rate=8_000), "x", 30.0, {})[0].key
 
 
 def test_turns_are_joined_in_order() -> None:
@@ -117,7 +151,7 @@ def test_hostile_audio(audio: Callable[[], bytes], status: int, words: str) -> N
     error = refused(serve_toy.chat(audio()))
     assert error.status == status
     assert words in error.message
-    assert "input_audio 1" in error.message
+    assert "audio 1" in error.message
 
 
 def test_the_seconds_of_all_recordings_count_together() -> None:
@@ -134,10 +168,11 @@ def test_broken_base64(data: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"n": 2}, "'n' is not supported"),
+        ({"n": 9}, "n: "),
+        ({"top_logprobs": 2}, "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "'tools' is not supported"),
         ({"response_format": {"type": "json_object"}}, "send {'type': 'text'}"),
-        ({"logprobs": True}, "'logprobs' is not supported"),
         ({"modalities": ["text", "audio"]}, "'modalities' is not supported"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 3}, "temperature"),
@@ -156,7 +191,7 @@ def test_broken_base64(data: str) -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": " "}]}, "the messages have no text"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text' and 'input_audio'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text', 'input_audio'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the last message must be the user's"),
         ({"messages": [{"role": "user", "content": "hello <SEP> there"}]}, "reserves"),
         ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "shorten it"),

@@ -1,0 +1,115 @@
+"""The LM over the slots: reads prompts into new rows, and writes one token of every running row.
+
+Shapes: B running rows, R rows that begin, T text tokens of the longest, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.serve.hearing import Heard, Projection, RowsAudio
+from af2_ray.serve.slots import SlotCache
+
+Pairs = Sequence[tuple[str, Tensor]]
+
+
+class Decoder:
+    """A model's running rows.
+
+    Args:
+        num_slots: how many rows can run at one time.
+        max_text: text tokens, prompt and answer, of a row at most.
+    """
+
+    def __init__(
+        self,
+        model: AudioFlamingo2ForConditionalGeneration,
+        projection: Projection,
+        *,
+        num_slots: int,
+        max_text: int,
+    ) -> None:
+        self._model, self._projection = model, projection
+        prefix = model.config.max_windows * projection.tokens_per_window if projection.is_prefix else 0
+        num_layers = model.config.text_config.num_hidden_layers
+        self._cache = SlotCache(num_layers, num_slots, prefix + max_text, model.device)
+        self._heard: list[Heard | None] = []
+        self._hearing: RowsAudio | None = None
+        self._changed = True
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are running."""
+        return self._cache.num_rows
+
+    def prefill(self, prompts: Sequence[Sequence[int]], clips: Sequence[Pairs]) -> Tensor:
+        """Begin rows behind the running ones.
+
+        Args:
+            prompts: token ids of each.
+            clips: of each, in the order of its `<audio>` markers: pairs of a key and what the LM hears of that clip.
+
+        Returns:
+            Logits [R, V] of the first token of each answer.
+        """
+        device = self._model.device
+        ids = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)  # [R, T]
+        embeds, lengths, audio = self._model.embed_tokens(ids), [len(prompt) for prompt in prompts], None
+        heard: list[Heard | None] = [None] * len(prompts)
+        if self._projection.is_prefix:
+            whole = [
+                torch.cat([*(part for _, part in pairs), row[:length]])
+                for row, pairs, length in zip(embeds, clips, lengths, strict=True)
+            ]
+            lengths, embeds = [len(row) for row in whole], pad_sequence(whole, batch_first=True)
+        else:
+            heard = [Heard.of([k for k, _ in pairs], [part for _, part in pairs]) if pairs else None for pairs in clips]
+            markers = (ids == self._model.config.audio_token_id).cumsum(dim=1)
+            audio = RowsAudio.of_prompts(heard, markers, lengths, self._projection.places)
+        mask = self._cache.before_prefill(lengths, embeds.dtype)
+        hidden = self._forward(embeds, mask, torch.arange(embeds.shape[1], device=device)[None], audio)
+        last = torch.tensor(lengths, device=device) - 1
+        logits = self._model.compute_logits(hidden[torch.arange(len(lengths), device=device), last])
+        self._cache.after_prefill(lengths)
+        self._heard += heard
+        self._changed = True
+        return logits
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """Add a token to every running row; logits [B, V] of the next."""
+        device = self._model.device
+        if self._changed:
+            self._hearing = RowsAudio.of_running(self._heard, self._projection.places, device)
+            self._changed = False
+        embeds = self._model.embed_tokens(torch.tensor(tokens, device=device)[:, None])  # [B, 1, D]
+        positions, mask = self._cache.before_decode(embeds.dtype)
+        logits = self._model.compute_logits(self._forward(embeds, mask, positions, self._hearing)[:, -1])
+        self._cache.after_decode()
+        return logits
+
+    def remove(self, row: int) -> None:
+        """End a row; the last row takes its number."""
+        self._cache.remove(row)
+        last = self._heard.pop()
+        if row < len(self._heard):
+            self._heard[row] = last
+        self._changed = True
+
+    def _forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, audio: RowsAudio | None) -> Tensor:
+        """The LM's last hidden states [B, T, D]."""
+        hears: dict[str, Any] = {"audio": audio} if audio is not None else {}
+        output = self._model.language_model.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **hears,
+        )
+        return output.last_hidden_state

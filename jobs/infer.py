@@ -1,0 +1,125 @@
+"""Answer every question of a manifest, or one question of every clip, on a Ray cluster: a row a sample, in input order.
+
+    python jobs/infer.py runs/demo/stages/long/model data/demo/short/test.json --out answers.jsonl
+    python jobs/infer.py MODEL clips.jsonl --question "What is heard?" --actors 8 --out s3://bucket/labels.parquet
+
+Stopped and started again, it goes on with what is not done. A clip that cannot be read has an `error` in its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fsspec
+
+from af2_ray import console
+from af2_ray.config import Serve, load_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when every sample has its row, 2 for input that cannot be used."""
+    args = _arguments(argv)
+    try:
+        if not args.out.endswith((".jsonl", ".parquet")):
+            raise ValueError(f"--out {args.out!r}: name a file that ends in .jsonl or .parquet")
+        _infer(args)
+    except ValueError as error:
+        print(f"infer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _infer(args: argparse.Namespace) -> None:
+    from af2_ray.data.manifest import fingerprint, read_samples  # heavy imports after the arguments are checked
+    from af2_ray.serve.offline import join, label, parts_there, plan_chunks, read_asked
+
+    settings = load_recipe(args.recipe, args.overrides).serve if args.recipe else Serve()
+    settings = settings.model_copy(
+        update={
+            "num_slots": args.slots or settings.num_slots,
+            "max_new_tokens": max(args.max_new_tokens, settings.max_new_tokens),
+            "request_timeout_s": 86_400.0,  # nobody waits at the other end
+        }
+    )
+    samples = read_samples(args.manifest, args.root)
+    asked, refused = read_asked(samples, args.question)
+    chunks = plan_chunks(asked, args.chunk, args.max_windows)
+    model = args.model if "://" in args.model else str(Path(args.model).absolute())
+    out = args.out if "://" in args.out else str(Path(args.out).absolute())
+    folder = f"{out}.parts"
+    _check_same_job(
+        folder,
+        {
+            "model": model,
+            "samples": fingerprint(samples),
+            "question": args.question,
+            "chunk": args.chunk,
+            "max_windows": args.max_windows,
+            "max_new_tokens": args.max_new_tokens,
+        },
+    )
+    there = len(parts_there(folder))
+    console.heading(f"{len(asked)} questions in {len(chunks)} chunks, {there} done before; {len(refused)} set aside")
+    done, errors = 0, len(refused)
+    with console.cluster(Path("/tmp") / "af2_infer"), console.bar("chunks", len(chunks)) as update:
+
+        def progress(answers: int, failed: int) -> None:
+            nonlocal done, errors
+            done, errors = done + answers, errors + failed
+            update(len(parts_there(folder)), f"{done} answers, {errors} errors")
+
+        label(
+            model,
+            chunks,
+            folder,
+            settings,
+            num_actors=args.actors,
+            max_new_tokens=args.max_new_tokens,
+            max_windows=args.max_windows,
+            progress=progress,
+        )
+    console.console.print(f"{join(folder, len(chunks), refused, out)} rows in {out}")
+
+
+def _check_same_job(folder: str, facts: dict[str, object]) -> None:
+    """Chunks of another job must not be taken for this one's."""
+    fs, path = fsspec.url_to_fs(folder)
+    file, text = f"{path}/job.json", json.dumps(facts, sort_keys=True)
+    if fs.exists(file):
+        if fs.cat_file(file).decode() != text:
+            mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+            raise ValueError(
+                f"{folder} holds the chunks of another model, manifest or setting: choose another --out "
+                f"(for instance with {mark} in its name) or remove that folder"
+            )
+        return
+    fs.makedirs(path, exist_ok=True)
+    fs.pipe_file(file, text.encode())
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jobs/infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder, local or s3://")
+    parser.add_argument("manifest", metavar="MANIFEST", help="any manifest that training takes; answers may be empty")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    parser.add_argument("--out", required=True, help="answers: .jsonl or .parquet, local or s3://")
+    parser.add_argument("--question", help="ask this of every clip instead of the manifest's prompts")
+    parser.add_argument("--root", help="folder of the audio (default: the manifest's own)")
+    parser.add_argument("--recipe", default="", help="whose `serve` block sizes the engines (default: the defaults)")
+    parser.add_argument("--actors", type=int, default=1, help="engines (%(default)s)")
+    parser.add_argument("--slots", type=int, default=0, help="answers an engine writes at one time (the recipe's)")
+    parser.add_argument("--chunk", type=int, default=256, help="questions a chunk (%(default)s)")
+    parser.add_argument("--max-windows", type=int, default=30, help="10 s windows heard of a clip (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""OpenAI's API in front of the model: reads and checks requests, decodes audio, passes questions on and answers back.
+
+What is wrong with a request is found here, on CPUs, before it costs the model anything. A recording that the model has
+heard before is known by its bytes: it is neither decoded nor sent again, unless the replica has forgotten it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar, cast
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from af2_ray.config import Serve
+from af2_ray.serve.limits import Limits, failure_error, read_files
+from af2_ray.serve.replies import ChatCompletion, Choice, Logprobs, ModelCard, ModelList, ReplyMessage, Usage
+from af2_ray.serve.request import Answer, Event, Failure, Request
+from af2_ray.serve.schemas import ApiError, ChatRequest
+from serve_apps.events import Chunks
+
+logger = logging.getLogger("ray.serve")  # the one whose lines carry Serve's replica and request id
+
+_BUSY_RETRY_S = 5
+_HEARD = 4096  # recordings that are known by their bytes
+ResultT = TypeVar("ResultT")
+
+api = FastAPI(title="af2_ray", description="Questions of audio, answered by Audio Flamingo 2.")
+
+
+class Ingress:
+    """Passes checked questions to the model and answers back."""
+
+    def __init__(self, model: DeploymentHandle, settings: Serve) -> None:
+        self._model = model
+        self._limits = Limits.of(settings)
+        self._timeout_s = settings.request_timeout_s
+        self._card = ModelCard(id=settings.model_name, created=int(time.time()))
+        self._heard: OrderedDict[str, float] = OrderedDict()
+
+    @api.get("/health")
+    async def health(self) -> dict[str, str]:
+        """Whether questions can be asked; Serve itself watches the model's replicas."""
+        return {"status": "ok", "model": self._card.id}
+
+    @api.get("/v1/models")
+    async def models(self) -> ModelList:
+        """The one model there is."""
+        return ModelList(data=[self._card])
+
+    @api.get("/v1/models/{name}")
+    async def model(self, name: str) -> ModelCard:
+        """That model, by its name."""
+        if name != self._card.id:
+            raise ApiError(404, f"no such model here; this server has {self._card.id!r}", code="model_not_found")
+        return self._card
+
+    @api.post("/v1/chat/completions", response_model=None)
+    async def chat(self, http: HttpRequest) -> Response:
+        """Answer a chat completion, whole or as server-sent events."""
+        start, request_id = time.monotonic(), request_id_of(http)
+        try:
+            chat = self._limits.read(await body_of(http, self._limits))
+            files = await asyncio.to_thread(read_files, chat)
+            answer = self._streamed if chat.stream else self._whole
+            response = await answer(chat, files, request_id, start)
+        except ApiError as error:
+            logger.info("request %s refused: %d %s", request_id, error.status, error.code)
+            raise
+        response.headers["x-request-id"] = request_id
+        return response
+
+    # --- Answers -------------------------------------------------------------------------------------------------
+
+    async def _whole(self, chat: ChatRequest, files: list[bytes], request_id: str, start: float) -> Response:
+        async def ask(requests: list[Request]) -> list[Answer | Failure]:
+            return list(await asyncio.gather(*(self._model.answer.remote(request) for request in requests)))
+
+        requests, results = await self._asked(chat, files, request_id, ask)
+        answers = [result for result in results if isinstance(result, Answer)]
+        if failure := next((result for result in results if isinstance(result, Failure)), None):
+            raise failure_error(failure)
+        choices = [
+            Choice(
+                index=index,
+                message=ReplyMessage(content=answer.text),
+                logprobs=Logprobs.of(answer.logprobs),
+                finish_reason=answer.finish_reason,
+            )
+            for index, answer in enumerate(answers)
+        ]
+        completion = ChatCompletion(
+            id=f"chatcmpl-{request_id}",
+            model=chat.model,
+            choices=choices,
+            usage=usage_of(requests[0], answers),
+            truncated=requests[0].truncated,
+        )
+        self._tell(request_id, requests[0], answers, start)
+        return JSONResponse(completion.model_dump(exclude=None if requests[0].truncated else {"truncated"}))
+
+    async def _streamed(self, chat: ChatRequest, files: list[bytes], request_id: str, start: float) -> Response:
+        """Wait for the first piece, while an error can still be a status and another replica can still be asked."""
+
+        async def ask(requests: list[Request]) -> list[tuple[AsyncIterator[Event], Event]]:
+            streams = [self._model.options(stream=True).stream.remote(request) for request in requests]
+            firsts = await asyncio.gather(*(anext(stream) for stream in streams))
+            return list(zip(cast(list[AsyncIterator[Event]], streams), firsts, strict=True))
+
+        requests, begun = await self._asked(chat, files, request_id, ask)
+        if failure := next((first for _, first in begun if isinstance(first, Failure)), None):
+            raise failure_error(failure)
+
+        async def events() -> AsyncIterator[str]:
+            chunks = Chunks(f"chatcmpl-{request_id}", chat)
+            answers: list[Answer] = []
+            async for chunk in chunks.of(begun, answers):
+                yield chunk
+            if len(answers) == len(begun):
+                for chunk in chunks.end(usage_of(requests[0], answers)):
+                    yield chunk
+            self._tell(request_id, requests[0], answers, start)
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    async def _asked(
+        self,
+        chat: ChatRequest,
+        files: list[bytes],
+        request_id: str,
+        ask: Callable[[list[Request]], Awaitable[list[ResultT]]],
+    ) -> tuple[list[Request], list[ResultT]]:
+        """Ask the model: recordings it has heard go by their keys, and once more whole if it has forgotten them."""
+        heard = dict(self._heard)
+        for _ in range(2):
+            requests = await asyncio.to_thread(self._limits.to_engine, chat, request_id, files, heard)
+            results = await self._retried(lambda requests=requests: ask(requests))  # type: ignore[misc]
+            firsts = [result[1] if isinstance(result, tuple) else result for result in results]
+            if not any(isinstance(first, Failure) and first.missing for first in firsts):
+                break
+            heard = {}
+        for clip in requests[0].clips:
+            self._heard[clip.key] = clip.duration_s
+            self._heard.move_to_end(clip.key)
+        while len(self._heard) > _HEARD:
+            self._heard.popitem(last=False)
+        return requests, results
+
+    async def _retried(self, ask: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        """Ask, once more if the replica died under it; time and pressure become API errors."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                try:
+                    return await ask()
+                except RayActorError:
+                    logger.warning("a replica died, asking another")
+                    return await ask()
+        except TimeoutError as error:
+            message = f"no answer within {self._timeout_s:g} s: send less audio or ask for fewer tokens"
+            raise ApiError(408, message, code="timeout") from error
+        except BackPressureError as error:
+            message = f"too many questions at once: try again in {_BUSY_RETRY_S} s"
+            raise ApiError(429, message, code="busy", retry_after_s=_BUSY_RETRY_S) from error
+        except (RayActorError, DeploymentUnavailableError) as error:
+            raise ApiError(
+                503, "the model is restarting: try again", code="unavailable", retry_after_s=_BUSY_RETRY_S
+            ) from error
+
+    def _tell(self, request_id: str, request: Request, answers: list[Answer], start: float) -> None:
+        tokens = sum(answer.completion_tokens for answer in answers)
+        encoded = max((answer.encoded_windows for answer in answers), default=0)
+        took_s, audio_s = time.monotonic() - start, request.audio_s
+        line = "request %s: audio_s=%.1f encoded_windows=%d tokens=%d took_s=%.2f"
+        logger.info(line, request_id, audio_s, encoded, tokens, took_s)
+
+
+@api.exception_handler(ApiError)
+async def _api_error(_: HttpRequest, error: ApiError) -> JSONResponse:
+    headers = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else None
+    return JSONResponse(error.body(), error.status, headers)
+
+
+@api.exception_handler(HTTPException)
+async def _http_error(_: HttpRequest, error: HTTPException) -> JSONResponse:
+    shaped = ApiError(error.status_code, str(error.detail), code="http_error")
+    return JSONResponse(shaped.body(), error.status_code, error.headers)
+
+
+@api.exception_handler(Exception)
+async def _server_error(_: HttpRequest, error: Exception) -> JSONResponse:
+    logger.error("a request failed", exc_info=error)
+    return JSONResponse(ApiError(500, "the server failed; its log has the reason", code="internal").body(), 500)
+
+
+async def body_of(http: HttpRequest, limits: Limits) -> bytes:
+    """The body, given up as soon as it is seen to be too large."""
+    stated = http.headers.get("content-length", "0")
+    limits.check_size(int(stated) if stated.isdecimal() and len(stated) < 20 else 0)
+    body = bytearray()
+    async for chunk in http.stream():
+        limits.check_size(len(body) + len(chunk))
+        body += chunk
+    return bytes(body)
+
+
+def request_id_of(http: HttpRequest) -> str:
+    """`x-request-id` as the caller or Serve's proxy set it, if it is a plain word; else one of our own."""
+    given = http.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+
+
+def usage_of(request: Request, answers: list[Answer]) -> Usage:
+    """The prompt once, the tokens of all answers."""
+    tokens = sum(answer.completion_tokens for answer in answers)
+    return Usage.of(answers[0].prompt_tokens, tokens, request.audio_s)
