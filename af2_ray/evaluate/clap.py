@@ -1,14 +1,16 @@
-"""Retrieval and order choice of an AF-CLAP model on held-out scenes whose truth is known.
+"""What an AF-CLAP model knows: retrieval, zero-shot classes, and whether it binds sounds to time and attributes.
 
-The gallery holds scenes that all differ in the set of their events, so that exactly one caption is right for each and a
-hit is no luck of wording. Order is tested apart, on mirrored scenes: same events, exchanged order, so only a model that
-binds events to time can tell which of the two captions belongs to which recording.
+On scenes whose truth is known the gallery holds scenes that all differ in the set of their events, so that exactly one
+caption is right for each and a hit is no luck of wording. Composition is tested apart, on mirrored scenes: the same
+events in exchanged order (or number, loudness, place), so only a model that binds events to time and attributes can
+tell which of the two captions belongs to which recording. Other captions, and labels, are scored as benchmarks do.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,21 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from af2_ray.audio.decode import AudioError
+from af2_ray.audio.decode import AudioError, decode, probe
+from af2_ray.audio.windows import WINDOW_S, to_windows
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
 from af2_ray.data.quarantine import Failure
-from af2_ray.evaluate.predict import read_windows
+from af2_ray.evaluate.contrast import Vectors, alignment, retrieval, uniformity, zero_shot
+from af2_ray.evaluate.layouts import Labelled, Table, read_csv
 from af2_ray.models.afclap import AfClapModel
+from af2_ray.models.processing_afclap import repeated
 
 log = logging.getLogger(__name__)
 
 Scene = dict[str, Any]
 
-_REFERENCE_TOKENS = 77  # converted towers average over this many positions, padding included (GOLDEN: two towers)
+TEMPLATES = ("{}", "the sound of {}", "this is a sound of {}", "a recording of {}")
+"""Of a class name; a class is the mean over all of them."""
 
 
 def read_scenes(scenes_uri: str) -> dict[str, Scene]:
@@ -73,30 +79,23 @@ def choose_gallery(events: Sequence[frozenset[str]], size: int) -> list[int]:
     return chosen
 
 
-def mirrored_pairs(captions: Sequence[CaptionSet], scenes: Sequence[Scene]) -> list[tuple[int, int]]:
-    """Index pairs of mirrored scenes that differ in the order of their events, and whose captions differ."""
+def mirrored_pairs(captions: Sequence[CaptionSet], scenes: Sequence[Scene]) -> dict[str, list[tuple[int, int]]]:
+    """Index pairs of mirrored scenes whose captions differ, by the kind of relation that they exchange."""
     members: dict[str, list[int]] = {}
     for index, scene in enumerate(scenes):
         if scene.get("pair") not in (None, ""):
             members.setdefault(str(scene["pair"]), []).append(index)
-    return [
-        (indices[0], indices[1])
-        for indices in members.values()
-        if len(indices) == 2
-        and all("order" in captions[index].relations for index in indices)
-        and captions[indices[0]].caption != captions[indices[1]].caption
-    ]
-
-
-def recall_at(similarity: NDArray[np.float32], k: int) -> float:
-    """Share of rows [Q] of `similarity` [Q, Q] whose own column is among the k most similar."""
-    own = np.diagonal(similarity)[:, None]
-    return float(((similarity > own).sum(axis=1) < k).mean())
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for indices in members.values():
+        kinds = {kind for index in indices for kind in captions[index].relations}
+        if len(indices) == 2 and len(kinds) == 1 and captions[indices[0]].caption != captions[indices[1]].caption:
+            pairs.setdefault(kinds.pop(), []).append((indices[0], indices[1]))
+    return dict(sorted(pairs.items()))
 
 
 @torch.inference_mode()
 def embed_audio(
-    model: AfClapModel, captions: Sequence[CaptionSet], *, max_windows: int, batch_windows: int = 32
+    model: AfClapModel, clips: Sequence[CaptionSet | Labelled], *, max_windows: int, batch_windows: int = 32
 ) -> tuple[dict[int, NDArray[np.float32]], list[Failure]]:
     """Unit vectors [J] of the clips that can be read, by index, and the others' faults."""
     vectors: dict[int, NDArray[np.float32]] = {}
@@ -110,9 +109,12 @@ def embed_audio(
         vectors.update(zip(batch, found, strict=True))
         batch.clear()
 
-    for index, item in enumerate(captions):
+    for index, item in enumerate(clips):
         try:
-            windows = read_windows(item.uri, item.offset_s, item.duration_s, max_windows=max_windows)
+            duration_s = item.duration_s if math.isfinite(item.duration_s) else probe(item.uri)
+            heard_s = min(duration_s, float(max_windows * WINDOW_S))
+            mono = decode(item.uri, item.offset_s, heard_s, allow_silent=False)
+            windows = to_windows(repeated(mono) if model.config.short_clips == "repeat" else mono, max_windows)
         except AudioError as error:
             failures.append(Failure(error.uri, error.reason, item.offset_s, error.detail))
             continue
@@ -131,12 +133,20 @@ def embed_texts(
     """Unit vectors [N, J] of texts."""
     padding: dict[str, Any] = {"padding": True}
     if model.config.text_pooling == "mean":
-        padding = {"padding": "max_length", "max_length": _REFERENCE_TOKENS, "truncation": True}
+        padding = {"padding": "max_length", "max_length": model.config.text_length, "truncation": True}
     vectors = []
     for start in range(0, len(texts), batch_size):
-        inputs = tokenizer(list(texts[start : start + batch_size]), return_tensors="pt", **padding).to(model.device)
+        part = list(texts[start : start + batch_size])
+        inputs = tokenizer(part, return_tensors="pt", padding_side="right", **padding).to(model.device)
         vectors.append(model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).float().cpu().numpy())
     return np.concatenate(vectors)
+
+
+def load_clap(clap_dir: str | Path) -> tuple[AfClapModel, PreTrainedTokenizerBase]:
+    """An exported AF-CLAP folder in evaluation mode, on the GPU where there is one, and its tokenizer."""
+    model = AfClapModel.from_pretrained(clap_dir).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoTokenizer.from_pretrained(clap_dir)
 
 
 def evaluate_clap(
@@ -144,52 +154,206 @@ def evaluate_clap(
     captions_uri: str,
     *,
     root: str | None = None,
-    gallery: int = 200,
+    gallery: int | None = 200,
     max_windows: int = 1,
     batch_windows: int = 32,
 ) -> dict[str, Any]:
-    """Retrieval both ways and order accuracy of an exported AF-CLAP folder.
+    """`score_captions` of an exported AF-CLAP folder on captions, with the scenes' truth if it lies beside them."""
+    model, tokenizer = load_clap(clap_dir)
+    table = read_benchmark(captions_uri, root)
+    return score_captions(
+        model, tokenizer, captions_uri, table, gallery=gallery, max_windows=max_windows, batch_windows=batch_windows
+    )
+
+
+def read_benchmark(uri: str, root: str | None = None) -> Table:
+    """Caption sets (`read_captions`) or a benchmark's CSV (`layouts`); unusable items are among its failures."""
+    if uri.endswith((".csv", ".tsv")):
+        return read_csv(uri, root)
+    captions, bad = check_samples(read_captions(uri, root))
+    return Table(captions, [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])
+
+
+def score_captions(
+    model: AfClapModel,
+    tokenizer: PreTrainedTokenizerBase,
+    uri: str,
+    table: Table,
+    *,
+    gallery: int | None = None,
+    max_windows: int = 1,
+    batch_windows: int = 32,
+) -> dict[str, Any]:
+    """Retrieval both ways, composition, alignment and uniformity on caption sets.
 
     Args:
-        clap_dir: model and tokenizer.
-        captions_uri: caption sets; the scenes' truth lies beside them (`scenes_uri_of`).
-        root: folder of the audio; none: the captions' own.
-        gallery: scenes in the retrieval, fewer where not so many differ in their events.
+        uri: of the captions; if the scenes' truth lies beside them (`scenes_uri_of`), it chooses the gallery and the
+            mirrored pairs, and names the classes.
+        gallery: clips in the retrieval; none: all. Without truth each of them is asked for by all its captions.
 
     Returns:
-        gallery, t2a_r1, t2a_r1_chance, t2a_r5, t2a_r10, a2t_r1, a2t_r5, a2t_r10, order_accuracy (None without
-        mirrored scenes), order_pairs, failures (list of Failure).
+        gallery; r1, r5, r10 and map10 of `t2a_` and `a2t_`; t2a_r1_chance; alignment; uniformity (audio, text);
+        choice (see `_choices`) by relation kind of mirrored scenes, order_accuracy and order_pairs the same of order;
+        negatives (the caption against its own negatives, see `_against_negatives`); zero_shot with truth; failures.
     """
-    model = AfClapModel.from_pretrained(clap_dir).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(clap_dir)
-    captions, bad = check_samples(read_captions(captions_uri, root))
-    failures = [Failure(item.uri, reason, item.offset_s) for item, reason in bad]
-    truth = read_scenes(scenes_uri_of(captions_uri))
-    scenes = [_scene_of(item, truth, captions_uri) for item in captions]
-
-    chosen = choose_gallery([event_labels(scene) for scene in scenes], gallery)
-    pairs = mirrored_pairs(captions, scenes)
-    needed = sorted({*chosen, *(index for pair in pairs for index in pair)})
-    audio, unread = embed_audio(
+    captions, failures = table.captions, table.failures
+    scenes = _scenes_beside(uri, captions)
+    if scenes is None:
+        chosen, pairs = list(range(len(captions)))[:gallery], dict[str, list[tuple[int, int]]]()
+    else:
+        chosen = choose_gallery([event_labels(scene) for scene in scenes], gallery or len(scenes))
+        pairs = mirrored_pairs(captions, scenes)
+    needed = sorted({*chosen, *(index for found in pairs.values() for pair in found for index in pair)})
+    found, unread = embed_audio(
         model, [captions[i] for i in needed], max_windows=max_windows, batch_windows=batch_windows
     )
-    audio = {needed[place]: vector for place, vector in audio.items()}
-    texts = dict(zip(needed, embed_texts(model, tokenizer, [captions[i].caption for i in needed]), strict=True))
-    chosen = [index for index in chosen if index in audio]
-    pairs = [pair for pair in pairs if pair[0] in audio and pair[1] in audio]
-    if len(chosen) < gallery:
-        log.warning("%s: only %d of %d gallery scenes differ in their events", captions_uri, len(chosen), gallery)
-    if not chosen:
-        raise ValueError(f"{captions_uri}: no scene could be read; the first fault: {[*failures, *unread][:1]}")
+    audio = {needed[place]: vector for place, vector in found.items()}
+    heard = [index for index in chosen if index in audio]
+    if gallery and len(chosen) < gallery:
+        log.warning("%s: only %d of %d gallery clips, for lack of different ones", uri, len(chosen), gallery)
+    if not heard:
+        raise ValueError(f"{uri}: no clip could be read; the first fault: {[*failures, *unread][:1]}")
 
-    text_to_audio = np.stack([texts[i] for i in chosen]) @ np.stack([audio[i] for i in chosen]).T
-    result: dict[str, Any] = {"gallery": len(chosen), "t2a_r1_chance": round(1 / len(chosen), 5)}
-    for name, similarity in (("t2a", text_to_audio), ("a2t", text_to_audio.T)):
-        result |= {f"{name}_r{k}": round(recall_at(similarity, k), 4) for k in (1, 5, 10)}
-    told = [audio[own] @ texts[own] > audio[own] @ texts[other] for pair in pairs for own, other in (pair, pair[::-1])]
-    result |= {"order_accuracy": round(float(np.mean(told)), 4) if told else None, "order_pairs": len(pairs)}
+    result = _retrieval(model, tokenizer, captions, heard, audio, all_captions=scenes is None)
+    texts = dict(zip(needed, embed_texts(model, tokenizer, [captions[i].caption for i in needed]), strict=True))
+    choice = {}
+    for kind, members in pairs.items():
+        if readable := [pair for pair in members if pair[0] in audio and pair[1] in audio]:
+            choice[kind] = _choices(readable, audio, texts)
+    order = choice.get("order", {"accuracy": None, "pairs": 0})
+    result |= {"order_accuracy": order["accuracy"], "order_pairs": order["pairs"], "choice": choice}
+    if negatives := _against_negatives(model, tokenizer, captions, heard, audio):
+        result["negatives"] = negatives
+    if scenes is not None:
+        labels = [sorted(event_labels(scenes[index])) for index in heard]
+        result["zero_shot"] = _zero_shot(model, tokenizer, np.stack([audio[i] for i in heard]), labels, TEMPLATES)
     return result | {"failures": failures + unread}
+
+
+def score_labels(
+    model: AfClapModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Table,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    max_windows: int = 1,
+    batch_windows: int = 32,
+) -> dict[str, Any]:
+    """Zero-shot classification of labelled clips among all labels of the table (`contrast.zero_shot`), and failures."""
+    found, unread = embed_audio(model, table.labelled, max_windows=max_windows, batch_windows=batch_windows)
+    if not found:
+        raise ValueError(f"no clip could be read; the first fault: {[*table.failures, *unread][:1]}")
+    labels = [table.labelled[index].labels for index in found]
+    result = _zero_shot(model, tokenizer, np.stack(list(found.values())), labels, templates)
+    return result | {"failures": table.failures + unread}
+
+
+def _retrieval(
+    model: AfClapModel,
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[CaptionSet],
+    clips: Sequence[int],
+    audio: dict[int, Any],
+    *,
+    all_captions: bool,
+) -> dict[str, Any]:
+    """Both ways between clips and their captions; a caption that several clips have is right for each of them."""
+    own = [list(dict.fromkeys((captions[i].caption, *(captions[i].positives if all_captions else ())))) for i in clips]
+    texts = list(dict.fromkeys(text for group in own for text in group))
+    place = {text: number for number, text in enumerate(texts)}
+    relevant = np.zeros((len(texts), len(clips)), bool)
+    for column, group in enumerate(own):
+        relevant[[place[text] for text in group], column] = True
+    text, heard = embed_texts(model, tokenizer, texts), np.stack([audio[i] for i in clips])
+    similarity = text @ heard.T
+    chance = float(relevant.mean(axis=1).mean())
+    result: dict[str, Any] = {"gallery": len(clips), "captions": len(texts), "t2a_r1_chance": round(chance, 5)}
+    for name, table, right in (("t2a", similarity, relevant), ("a2t", similarity.T, relevant.T)):
+        result |= {f"{name}_{key}": round(value, 4) for key, value in retrieval(table, right).items()}
+    spread = {"audio": uniformity(heard), "text": uniformity(text)}
+    first = text[[place[group[0]] for group in own]]
+    return result | {
+        "alignment": round(alignment(heard, first), 4),
+        "uniformity": {key: None if value is None else round(value, 4) for key, value in spread.items()},
+    }
+
+
+def _choices(pairs: Sequence[tuple[int, int]], audio: dict[int, Any], texts: dict[int, Any]) -> dict[str, Any]:
+    """Of the captions of two mirrored clips, is each clip's own the nearer one? `both`: of both clips (chance 1/4)."""
+    told = np.array(
+        [[audio[own] @ texts[own] > audio[own] @ texts[other] for own, other in (pair, pair[::-1])] for pair in pairs]
+    )
+    return {
+        "pairs": len(pairs),
+        "accuracy": round(float(told.mean()), 4),
+        "both": round(float(told.all(axis=1).mean()), 4),
+    }
+
+
+def _against_negatives(
+    model: AfClapModel,
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[CaptionSet],
+    clips: Sequence[int],
+    audio: dict[int, Any],
+) -> dict[str, Any]:
+    """How often the caption is nearer than its negatives: `each` one, `all` of them; by kind where the sets name it.
+
+    A set names the kind of every negative if `relations` is as long as all its negatives together.
+    """
+    texts: list[str] = []
+    rows: list[tuple[int, int, list[str]]] = []
+    for index in clips:
+        item = captions[index]
+        if item.negatives and item.negatives[0]:
+            wrong = item.negatives[0]
+            named = len(item.relations) == sum(map(len, item.negatives))
+            rows.append((index, len(texts), list(item.relations[: len(wrong)]) if named else []))
+            texts += [item.caption, *wrong]
+    if not rows:
+        return {}
+    vectors = embed_texts(model, tokenizer, texts)
+    each: list[bool] = []
+    every: list[bool] = []
+    by_kind: dict[str, list[bool]] = {}
+    for index, start, kinds in rows:
+        scores = vectors[start : start + 1 + len(captions[index].negatives[0])] @ audio[index]
+        better = [bool(scores[0] > score) for score in scores[1:]]
+        each += better
+        every.append(all(better))
+        for kind, right in zip(kinds, better, strict=False):
+            by_kind.setdefault(kind, []).append(right)
+    return {
+        "clips": len(rows),
+        "each": round(float(np.mean(each)), 4),
+        "all": round(float(np.mean(every)), 4),
+        "by_kind": {kind: round(float(np.mean(right)), 4) for kind, right in sorted(by_kind.items())},
+    }
+
+
+def _zero_shot(
+    model: AfClapModel,
+    tokenizer: PreTrainedTokenizerBase,
+    audio: Vectors,
+    labels: Sequence[Sequence[str]],
+    templates: Sequence[str],
+) -> dict[str, Any]:
+    names = sorted({label for own in labels for label in own})
+    classes = np.zeros((len(names), audio.shape[1]), np.float32)
+    for template in templates:
+        classes += embed_texts(model, tokenizer, [template.format(name) for name in names])
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    return zero_shot(audio @ classes.T, labels, names)
+
+
+def _scenes_beside(uri: str, captions: Sequence[CaptionSet]) -> list[Scene] | None:
+    """The truth of each clip; None where no truth lies beside the captions."""
+    beside = scenes_uri_of(uri)
+    fs, path = fsspec.url_to_fs(beside)
+    if not uri.endswith(".captions.jsonl") or not fs.exists(path):
+        return None
+    truth = read_scenes(beside)
+    return [_scene_of(item, truth, uri) for item in captions]
 
 
 def _base(name: str) -> str:

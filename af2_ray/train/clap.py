@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,15 @@ from af2_ray.data.quarantine import Failure, Quarantine
 from af2_ray.models.afclap import AfClapConfig, AfClapModel, load_text_encoder
 from af2_ray.models.htsat import tower_config
 from af2_ray.models.processing_afclap import AfClapProcessor
+from af2_ray.text import add_special_tokens, train_tokenizer
 from af2_ray.train.run import Run, finished, replacing
 from af2_ray.train.task import ClapTask
 from af2_ray.train.tracking import Tracker
 from af2_ray.train.trainer import Job, fit
 
 logger = logging.getLogger(__name__)
+
+CAPTION_TOKENS = 4096  # at most, of a tokenizer made of captions
 
 
 def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
     """Fresh towers (or a given text encoder) with the mel BatchNorm set from one pass over training clips."""
     settings = run.recipe.model.audio
     torch.manual_seed(run.recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.text.path or run.lm_dir / "model")
+    tokenizer = _tokenizer(run, recipe, captions)
     audio_config = tower_config(
         settings.embed_dim,
         settings.depths,
@@ -137,6 +141,19 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
     with replacing(run.clap_dir / "start") as temporary:
         model.save_pretrained(temporary)
         AfClapProcessor.of(model.config, tokenizer, recipe.max_windows).save_pretrained(temporary)
+
+
+def _tokenizer(run: Run, recipe: Clap, captions: Sequence[CaptionSet]) -> Any:
+    """The text encoder's own; without one, the LM's; where AF-CLAP trains alone, one made of the captions."""
+    if recipe.text.path is not None:
+        return AutoTokenizer.from_pretrained(recipe.text.path)
+    if (run.lm_dir / "model").is_dir():
+        return AutoTokenizer.from_pretrained(run.lm_dir / "model")
+    texts = (t for item in captions for t in (item.caption, *item.positives, *chain.from_iterable(item.negatives)))
+    pretrain = run.recipe.model.lm.pretrain
+    tokenizer = train_tokenizer(texts, pretrain.vocab_size if pretrain else CAPTION_TOKENS)
+    add_special_tokens(tokenizer)
+    return tokenizer
 
 
 def _set_mel_statistics(model: AfClapModel, captions: list[CaptionSet], num_clips: int, seed: int) -> None:

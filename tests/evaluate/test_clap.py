@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import csv
 import json
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ class Ears(torch.nn.Module):
 
     class config:
         text_pooling = "masked_mean"
+        text_length = 77
+        short_clips = "silence"
 
     device = torch.device("cpu")
 
@@ -50,7 +55,8 @@ class Reader:
         from transformers import BatchEncoding
 
         labels = ["low", "middle", "high", "shrill"]
-        ids = torch.tensor([[labels.index(word) for word in text.split(", then ")] for text in texts])
+        found = [[labels.index(word) for word in re.findall("|".join(labels), text)] for text in texts]
+        ids = torch.tensor([(row * 2)[:2] for row in found])  # one sound alone is first and last
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
@@ -66,6 +72,9 @@ def test_a_model_that_hears_scores_full_marks(tmp_path: Path, monkeypatch: pytes
     assert found["gallery"] == 4
     assert found["t2a_r1_chance"] == 0.25
     assert (found["t2a_r1"], found["a2t_r1"], found["order_accuracy"], found["order_pairs"]) == (1.0, 1.0, 1.0, 6)
+    assert (found["t2a_map10"], found["a2t_map10"]) == (1.0, 1.0)
+    assert found["choice"] == {"order": {"pairs": 6, "accuracy": 1.0, "both": 1.0}}
+    assert found["zero_shot"]["classes"] == 4
     assert found["failures"] == []
 
 
@@ -81,18 +90,13 @@ def test_a_model_that_ignores_order_is_never_right_about_it(tmp_path: Path, monk
     corpus = write_corpus(tmp_path, num_pairs=4)
     found = clap.evaluate_clap("", str(corpus / "test.captions.jsonl"), gallery=4, max_windows=2)
     assert (found["t2a_r1"], found["order_accuracy"]) == (1.0, 0.0)
+    assert found["choice"]["order"]["both"] == 0.0
 
 
 def test_gallery_scenes_differ_in_their_events() -> None:
     events = [frozenset(names) for names in ("ab", "ba", "a", "bc", "c", "cb")]
     assert clap.choose_gallery(events, 3) == [0, 2, 3]
     assert clap.choose_gallery(events, 10) == [0, 2, 3, 4]
-
-
-def test_recall() -> None:
-    similarity = np.array([[3, 1, 2], [9, 2, 1], [0, 1, 5]], dtype=np.float32)
-    assert clap.recall_at(similarity, 1) == pytest.approx(2 / 3)
-    assert clap.recall_at(similarity, 2) == 1.0
 
 
 def test_unreadable_clips_are_set_aside_and_missing_truth_is_named(
@@ -131,3 +135,90 @@ def test_the_real_model_runs(tmp_path: Path, tiny_tokenizer: Any) -> None:
     found = clap.evaluate_clap(tmp_path / "clap", str(corpus / "test.captions.jsonl"), gallery=4)
     assert 0 <= found["t2a_r1"] <= 1
     assert len(read_captions(str(corpus / "test.captions.jsonl"))) == 2 * found["order_pairs"]
+
+    (corpus / "labels.csv").write_text("file,label\ntest/00000.flac,dog\ntest/00001.flac,bell\n")
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate_clap.py"))["main"]
+    data = [str(corpus / name) for name in ("test.captions.jsonl", "labels.csv")]
+    assert job([str(tmp_path / "clap"), *data, "--out", str(tmp_path / "clap.json")]) == 0
+    written = json.loads((tmp_path / "clap.json").read_text())
+    assert written[data[0]]["choice"]["order"]["pairs"] == found["order_pairs"]
+    assert written[data[1]]["classes"] == 2
+    assert job([str(tmp_path / "clap"), str(corpus / "none.csv")]) == 2
+    assert job([str(tmp_path), *data]) == 2
+
+
+def test_captions_without_truth_are_scored_with_all_their_wordings_and_negatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(monkeypatch, Ears())
+    corpus = write_corpus(tmp_path, num_pairs=2)
+    lines = [json.loads(line) for line in (corpus / "test.captions.jsonl").read_text().splitlines()]
+    for line in lines:
+        first, second = line["caption"].split(", then ")
+        line |= {
+            "positives": [f"{first}, then the {second}"],
+            "negatives": [[f"{second}, then {first}", f"{first}, then {first}"]] * 2,
+            "relations": ["order", "class"] * 2,
+        }
+    (corpus / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = clap.evaluate_clap("", str(corpus / "own.jsonl"), gallery=None, max_windows=2)
+    assert (found["gallery"], found["captions"], found["t2a_r1"], found["a2t_map10"]) == (4, 8, 1.0, 1.0)
+    assert found["negatives"] == {"clips": 4, "each": 1.0, "all": 1.0, "by_kind": {"class": 1.0, "order": 1.0}}
+    assert found["choice"] == {}
+    assert "zero_shot" not in found
+
+
+@pytest.mark.parametrize("layout", ["esc50", "us8k", "any"])
+def test_labelled_benchmarks(layout: str, tmp_path: Path, make_sound: Any) -> None:
+    names = {"esc50": "audio/1-{}-A-0.wav", "us8k": "audio/fold3/{}.wav", "any": "{}.wav"}
+    labels = {"low": 220, "high": 1760, "shrill": 4000}
+    rows: list[dict[str, object]] = []
+    for label, hz in labels.items():
+        path = make_sound(names[layout].format(hz), 4.0, hz=hz)
+        rows.append(
+            {
+                "esc50": {"filename": Path(path).name, "fold": 1, "target": 0, "category": label},
+                "us8k": {"slice_file_name": Path(path).name, "fsID": 1, "fold": 3, "classID": 0, "class": label},
+                "any": {"fname": hz, "labels": f"{label},{label}"},
+            }[layout]
+        )
+    rows.append({**rows[0], next(iter(rows[0])): "gone"})
+    folder = {"esc50": "meta", "us8k": "metadata", "any": "."}[layout]
+    (tmp_path / folder).mkdir(exist_ok=True)
+    with (tmp_path / folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    table = clap.read_benchmark(str(tmp_path / folder / "table.csv"))
+    assert len(table.labelled) == 3
+    assert [failure.reason for failure in table.failures] == ["no file"]
+    found = clap.score_labels(Ears(), Reader(), table)  # type: ignore[arg-type]
+    assert (found["clips"], found["classes"], found["top1"], found["map"]) == (3, 3, 1.0, 1.0)
+    assert found["by_class"] == {"high": 1.0, "low": 1.0, "shrill": 1.0}
+    assert len(found["failures"]) == 1
+
+
+def test_captioned_benchmarks(tmp_path: Path, make_sound: Any) -> None:
+    for name in ("evaluation/rain on tin.wav", "evaluation/bell.wav"):
+        make_sound(name, 1.0)
+    clotho = tmp_path / "clotho_captions_evaluation.csv"
+    header = "file_name," + ",".join(f"caption_{i}" for i in range(1, 6)) + "\n"
+    clotho.write_text(header + 'rain on tin.wav,"rain, on tin",b,c,d,e\nbell.wav,f,g,h,i,j\n')
+    table = clap.read_benchmark(str(clotho))
+    assert [(Path(i.uri).name, i.caption, len(i.positives)) for i in table.captions] == [
+        ("rain on tin.wav", "rain, on tin", 4),
+        ("bell.wav", "f", 4),
+    ]
+    for name in ("caps/Yabc.flac", "caps/d_f_30.wav"):
+        make_sound(name, 1.0)
+    caps = tmp_path / "caps" / "test.csv"
+    caps.write_text("audiocap_id,youtube_id,start_time,caption\n1,abc,10,x\n2,d_f,30,y\n3,abc,10,z\n4,none,0,w\n")
+    table = clap.read_benchmark(str(caps))
+    assert [(Path(i.uri).name, i.caption, i.positives) for i in table.captions] == [
+        ("Yabc.flac", "x", ("z",)),
+        ("d_f_30.wav", "y", ()),
+    ]
+    assert [failure.uri.rsplit("/", 1)[-1] for failure in table.failures] == ["none_0"]
+    (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no known layout"):
+        clap.read_benchmark(str(tmp_path / "odd.csv"))

@@ -1,0 +1,108 @@
+"""Score an AF-CLAP folder on captions and labels: retrieval, composition, zero-shot classes.
+
+    python jobs/evaluate_clap.py runs/demo/clap/model data/demo/clap/test.captions.jsonl
+    python jobs/evaluate_clap.py runs/mine/clap/model ESC-50/meta/esc50.csv clotho/clotho_captions_evaluation.csv
+
+Captions: JSON lines, Parquet and the rest of the manifests, or the CSV of AudioCaps or Clotho. Labels: the CSV of
+ESC-50 or UrbanSound8K, or any with a file name and a label. All figures go to OUT as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when scored, 2 for input that cannot be used."""
+    args = _arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not (args.model / "config.json").is_file():
+        print(f"evaluate_clap: {args.model} is no model folder (it has no config.json)", file=sys.stderr)
+        return 2
+    from transformers.utils.logging import disable_progress_bar  # heavy imports after the arguments are checked
+
+    from af2_ray.evaluate import clap
+
+    disable_progress_bar()
+    console, results = Console(), {}
+    try:
+        model, tokenizer = clap.load_clap(args.model)
+        limits = {"max_windows": args.max_windows, "batch_windows": args.batch_windows}
+        for uri in args.data:
+            table = clap.read_benchmark(uri, args.root)
+            if table.labelled:
+                templates = args.template or clap.TEMPLATES
+                result = clap.score_labels(model, tokenizer, table, templates=templates, **limits)
+            else:
+                result = clap.score_captions(model, tokenizer, uri, table, gallery=args.gallery, **limits)
+            _show(console, uri, result)
+            results[uri] = result | {"failures": [asdict(failure) for failure in result["failures"]]}
+    except ValueError as error:
+        print(f"evaluate_clap: {error}", file=sys.stderr)
+        return 2
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    console.print(f"all figures are in {args.out}")
+    return 0
+
+
+def _show(console: Console, uri: str, result: dict[str, Any]) -> None:
+    console.rule(uri, align="left")
+    if "top1" in result:
+        _show_classes(console, result)
+    else:
+        console.print(f"{result['gallery']} clips, {result['captions']} captions; %")
+        for way, title in (("t2a", "text to audio"), ("a2t", "audio to text")):
+            scores = ", ".join(f"{key.upper()} {_percent(result[f'{way}_{key}'])}" for key in ("r1", "r5", "r10"))
+            console.print(f"{title}: {scores}, mAP@10 {_percent(result[f'{way}_map10'])}")
+        console.print(f"alignment {result['alignment']}, uniformity {result['uniformity']}")
+        for kind, row in result["choice"].items():
+            both = f"both right {_percent(row['both'])} (chance 25.0)"
+            console.print(f"choice by {kind}: {_percent(row['accuracy'])} (chance 50.0), {both}, {row['pairs']} pairs")
+        if negatives := result.get("negatives"):
+            kinds = ", ".join(f"{kind} {_percent(share)}" for kind, share in negatives["by_kind"].items())
+            console.print(f"over each negative: {_percent(negatives['each'])}, over all: {_percent(negatives['all'])}")
+            console.print(f"by kind of negative: {kinds}") if kinds else None
+        if classes := result.get("zero_shot"):
+            _show_classes(console, classes)
+    if failures := result["failures"]:
+        console.print(f"set aside: {len(failures)}, for instance {failures[0].uri}: {failures[0].reason}")
+
+
+def _show_classes(console: Console, row: dict[str, Any]) -> None:
+    top = f"top-1 {_percent(row['top1'])} (chance {_percent(row['top1_chance'])})"
+    console.print(f"zero-shot, {row['clips']} clips, {row['classes']} classes: {top}, mAP {_percent(row['map'])}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jobs/evaluate_clap.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="AF-CLAP folder: a run's `clap/model`")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="captions or a CSV of labels")
+    parser.add_argument("--root", help="folder of the audio (default: by the layout, or the file's own)")
+    parser.add_argument("--gallery", type=int, help="clips in the retrieval (default: all)")
+    parser.add_argument(
+        "--template", action="append", help='of a class name, for instance "the sound of {}"; repeatable'
+    )
+    parser.add_argument("--max-windows", type=int, default=1, help="10 s windows heard of a clip (%(default)s)")
+    parser.add_argument("--batch-windows", type=int, default=32, help="windows encoded at a time (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("evaluation/clap.json"), help="results (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Train a recipe's AF-CLAP alone: two towers from audio and caption sets, the audio one for the curriculum.
+
+    python jobs/train_clap.py tiny
+    python jobs/train_clap.py tiny corpus=null 'clap.captions=[{manifest: mine/train.captions.jsonl}]' \
+        clap.warmup_captions=[] clap.warmup_steps=0 --run runs/mine
+
+The model is in <run>/clap/model; `model.audio.weights=<run>/clap/model` makes another recipe hear with it, and
+`jobs/train.py` on the same run directory goes on from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from af2_ray import console
+from af2_ray.config import load_recipe
+from af2_ray.synth.corpus import make_corpus
+from af2_ray.train.clap import train_clap
+from af2_ray.train.run import Run
+from af2_ray.train.tracking import Tracker
+
+
+def main() -> None:
+    parser = console.parser(__doc__ or "")
+    parser.add_argument("--run", metavar="DIR", help="run directory; default: <storage>/<name> of the recipe")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.clap is None:
+        raise ValueError(f"recipe {recipe.name!r} has no clap block")
+    run = Run.open(recipe, arguments.run)
+    with run.lock(), console.logs_to(run.root / "logs" / "train_clap.log"):
+        if recipe.corpus is not None:
+            console.heading("corpus")
+            report = make_corpus(recipe.corpus)
+            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {Path(report.dir)}")
+        with console.cluster(run.root / "logs"), console.watch("AF-CLAP", run.clap_dir, recipe.clap.steps):
+            tracker = Tracker(run)
+            tracker.parent()
+            facts = train_clap(run, tracker)
+    console.console.print(f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}")
+    console.console.print(f"model: {run.clap_dir / 'model'}")
+
+
+if __name__ == "__main__":
+    console.main(main)
