@@ -30,7 +30,8 @@ def lm_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """As `lm_loss_sum`, for chosen positions only: logits [N, V] and their targets [N] (N may be 0)."""
-    loss = nnf.cross_entropy(logits.float(), targets, reduction="sum")
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = nnf.cross_entropy(logits, targets, reduction="sum")
     return loss, torch.tensor(targets.numel(), device=targets.device)
 
 

@@ -1,8 +1,7 @@
 """The training loop of one worker: the same for every task, stage and device.
 
-One optimiser step takes one group of plan rows, `accumulation` of them on each rank. Labels of the whole group are
-counted over all ranks before the first backward, so losses need no correction afterwards; what DeepSpeed divides by
-(ranks and micro-batches) is multiplied back. Nothing waits for a rank that ran dry: all ranks get equally many rows.
+One optimiser step (`step.Step`) takes one group of plan rows, `accumulation` of them on each rank. Nothing waits for a
+rank that ran dry: all ranks get equally many rows.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from af2_ray.train.checkpoint import State
 from af2_ray.train.engine import start_engine
 from af2_ray.train.lora import merge_lora
 from af2_ray.train.run import replacing
+from af2_ray.train.step import Step
 from af2_ray.train.task import Task
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def train_loop(config: dict[str, LoopConfig]) -> None:
 
 
 def _train(engine: Any, loop: LoopConfig, state: State, batches: Iterator[Any], accumulation: int) -> None:
-    step = _Step(engine, loop.task)
+    step = Step(engine, loop.task)
     history: list[dict[str, float]] = []
     failures: list[Failure] = []
     started = time.perf_counter()
@@ -92,44 +92,6 @@ def _train(engine: Any, loop: LoopConfig, state: State, batches: Iterator[Any], 
         else:
             continue
         history, failures = [], []
-
-
-class _Step:
-    """One optimiser step over this rank's rows of a group."""
-
-    def __init__(self, engine: Any, task: Task) -> None:
-        self._engine = engine
-        self._task = task
-
-    def __call__(self, rows: list[Any]) -> dict[str, float]:
-        engine, device = self._engine, self._engine.device
-        num_failed = sum(len(row.failures) for row in rows)
-        num_windows = sum(len(row.waveforms) for row in rows)
-        num_clips = sum(row.num_clips for row in rows)
-        counts = torch.tensor([sum(map(self._task.count, rows)), num_windows, num_clips, num_failed], device=device)
-        dist.all_reduce(counts)
-        total, windows, clips, failed = counts.tolist()
-        undo = dist.get_world_size() * len(rows)  # DeepSpeed averages over both
-        loss_sum = torch.zeros((), device=device)
-        for row in rows:
-            loss = self._task.loss(engine, row.to(device), total)
-            engine.backward(loss * undo)
-            lr = engine.get_lr()[0]
-            engine.step()
-            loss_sum += loss.detach().float()
-        dist.all_reduce(loss_sum)
-        if not torch.isfinite(loss_sum):
-            raise FloatingPointError(f"the loss is {loss_sum.item()}; lower optimizer.lr or use fp32")
-        norm = engine.get_global_grad_norm()
-        return {
-            "loss": float(loss_sum),
-            "lr": float(lr),
-            "grad_norm": float(norm) if norm is not None else float("nan"),
-            "labels": total,
-            "windows": windows,
-            "clips": clips,
-            "set_aside": failed,
-        }
 
 
 def _export(engine: Any, loop: LoopConfig, *, is_first: bool) -> None:
