@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from af2_ray.train.accounts import gradient_norms
+from af2_ray.train.engine import batch_factor
 from af2_ray.train.task import Task
 
 
@@ -29,22 +31,33 @@ class Step:
         self._engine = engine
         self._task = task
 
-    def __call__(self, rows: list[Any]) -> dict[str, float]:
+    def __call__(self, rows: list[Any], *, with_norms: bool = False) -> dict[str, float]:
         """Train on the rows; loss (a mean over the step's global count), rate, gradient norm and global counts.
+
+        Args:
+            with_norms: also the gradient norm of each group (`accounts.gradient_norms`).
 
         Raises:
             FloatingPointError: the loss is not finite. It is found before the update: the weights are still good.
         """
         engine, device = self._engine, self._engine.device
-        num_failed = sum(len(row.failures) for row in rows)
-        num_windows = sum(len(row.waveforms) for row in rows)
-        num_clips = sum(row.num_clips for row in rows)
-        counts = torch.tensor([sum(map(self._task.count, rows)), num_windows, num_clips, num_failed], device=device)
+        mine = {
+            "labels": sum(map(self._task.count, rows)),
+            "tokens": sum(map(self._task.tokens, rows)),
+            "questions": sum(len(row.sample_ids) for row in rows),
+            "windows": sum(len(row.waveforms) for row in rows),
+            "clips": sum(row.num_clips for row in rows),
+            "set_aside": sum(len(row.failures) for row in rows),
+        }
+        counts = torch.tensor(list(mine.values()), device=device)
         dist.all_reduce(counts)
-        total, windows, clips, failed = counts.tolist()
+        told = dict(zip(mine, counts.tolist(), strict=True))
+        total = told["labels"]
+        norms: dict[str, float] = {}
         undo = dist.get_world_size() * len(rows)  # the engine averages over both
         loss_sum = torch.zeros((), device=device)
-        lr = engine.get_lr()[0]
+        factor = batch_factor(self._task.optimizer, total)
+        lr = engine.get_lr()[0] * factor
         for number, row in enumerate(rows, 1):
             loss = self._task.loss(engine, row.to(device), total)
             engine.backward(loss * undo)
@@ -55,14 +68,16 @@ class Step:
                     raise FloatingPointError(
                         f"the loss is {loss_sum.item()}: no update was made; lower optimizer.lr or use fp32"
                     )
+                norms = gradient_norms(engine) if with_norms else {}
+                if factor != 1.0:  # the schedule sets the rates anew after each update
+                    for group in engine.optimizer.param_groups:
+                        group["lr"] *= factor
             engine.step()
         norm = engine.get_global_grad_norm()
         return {
             "loss": float(loss_sum),
             "lr": float(lr),
             "grad_norm": float(norm) if norm is not None else float("nan"),
-            "labels": total,
-            "windows": windows,
-            "clips": clips,
-            "set_aside": failed,
+            **norms,
+            **told,
         }
