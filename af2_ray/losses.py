@@ -42,9 +42,19 @@ def lm_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return token_loss_sum(logits[:, :-1][chosen], targets[chosen])
 
 
-def token_loss_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `lm_loss_sum`, for chosen positions only: logits [N, V] and their targets [N] (N may be 0)."""
-    loss = nnf.cross_entropy(logits.float(), targets, reduction="sum")
+def token_loss_sum(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `lm_loss_sum`, for chosen positions only: logits [N, V] and their targets [N] (N may be 0).
+
+    Args:
+        label_smoothing: share of a target that goes to all tokens alike.
+        z_loss: factor on the square of log-sum-exp, which keeps logits from drifting (a bf16 remedy).
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = nnf.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(dim=-1).square().sum()
     return loss, torch.tensor(targets.numel(), device=targets.device)
 
 

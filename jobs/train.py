@@ -10,6 +10,7 @@ from pathlib import Path
 from af2_ray import console
 from af2_ray.config import load_recipe
 from af2_ray.synth.corpus import make_corpus
+from af2_ray.train.fork import fork
 from af2_ray.train.run import Run
 from af2_ray.train.stages import train_run
 
@@ -22,9 +23,18 @@ def main() -> None:
         "  ray job submit --working-dir . -- python jobs/train.py tiny storage=/shared/runs",
     )
     parser.add_argument("--run", metavar="DIR", help="run directory; default: <storage>/<name> of the recipe")
+    parser.add_argument(
+        "--fork", metavar="DIR", help="start --run with the finished steps of this run that the recipe leaves valid"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    run = Run.open(recipe, arguments.run)
+    if arguments.fork and arguments.run and not (Path(arguments.run) / "recipe.yaml").exists():
+        run, taken = fork(recipe, arguments.fork, arguments.run)
+        console.console.print(f"forked from {arguments.fork}: {', '.join(taken) or 'no finished step'} taken over")
+    elif arguments.fork and not arguments.run:
+        raise ValueError("--fork needs --run: the directory of the new run")
+    else:
+        run = Run.open(recipe, arguments.run)
     with run.lock(), console.logs_to(run.root / "logs" / "train.log"):
         if recipe.corpus is not None:
             console.heading("corpus")

@@ -168,3 +168,15 @@ def test_afclap_loss_without_captions_is_zero_with_zero_gradients() -> None:
     (gradient,) = torch.autograd.grad(loss, audio)
     assert loss == 0
     assert not gradient.any()
+
+
+def test_label_smoothing_and_z_loss_are_what_they_say():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(4, 7, dtype=torch.float64), torch.tensor([0, 3, 6, 2])
+    logp = logits.log_softmax(-1)
+    right = -logp[torch.arange(4), targets].sum()
+    assert torch.allclose(token_loss_sum(logits, targets)[0], right)
+    smooth = 0.9 * right - 0.1 * logp.mean(-1).sum()
+    assert torch.allclose(token_loss_sum(logits, targets, label_smoothing=0.1)[0], smooth)
+    drift = 0.01 * logits.logsumexp(-1).square().sum()
+    assert torch.allclose(token_loss_sum(logits, targets, z_loss=0.01)[0], right + drift)

@@ -21,13 +21,24 @@ from af2_ray.config.model import (
 )
 from af2_ray.config.read import RECIPE_DIR, load_recipe, recipe_names
 from af2_ray.config.recipe import Recipe
-from af2_ray.config.training import Clap, ClapTextTower, Cluster, DeepSpeedSettings, Lora, Optimizer, Stage
+from af2_ray.config.training import (
+    Checkpoints,
+    Clap,
+    ClapTextTower,
+    Cluster,
+    DeepSpeedSettings,
+    FeatureCache,
+    Lora,
+    Optimizer,
+    Stage,
+)
 from af2_ray.config.use import Evaluation, Serve, Tracking
 
 __all__ = [
     "RECIPE_DIR",
     "AudioTowerSettings",
     "Budget",
+    "Checkpoints",
     "Clap",
     "ClapTextTower",
     "Cluster",
@@ -37,6 +48,7 @@ __all__ = [
     "DeepSpeedSettings",
     "Evaluation",
     "Faults",
+    "FeatureCache",
     "Group",
     "LanguageModelPretrain",
     "LanguageModelSettings",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import yaml
 from pydantic import Field, model_validator
@@ -11,7 +10,7 @@ from pydantic import Field, model_validator
 from af2_ray.config.base import Strict
 from af2_ray.config.data import Corpus, Faults
 from af2_ray.config.model import ModelSettings
-from af2_ray.config.training import Clap, Cluster, DeepSpeedSettings, Stage
+from af2_ray.config.training import Checkpoints, Clap, Cluster, DeepSpeedSettings, FeatureCache, Stage
 from af2_ray.config.use import Evaluation, Serve, Tracking
 
 
@@ -25,6 +24,8 @@ class Recipe(Strict):
     corpus: Corpus | None = None
     clap: Clap | None = None
     stages: list[Stage] = []
+    feature_cache: FeatureCache = FeatureCache()
+    checkpoints: Checkpoints = Checkpoints()
     faults: Faults = Faults()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     cluster: Cluster = Cluster()
@@ -70,7 +71,8 @@ class Recipe(Strict):
         """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
-    def fingerprint(self, *, without: Sequence[str] = ("storage", "tracking", "serve", "evaluation")) -> str:
-        """SHA-256 (first 16 hex digits) of everything that decides the weights."""
-        kept = self.model_dump(mode="json", exclude=set(without))
+    def fingerprint(self) -> str:
+        """SHA-256 (first 16 hex digits) of everything that decides the weights: the same after a change of workers."""
+        left_out = {"storage", "tracking", "serve", "evaluation", "cluster", "checkpoints"}
+        kept = self.model_dump(mode="json", exclude={**dict.fromkeys(left_out, True), "feature_cache": {"dir": True}})
         return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]

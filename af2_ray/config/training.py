@@ -22,6 +22,16 @@ class Optimizer(Strict):
     lr_scale: dict[Group | Literal["gates"], float] = Field(
         default_factory=dict, description="learning-rate factor of a group; `gates`: the tanh gates, which start at 0"
     )
+    batch_rule: Literal["none", "sqrt", "linear"] = Field(
+        "none", description="how the rate of a step follows its number of answer tokens, from `batch_labels` on"
+    )
+    batch_labels: int | None = Field(None, ge=1, description="answer tokens of the step that `lr` is meant for")
+
+    @model_validator(mode="after")
+    def _rule_has_its_reference(self) -> Optimizer:
+        if (self.batch_rule == "none") != (self.batch_labels is None):
+            raise ValueError("optimizer: batch_rule (sqrt, linear) and batch_labels belong together: give both")
+        return self
 
 
 class DeepSpeedSettings(Strict):
@@ -30,6 +40,9 @@ class DeepSpeedSettings(Strict):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_checkpointing: bool = Field(
+        False, description="recompute transformer layers in the backward pass (the tower: model.audio)"
+    )
     raw: dict[str, Any] = {}
 
 
@@ -47,11 +60,17 @@ class Stage(Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     max_windows: int = Field(ge=1)
     trainable: list[Group]
+    features: Literal["audio", "cached"] = Field(
+        "audio", description="cached: a frozen tower hears each clip once, before the stage (`feature_cache`)"
+    )
     lora: Lora | None = None
     data: list[Dataset] = Field(min_length=1)
+    validation: list[Dataset] = Field([], description="held-out band, scored at checkpoints of this and later stages")
     steps: int = Field(ge=1, description="optimiser steps")
     budget: Budget = Budget()
     optimizer: Optimizer = Optimizer()
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    z_loss: float = Field(0.0, ge=0, description="factor on the square of log-sum-exp of the logits")
     checkpoint_every: int = Field(500, ge=1)
 
     @model_validator(mode="after")
@@ -59,6 +78,29 @@ class Stage(Strict):
         if ("lora" in self.trainable) != (self.lora is not None):
             raise ValueError(f"stage {self.name}: trainable `lora` and a `lora` block belong together: give both")
         return self
+
+    @model_validator(mode="after")
+    def _a_training_tower_is_not_cached(self) -> Stage:
+        if self.features == "cached" and "clap" in self.trainable:
+            raise ValueError(
+                f"stage {self.name}: features: cached needs a frozen tower, and `clap` is in `trainable`: drop one"
+            )
+        return self
+
+
+class Checkpoints(Strict):
+    """Where checkpoints lie and how many are kept: always the last one, then those that were best when made."""
+
+    keep: int = Field(2, ge=1)
+    storage: str | None = Field(None, description="folder or s3:// prefix; none: in the run")
+
+
+class FeatureCache(Strict):
+    """Where stages with `features: cached` keep what the frozen tower makes of their clips."""
+
+    dir: str | None = Field(None, description="may be shared by runs (same tower, same features); none: in the run")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: as the tower computes in training")
+    windows_per_shard: int = Field(128, ge=1)
 
 
 class ClapTextTower(Strict):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +101,7 @@ class LmBatch(_Batch):
     numbered in `attention_mask`; to be answered, each question has a row. `sample_ids` has one entry a question.
     """
 
-    waveforms: Array = field(kw_only=True)  # int16 [S, 160000]
+    waveforms: Array = field(kw_only=True)  # int16 [S, 160000], or from a `Source` the tower's features [S, F, D]
     windows_per_clip: Array = field(kw_only=True)  # int64 [C]
     audio_index: Array = field(kw_only=True)  # int64 [B, K]
     input_ids: Array = field(kw_only=True)  # int64 [B, T]
@@ -143,6 +143,32 @@ def _tensor(array: NDArray[Any]) -> Any:
 # --- Collators ---------------------------------------------------------------------------------------------------
 
 
+class Source(Protocol):
+    """Where a clip's windows come from in place of its audio (`features.FeatureStore`)."""
+
+    @property
+    def silence(self) -> NDArray[Any]:
+        """One window without any sound, for a row with no clip left."""
+
+    def read(self, stretch: Stretch, max_windows: int) -> NDArray[Any]:
+        """The windows of a stretch, [W, ...]; `AudioError` where it cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Audio:
+    """The audio itself, decoded."""
+
+    channel: Channel
+    allow_silent: bool
+
+    @property
+    def silence(self) -> NDArray[np.int16]:
+        return np.zeros((1, WINDOW_SAMPLES), np.int16)
+
+    def read(self, stretch: Stretch, max_windows: int) -> NDArray[np.int16]:
+        return read_windows(stretch, max_windows, channel=self.channel, allow_silent=self.allow_silent)
+
+
 @dataclass(frozen=True)
 class LmCollator:
     """Turns a row of samples into an `LmBatch` (numpy).
@@ -153,6 +179,7 @@ class LmCollator:
         max_text_tokens: of a question with its answer.
         with_answers: false stops the text at `<SEP>` and pads on the left, for generation.
         channel, allow_silent: see `audio.decode`.
+        source: where windows come from; none: the audio.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -161,6 +188,7 @@ class LmCollator:
     with_answers: bool = True
     channel: Channel = "first"
     allow_silent: bool = False
+    source: Source | None = None
 
     def __call__(self, row: Row[Sample]) -> LmBatch:
         """Decode and collate one row."""
@@ -193,9 +221,10 @@ def collate_lm(
     with_answers: bool = True,
     channel: Channel = "first",
     allow_silent: bool = False,
+    source: Source | None = None,
 ) -> LmBatch:
     """Decode a row's clips and encode its questions; see `LmCollator`."""
-    clips, waveforms, failures = _hear(row, max_windows, channel, allow_silent)
+    clips, waveforms, failures = _hear(row, max_windows, source or _Audio(channel, allow_silent))
     samples = [sample for clip in clips for sample in clip]
     sizes = [len(clip) for clip in clips] or [1]
     encoded = text.encode(
@@ -253,7 +282,7 @@ def collate_clap(
 
     A row with no clip left has one silent window and no caption (text tensors [0, 1]).
     """
-    clips, waveforms, failures = _hear(row, max_windows, channel, allow_silent)
+    clips, waveforms, failures = _hear(row, max_windows, _Audio(channel, allow_silent))
     captions, places = [], []
     for owner, (clip, *_) in enumerate(clips):
         for slot, positive in enumerate((clip.caption, *clip.positives)[:num_positives]):
@@ -280,22 +309,22 @@ def collate_clap(
 
 
 def _hear(
-    row: Row[ItemT], max_windows: int, channel: Channel, allow_silent: bool
-) -> tuple[list[tuple[ItemT, ...]], list[NDArray[np.int16]], tuple[Failure, ...]]:
-    """Decode a row: the clips that could be read, windows int16 [W, 160000] of each, and the failures.
+    row: Row[ItemT], max_windows: int, source: Source
+) -> tuple[list[tuple[ItemT, ...]], list[NDArray[Any]], tuple[Failure, ...]]:
+    """Read a row: the clips that could be read, windows [W, ...] of each, and the failures.
 
     With no clip left, one silent window stands in the second list.
     """
     clips, waveforms, failures = [], [], []
     for clip in row.clips:
         try:
-            waveforms.append(read_windows(clip[0], max_windows, channel=channel, allow_silent=allow_silent))
+            waveforms.append(source.read(clip[0], max_windows))
             clips.append(clip)
         except AudioError as error:
             failures.append(
                 Failure(error.uri, error.reason, clip[0].offset_s, error.detail, row.index, num_samples=len(clip))
             )
-    return clips, waveforms or [np.zeros((1, WINDOW_SAMPLES), np.int16)], tuple(failures)
+    return clips, waveforms or [source.silence], tuple(failures)
 
 
 def read_windows(

@@ -156,17 +156,29 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # --- Audio ------------------------------------------------------------------------------------------------------
 
-    def encode_audio(self, waveforms: Tensor, windows_per_clip: Tensor | Sequence[int]) -> AudioStates:
-        """Encode clips once, for any number of questions: windows [S, 160000] of C clips -> `AudioStates`."""
+    def encode_audio(
+        self,
+        waveforms: Tensor | None,
+        windows_per_clip: Tensor | Sequence[int],
+        *,
+        tower_features: Tensor | None = None,
+    ) -> AudioStates:
+        """Encode clips once, for any number of questions: windows [S, 160000] of C clips -> `AudioStates`.
+
+        Args:
+            tower_features: [S, F, D], what the tower made of the windows before; it is not run then.
+        """
+        windows = waveforms if tower_features is None else tower_features
         counts = windows_per_clip.tolist() if isinstance(windows_per_clip, Tensor) else list(windows_per_clip)
-        if not counts or min(counts) < 1 or sum(counts) != waveforms.shape[0]:
-            raise ValueError(f"windows_per_clip {counts} must be 1 or more each, {len(waveforms)} (the windows) in all")
+        num_windows = 0 if windows is None else len(windows)
+        if not counts or min(counts) < 1 or sum(counts) != num_windows:
+            raise ValueError(f"windows_per_clip {counts} must be 1 or more each, {num_windows} (the windows) in all")
         if max(counts) > self.config.max_windows:
             raise ValueError(
                 f"a clip of {max(counts)} windows is over the limit of {self.config.max_windows}: "
                 "cut it when making windows, or raise max_windows in the configuration"
             )
-        features = self.audio_tower(waveforms)  # [S, F, D]
+        features = self.audio_tower(waveforms) if tower_features is None else tower_features.to(self.dtype)  # [S, F, D]
         if self.config.audio_features == "pooled":
             features = features.mean(dim=1, keepdim=True)
         lengths = [count * features.shape[1] for count in counts]
@@ -232,6 +244,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         answers_only: bool = False,
+        tower_features: Tensor | None = None,
         **kwargs: Any,
     ) -> AudioFlamingo2Output:
         """One pass over text, hearing clips given as waveforms or as states encoded before, or none.
@@ -247,14 +260,16 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions, or the positions in a tensor; 0 for all.
             answers_only: with `labels`, compute logits [N, V] only where the next token is an answer token, in the
                 order of `labels[:, 1:][labels[:, 1:] != -100]`: a fraction of the memory with a large vocabulary.
+            tower_features: [S, F, D], in place of waveforms: what the tower made of them before.
         """
         cache = past_key_values
         if cache is None and use_cache:
             cache = AudioCache(config=self.config.text_config)
-        if waveforms is not None and audio_states is None and (cache is None or cache.tokens_heard is None):
+        is_given = waveforms is not None or tower_features is not None
+        if is_given and audio_states is None and (cache is None or cache.tokens_heard is None):
             if windows_per_clip is None:
                 raise ValueError("windows_per_clip is needed beside waveforms: the number of windows of each clip")
-            audio_states = self.encode_audio(waveforms, windows_per_clip)
+            audio_states = self.encode_audio(waveforms, windows_per_clip, tower_features=tower_features)
         if audio_states is not None and cache is not None and not isinstance(cache, AudioCache):
             raise ValueError(f"audio needs an AudioCache for past_key_values, not {type(cache).__name__}")
         numbers = text_numbers(attention_mask, self.config.text_config)

@@ -1,13 +1,25 @@
 """Checkpoints: everything a worker group needs to go on as if nothing had happened.
 
 Engine state (what trains, optimiser, schedule) through DeepSpeed without the frozen parameters, which come from the
-stage's start; each rank's random state; step and cursor. A 3B model with a frozen LM so saves only what trains.
+stage's start; each rank's random state; step and cursor; and in `checkpoint.json` how many workers and which recipe
+made it. A 3B model with a frozen LM so saves only what trains. Ray Train registers a checkpoint once all of it has
+reached storage, so a half-written one is never gone on from.
+
+Another number of workers takes the same checkpoint through DeepSpeed's universal form, converted once a node: the
+cursor counts rows of the plan, not steps of a rank, so it stays. Random states of the ranks do not carry over then.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +27,54 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
+
+TAG = "engine"
+BEST = 10**12  # added to the step that a checkpoint is kept by: any that was best outlasts any that was not
 
 
 @dataclass
 class State:
-    """Where a stage stands: optimiser steps done and plan rows consumed by all ranks together."""
+    """Where a stage stands: optimiser steps done, plan rows consumed by all ranks, best validation loss so far."""
 
     step: int = 0
     cursor: int = 0
+    best: float | None = None
 
 
-def save(engine: Any, state: State, report: dict[str, Any], *, last: bool) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on this node's disk, and how many workers made it."""
+
+    folder: Path
+    world_size: int
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether another number of workers goes on from it."""
+        return self.world_size != ray.train.get_context().get_world_size()
+
+
+def save(engine: Any, state: State, report: dict[str, Any], *, recipe: str, last: bool, is_best: bool = False) -> None:
     """Save on every rank and report to Ray Train (a barrier).
 
-    The last save of a stage waits until it has reached storage; the others upload while training goes on.
+    Args:
+        report: metrics that travel along.
+        recipe: fingerprint of the recipe.
+        last: wait until it has reached storage; others upload while training goes on.
+        is_best: whether validation was never better; such checkpoints are kept before others.
     """
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
     folder = Path(tempfile.mkdtemp(prefix="af2_ray_checkpoint_"))
-    engine.save_checkpoint(str(folder), tag="engine", client_state=asdict(state), exclude_frozen_parameters=True)
-    torch.save(_random_state(), folder / f"random_{rank}.pt")
+    engine.save_checkpoint(str(folder), tag=TAG, client_state=asdict(state), exclude_frozen_parameters=True)
+    torch.save(_random_state(), folder / f"random_{context.get_world_rank()}.pt")
+    if context.get_world_rank() == 0:
+        told = {"recipe": recipe, "world_size": context.get_world_size(), **asdict(state)}
+        (folder / "checkpoint.json").write_text(json.dumps(told))
     ray.train.report(
-        report | asdict(state),
+        report | asdict(state) | {"keep": state.step + (BEST if is_best else 0)},
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step_{state.step:06d}",
         checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
@@ -45,28 +82,81 @@ def save(engine: Any, state: State, report: dict[str, Any], *, last: bool) -> No
     )
 
 
-def restore(engine: Any) -> State:
-    """Load the last checkpoint of this run into the engine, or start at zero.
+@contextmanager
+def latest(recipe: str) -> Iterator[Saved | None]:
+    """The last checkpoint of this run, on this node's disk for as long as the block lasts; none at the first start.
+
+    Raises:
+        RuntimeError: it is not of this recipe.
+    """
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as name:
+        yield read_saved(Path(name), recipe)
+
+
+def read_saved(folder: Path, recipe: str) -> Saved:
+    """What a checkpoint folder says of itself; `RuntimeError` if it is not of this recipe."""
+    path = folder / "checkpoint.json"
+    if not path.is_file():
+        raise RuntimeError(f"{folder} has no checkpoint.json: not a whole checkpoint; remove it to use the one before")
+    told = json.loads(path.read_text())
+    if told["recipe"] != recipe:
+        raise RuntimeError(
+            f"{folder} was saved by recipe {told['recipe']}, not {recipe}: go on with that one, or fork the run "
+            "(jobs/train.py --fork)"
+        )
+    return Saved(folder, int(told["world_size"]))
+
+
+def restore(engine: Any, saved: Saved | None) -> State:
+    """Load a checkpoint into the engine, or start at zero.
 
     Raises:
         RuntimeError: the checkpoint does not hold exactly the parameters that train.
     """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    if saved is None:
         return State()
-    rank = ray.train.get_context().get_world_rank()
-    with checkpoint.as_directory() as folder:
-        path, client = engine.load_checkpoint(folder, tag="engine", custom_load_fn=_load_trained)
-        if path is None:
-            raise RuntimeError(f"checkpoint {folder} holds no engine state; remove it to start from the one before")
-        random_path = Path(folder) / f"random_{rank}.pt"
-        if random_path.is_file():
-            _set_random_state(torch.load(random_path, weights_only=True))
-    return State(step=client["step"], cursor=client["cursor"])
+    if saved.is_resized and engine.zero_optimization():
+        with _universal(saved) as folder:
+            path, client = engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_load_trained)
+    else:
+        path, client = engine.load_checkpoint(str(saved.folder), tag=TAG, custom_load_fn=_load_trained)
+    if path is None:
+        raise RuntimeError(f"checkpoint {saved.folder} holds no engine state; remove it to start from the one before")
+    random_path = saved.folder / f"random_{ray.train.get_context().get_world_rank()}.pt"
+    if random_path.is_file() and not saved.is_resized:
+        _set_random_state(torch.load(random_path, weights_only=True))
+    return State(step=client["step"], cursor=client["cursor"], best=client["best"])
+
+
+@contextmanager
+def _universal(saved: Saved) -> Iterator[Path]:
+    """The folder of the checkpoint's universal form, made by this node's first worker and removed afterwards."""
+    mark = hashlib.sha256(f"{saved.folder} {ray.train.get_context().get_world_size()}".encode()).hexdigest()[:12]
+    target = Path(tempfile.gettempdir()) / f"af2_ray_universal_{mark}"
+    is_first = ray.train.get_context().get_local_rank() == 0
+    if is_first:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        folders = ("--input_folder", str(saved.folder / TAG), "--output_folder", str(target / TAG))
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"{saved.folder} could not be converted for another number of workers: {done.stderr[-2000:]}"
+            )
+    dist.barrier()
+    yield target
+    dist.barrier()
+    if is_first:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def _load_trained(*, src: dict[str, torch.Tensor], dst: nn.Module) -> None:
-    """Load what was saved; what is missing must be exactly what is frozen (it came with the stage's start)."""
+    """Load what trains; frozen parameters stay as the stage's start has them, and only they may be missing."""
     result = dst.load_state_dict(src, strict=False)
     trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     lost = trained & set(result.missing_keys)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.models.htsat import AudioTower
@@ -79,6 +82,14 @@ def schedule(settings: Optimizer, num_steps: int, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def batch_factor(settings: Optimizer, num_labels: int) -> float:
+    """Learning-rate factor of a step with so many answer tokens: their share of `batch_labels`, or its square root."""
+    if settings.batch_rule == "none" or settings.batch_labels is None:
+        return 1.0
+    share = num_labels / settings.batch_labels
+    return share if settings.batch_rule == "linear" else math.sqrt(share)
+
+
 def deepspeed_config(
     settings: DeepSpeedSettings, optimizer: Optimizer, *, accumulation: int, bf16: bool
 ) -> dict[str, Any]:
@@ -100,9 +111,19 @@ def deepspeed_config(
 
 
 def start_engine(
-    model: nn.Module, settings: DeepSpeedSettings, optimizer: Optimizer, *, num_steps: int, accumulation: int
+    model: nn.Module,
+    settings: DeepSpeedSettings,
+    optimizer: Optimizer,
+    *,
+    num_steps: int,
+    accumulation: int,
+    universal: bool = False,
 ) -> Any:
-    """Wrap a model whose `requires_grad` flags are set in a DeepSpeed engine, on this worker's device."""
+    """Wrap a model whose `requires_grad` flags are set in a DeepSpeed engine, on this worker's device.
+
+    Args:
+        universal: it will be given a checkpoint in DeepSpeed's universal form, of another number of workers.
+    """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -115,14 +136,31 @@ def start_engine(
         deepspeed.utils.set_z3_leaf_modules(model, [AudioTower], raise_if_not_found=False)
     adamw = torch.optim.AdamW(optimizer_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas)
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: schedule(optimizer, num_steps, step))
+    config = deepspeed_config(settings, optimizer, accumulation=accumulation, bf16=bf16)
+    if universal and config["zero_optimization"]["stage"]:
+        config = _merge(config, {"checkpoint": {"load_universal": True}})
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=adamw,
         lr_scheduler=lr_schedule,
-        config=deepspeed_config(settings, optimizer, accumulation=accumulation, bf16=bf16),
+        config=config,
         dist_init_required=False,
     )
     return engine
+
+
+def checkpoint_activations(model: nn.Module, *, layers: bool, tower: bool) -> None:
+    """Recompute activations in the backward pass: of every transformer layer, of the tower's blocks.
+
+    Only the layers' own flags are set, not the mode of what is in them: nothing starts to drop out. Non-reentrant, for
+    the audio reaches cross-attention by keyword, where the other kind would lose its gradient.
+    """
+    for module in model.modules():
+        is_layer = layers and isinstance(module, GradientCheckpointingLayer)
+        if is_layer or (tower and isinstance(module, AudioTower) and module.trains):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            module.training = True
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

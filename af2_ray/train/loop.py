@@ -1,8 +1,7 @@
 """The training loop of one worker: the same for every task, stage and device.
 
-One optimiser step takes one group of plan rows, `accumulation` of them on each rank. Labels of the whole group are
-counted over all ranks before the first backward, so losses need no correction afterwards; what DeepSpeed divides by
-(ranks and micro-batches) is multiplied back. Nothing waits for a rank that ran dry: all ranks get equally many rows.
+One optimiser step (`step.Step`) takes one group of plan rows, `accumulation` of them on each rank. Nothing waits for a
+rank that ran dry: all ranks get equally many rows.
 """
 
 from __future__ import annotations
@@ -26,15 +25,20 @@ from af2_ray.config import DeepSpeedSettings
 from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
 from af2_ray.train import checkpoint
+from af2_ray.train.accounts import Meter, gates, memory_gib
 from af2_ray.train.checkpoint import State
-from af2_ray.train.engine import start_engine
+from af2_ray.train.engine import checkpoint_activations, start_engine
 from af2_ray.train.lora import merge_lora
 from af2_ray.train.run import replacing
-from af2_ray.train.task import Task
+from af2_ray.train.step import Step
+from af2_ray.train.task import Task, plain
+from af2_ray.train.validation import Band, validate
 
 logger = logging.getLogger(__name__)
 
 REPORT_EVERY = 10  # steps whose metrics travel together: a report is a barrier of some milliseconds
+PREEMPTION_EVERY = 5  # steps between looks for a notice that a node will be taken away (a barrier as well)
+NORMS_EVERY = 50  # steps between gradient norms by group, for which all gradients are gathered
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class LoopConfig:
     checkpoint_every: int
     threads: int
     seed: int
+    recipe: str = ""  # its fingerprint: a checkpoint of another one is refused
+    bands: tuple[Band, ...] = ()
+    activation_checkpointing: bool = False
+    tower_checkpointing: bool = False
 
 
 def train_loop(config: dict[str, LoopConfig]) -> None:
@@ -58,78 +66,99 @@ def train_loop(config: dict[str, LoopConfig]) -> None:
     _quiet(loop, context.get_world_rank())
     torch.manual_seed(loop.seed)
     accumulation = loop.step_batches // context.get_world_size()
-    engine = start_engine(
-        loop.task.build(), loop.deepspeed, loop.task.optimizer, num_steps=loop.num_steps, accumulation=accumulation
-    )
-    state = checkpoint.restore(engine)
+    model = loop.task.build()
+    checkpoint_activations(model, layers=loop.activation_checkpointing, tower=loop.tower_checkpointing)
+    meter = Meter(loop.task, model, context.get_world_size())
+    with checkpoint.latest(loop.recipe) as saved:
+        engine = start_engine(
+            model,
+            loop.deepspeed,
+            loop.task.optimizer,
+            num_steps=loop.num_steps,
+            accumulation=accumulation,
+            universal=saved is not None and saved.is_resized,
+        )
+        state = checkpoint.restore(engine, saved)
     batches = iter_batches(ray.train.get_dataset_shard("train"), loop.task.batch_type)
-    _train(engine, loop, state, batches, accumulation)
+    _Stage(engine, loop, state, meter).train(batches, accumulation)
     _export(engine, loop, is_first=context.get_world_rank() == 0)
 
 
-def _train(engine: Any, loop: LoopConfig, state: State, batches: Iterator[Any], accumulation: int) -> None:
-    step = _Step(engine, loop.task)
-    history: list[dict[str, float]] = []
-    failures: list[Failure] = []
-    started = time.perf_counter()
-    while state.step < loop.num_steps:
-        rows = list(islice(batches, accumulation))
-        if len(rows) < accumulation:
-            raise RuntimeError(f"the feed ended at step {state.step} of {loop.num_steps}; the plan is too short")
-        waited = time.perf_counter() - started
-        metrics = step(rows)
-        state.step += 1
-        state.cursor += loop.step_batches
-        now = time.perf_counter()
-        history.append({"step": state.step, **metrics, "wait_s": waited, "step_s": now - started})
-        failures.extend(failure for row in rows for failure in row.failures)
-        started = now
+class _Stage:
+    """A stage under way: steps, and what is told of them."""
+
+    def __init__(self, engine: Any, loop: LoopConfig, state: State, meter: Meter) -> None:
+        self._engine, self._loop, self._state, self._meter = engine, loop, state, meter
+        self._history: list[dict[str, float]] = []
+        self._failures: list[Failure] = []
+        self._told_preemption = False
+
+    def train(self, batches: Iterator[Any], accumulation: int) -> None:
+        """All steps from the state's on."""
+        loop, state = self._loop, self._state
+        step = Step(self._engine, loop.task)
+        reported = 0.0
+        started = time.perf_counter()
+        while state.step < loop.num_steps:
+            rows = list(islice(batches, accumulation))
+            if len(rows) < accumulation:
+                raise RuntimeError(f"the feed ended at step {state.step} of {loop.num_steps}; the plan is too short")
+            waited = time.perf_counter() - started
+            metrics = step(rows, with_norms=(state.step + 1) % NORMS_EVERY == 0)
+            state.step += 1
+            state.cursor += loop.step_batches
+            self._account(
+                rows, metrics, wait_s=waited, report_s=reported, work_s=time.perf_counter() - started - waited
+            )
+            started = time.perf_counter()
+            self._report()
+            reported = time.perf_counter() - started
+            started = time.perf_counter()
+
+    def _account(
+        self, rows: list[Any], metrics: dict[str, float], *, wait_s: float, report_s: float, work_s: float
+    ) -> None:
+        """A line of the history; `step_s` is all the time since the line before."""
+        seconds = {"wait_s": wait_s, "report_s": report_s, "step_s": wait_s + report_s + work_s}
+        cached = rows[0].waveforms.ndim == 3
+        rates = self._meter(metrics, seconds["step_s"], cached=cached)
+        self._history.append({"step": self._state.step, **metrics, **seconds, **rates})
+        self._failures.extend(failure for row in rows for failure in row.failures)
+
+    def _report(self) -> None:
+        """Report where it is due, with a checkpoint where that is due or the node is about to go."""
+        loop, state = self._loop, self._state
         is_last = state.step == loop.num_steps
-        if is_last or state.step % loop.checkpoint_every == 0:
-            checkpoint.save(engine, state, {"history": history, "failures": failures}, last=is_last)
+        leaving = state.step % PREEMPTION_EVERY == 0 and self._is_preempted()
+        if is_last or leaving or state.step % loop.checkpoint_every == 0:
+            self._checkpoint(last=is_last or leaving, validates=not leaving)
         elif state.step % REPORT_EVERY == 0:
-            ray.train.report({"history": history, "failures": failures})
+            ray.train.report(self._told())
         else:
-            continue
-        history, failures = [], []
+            return
+        self._history, self._failures = [], []
 
+    def _checkpoint(self, *, last: bool, validates: bool) -> None:
+        loop, state = self._loop, self._state
+        found = validate(self._engine, plain(loop.task), loop.bands) if validates and loop.bands else {}
+        loss = found.get("val/own")
+        is_best = loss is not None and (state.best is None or loss < state.best)
+        if is_best:
+            state.best = loss
+        told = self._told() | {"validation": found, "is_best": is_best}
+        checkpoint.save(self._engine, state, told, recipe=loop.recipe, last=last, is_best=is_best)
 
-class _Step:
-    """One optimiser step over this rank's rows of a group."""
+    def _told(self) -> dict[str, Any]:
+        self._history[-1] |= {"memory_gib": memory_gib(), **gates(self._engine)}
+        return {"history": self._history, "failures": self._failures}
 
-    def __init__(self, engine: Any, task: Task) -> None:
-        self._engine = engine
-        self._task = task
-
-    def __call__(self, rows: list[Any]) -> dict[str, float]:
-        engine, device = self._engine, self._engine.device
-        num_failed = sum(len(row.failures) for row in rows)
-        num_windows = sum(len(row.waveforms) for row in rows)
-        num_clips = sum(row.num_clips for row in rows)
-        counts = torch.tensor([sum(map(self._task.count, rows)), num_windows, num_clips, num_failed], device=device)
-        dist.all_reduce(counts)
-        total, windows, clips, failed = counts.tolist()
-        undo = dist.get_world_size() * len(rows)  # DeepSpeed averages over both
-        loss_sum = torch.zeros((), device=device)
-        for row in rows:
-            loss = self._task.loss(engine, row.to(device), total)
-            engine.backward(loss * undo)
-            lr = engine.get_lr()[0]
-            engine.step()
-            loss_sum += loss.detach().float()
-        dist.all_reduce(loss_sum)
-        if not torch.isfinite(loss_sum):
-            raise FloatingPointError(f"the loss is {loss_sum.item()}; lower optimizer.lr or use fp32")
-        norm = engine.get_global_grad_norm()
-        return {
-            "loss": float(loss_sum),
-            "lr": float(lr),
-            "grad_norm": float(norm) if norm is not None else float("nan"),
-            "labels": total,
-            "windows": windows,
-            "clips": clips,
-            "set_aside": failed,
-        }
+    def _is_preempted(self) -> bool:
+        """Whether a node has just been given notice; said once, on all ranks alike (a barrier)."""
+        if self._told_preemption or ray.train.get_preemption_info() is None:
+            return False
+        self._told_preemption = True
+        logger.warning("a node is about to be preempted: saving a checkpoint at step %d", self._state.step)
+        return True
 
 
 def _export(engine: Any, loop: LoopConfig, *, is_first: bool) -> None:

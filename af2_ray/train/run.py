@@ -55,9 +55,10 @@ class Run:
         if saved.exists():
             before = load_recipe(saved)
             if before.fingerprint() != recipe.fingerprint():
+                difference = _difference(before.to_yaml(), recipe.to_yaml())
                 raise ValueError(
-                    f"{path} holds a run of another recipe; give another --run, or its own recipe. It differs in:\n"
-                    + _difference(before.to_yaml(), recipe.to_yaml())
+                    f"{path} holds a run of another recipe; give its own recipe, or another --run (and --fork {path}, "
+                    f"to start from what this one has finished). It differs in:\n{difference}"
                 )
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(saved, recipe.to_yaml())

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from af2_ray.config import Dataset, Stage
-from af2_ray.data.batching import Plan, plan_steps, text_lengths
+from af2_ray.config import Dataset, Recipe, Stage
+from af2_ray.data.batching import Plan, plan, plan_steps, text_lengths, window_counts
 from af2_ray.data.collate import LmCollator
 from af2_ray.data.columns import check_table
 from af2_ray.data.durations import fill_durations
+from af2_ray.data.features import FeatureStore
 from af2_ray.data.formats import read_table
 from af2_ray.data.manifest import Sample
 from af2_ray.data.quarantine import Failure, Quarantine
@@ -32,11 +33,13 @@ from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
 from af2_ray.text import AUDIO, SPECIAL_TOKENS
 from af2_ray.train.clap import train_clap
+from af2_ray.train.features import cache_features
 from af2_ray.train.language_model import prepare_lm
 from af2_ray.train.run import Run, finished, mark_finished, read_metrics, replacing
 from af2_ray.train.task import LmTask
 from af2_ray.train.tracking import Tracker
 from af2_ray.train.trainer import Job, fit
+from af2_ray.train.validation import Band
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +76,58 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
         return done
     tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
     max_tokens = run.recipe.model.max_text_tokens
+    made = plan_stage(run, stage, tokenizer)
+    began = time.perf_counter()
+    source = _features(run, stage, start, made) if stage.features == "cached" else None
     job = Job(
         name=stage.name,
         folder=folder,
-        task=LmTask(start, stage.optimizer, tuple(stage.trainable), stage.lora),
-        plan=plan_stage(run, stage, tokenizer),
-        collator=LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=max_tokens),
+        task=LmTask(start, stage.optimizer, tuple(stage.trainable), stage.lora, stage.label_smoothing, stage.z_loss),
+        plan=made,
+        collator=LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=max_tokens, source=source),
         num_steps=stage.steps,
         checkpoint_every=stage.checkpoint_every,
+        bands=validation_bands(run, stage, tokenizer),
+        facts={"features_s": round(time.perf_counter() - began, 1)} if source else {},
     )
     return fit(run, job, tracker)
+
+
+def _features(run: Run, stage: Stage, start: Path, made: Plan[Sample]) -> FeatureStore:
+    """What the tower that a stage starts from makes of the stage's clips, kept in the run."""
+    recipe = run.recipe
+    return cache_features(
+        made,
+        start,
+        run.root / "features",
+        settings=recipe.feature_cache,
+        max_windows=stage.max_windows,
+        cluster=recipe.cluster,
+        deepspeed=recipe.deepspeed,
+    )
+
+
+def validation_bands(run: Run, stage: Stage, tokenizer: Any) -> tuple[Band, ...]:
+    """The validation of this stage and of those before it, each under its own number of windows."""
+    bands = []
+    max_tokens = run.recipe.model.max_text_tokens
+    stages = run.recipe.stages
+    for band in stages[: stages.index(stage) + 1]:
+        samples = [sample for dataset in band.validation for sample in usable_samples(run, dataset)]
+        if not samples:
+            continue
+        made = plan(
+            samples,
+            windows=window_counts(samples, band.max_windows),
+            text_lengths=text_lengths(tokenizer, samples, max_tokens=max_tokens),
+            budget=band.budget.model_copy(
+                update={"step_batches": run.recipe.cluster.num_workers, "balanced_rows": None}
+            ),
+            seed=run.recipe.seed,
+        )
+        collator = LmCollator(tokenizer, max_windows=band.max_windows, max_text_tokens=max_tokens)
+        bands.append(Band(band.name, made, collator, is_own=band is stage))
+    return tuple(bands)
 
 
 def plan_stage(run: Run, stage: Stage, tokenizer: Any) -> Plan[Sample]:
@@ -121,24 +166,7 @@ def assemble(run: Run) -> Path:
     clap_folder = recipe.audio.weights or run.clap_dir / "model"
     audio_tower = AfClapModel.from_pretrained(clap_folder, dtype=torch.float32).audio_tower
     audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO)
-    config = AudioFlamingo2Config(
-        audio_config=audio_tower.config,
-        text_config=language_model.config,
-        audio_token_id=audio_token_id,
-        fusion=recipe.fusion,
-        audio_features=recipe.audio.features,
-        cross_attn_every=recipe.cross_attention.every,
-        cross_attn_heads=recipe.cross_attention.num_heads,
-        cross_attn_head_dim=recipe.cross_attention.head_dim,
-        cross_attn_ff_mult=recipe.cross_attention.ff_mult,
-        transform_layers=recipe.transform.num_layers,
-        transform_heads=recipe.transform.num_heads,
-        transform_inner_size=recipe.transform.inner_size,
-        transform_rope_base=recipe.transform.rope_base,
-        transform_time_features=recipe.transform.time_features,
-        transform_moments=recipe.transform.moments,
-        max_windows=max(stage.max_windows for stage in run.recipe.stages),
-    )
+    config = model_config(run.recipe, audio_tower.config, language_model.config, audio_token_id)
     model = AudioFlamingo2ForConditionalGeneration.from_parts(config, language_model, audio_tower)
     if recipe.lm.pretrain:  # this LM was trained with the added tokens in its own table
         rows = language_model.get_input_embeddings().weight[audio_token_id:]
@@ -150,6 +178,29 @@ def assemble(run: Run) -> Path:
         )
     mark_finished(run.start_dir, {"parameters": model.num_parameters()})
     return target
+
+
+def model_config(recipe: Recipe, audio_config: Any, text_config: Any, audio_token_id: int) -> AudioFlamingo2Config:
+    """The whole model's configuration, from a recipe and the configurations of its tower and its LM."""
+    settings = recipe.model
+    return AudioFlamingo2Config(
+        audio_config=audio_config,
+        text_config=text_config,
+        audio_token_id=audio_token_id,
+        fusion=settings.fusion,
+        audio_features=settings.audio.features,
+        cross_attn_every=settings.cross_attention.every,
+        cross_attn_heads=settings.cross_attention.num_heads,
+        cross_attn_head_dim=settings.cross_attention.head_dim,
+        cross_attn_ff_mult=settings.cross_attention.ff_mult,
+        transform_layers=settings.transform.num_layers,
+        transform_heads=settings.transform.num_heads,
+        transform_inner_size=settings.transform.inner_size,
+        transform_rope_base=settings.transform.rope_base,
+        transform_time_features=settings.transform.time_features,
+        transform_moments=settings.transform.moments,
+        max_windows=max(stage.max_windows for stage in recipe.stages),
+    )
 
 
 def _language_model(run: Run, tracker: Tracker, watch: Watch) -> dict[str, Any]:

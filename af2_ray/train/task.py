@@ -7,7 +7,7 @@ cut into ranks and micro-batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,9 @@ class Task(Protocol):
     def count(self, batch: Any) -> int:
         """What a batch contributes to the step's global count."""
 
+    def tokens(self, batch: Any) -> int:
+        """Text tokens of a batch, without padding."""
+
     def loss(self, model: nn.Module, batch: Any, total: int) -> Tensor:
         """This rank's share of the step's loss: its sum divided by the global `total`."""
 
@@ -57,6 +60,8 @@ class LmTask:
     optimizer: Optimizer
     trainable: tuple[str, ...]
     lora: Lora | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     @property
     def batch_type(self) -> type[LmBatch]:
@@ -74,20 +79,38 @@ class LmTask:
         """Answer tokens: labels that some position predicts."""
         return int((batch.labels[:, 1:] != IGNORE).sum())
 
+    def tokens(self, batch: LmBatch) -> int:
+        """Tokens of prompts and answers."""
+        return int(batch.attention_mask.sum())
+
     def loss(self, model: nn.Module, batch: LmBatch, total: int) -> Tensor:
         """Summed cross-entropy over answer tokens, divided by the step's global number of them."""
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            waveforms=batch.waveforms,
+            **_heard(batch.waveforms),
             windows_per_clip=batch.windows_per_clip,
             audio_index=batch.audio_index,
             labels=batch.labels,
             answers_only=True,
         )
         targets = batch.labels[:, 1:]
-        loss, _ = token_loss_sum(output.logits, targets[targets != IGNORE])
+        loss, _ = token_loss_sum(
+            output.logits, targets[targets != IGNORE], label_smoothing=self.label_smoothing, z_loss=self.z_loss
+        )
         return loss / max(total, 1)
+
+
+def plain(task: Any) -> Any:
+    """The task with its loss as it is measured: without label smoothing and z-loss."""
+    return replace(task, label_smoothing=0.0, z_loss=0.0) if isinstance(task, LmTask) else task
+
+
+def _heard(windows: Tensor) -> dict[str, Tensor]:
+    """The model's argument for windows [S, 160000], or for the tower's features [S, F, D] (int16: bits of bf16)."""
+    if windows.dim() == 2:
+        return {"waveforms": windows}
+    return {"tower_features": windows.view(torch.bfloat16) if windows.dtype == torch.int16 else windows}
 
 
 @dataclass(frozen=True)
@@ -118,6 +141,10 @@ class ClapTask:
     def count(self, batch: ClapBatch) -> int:
         """Clips with a caption; the silence that stands for a row of broken files has none."""
         return int(batch.caption_owner.unique().numel())
+
+    def tokens(self, batch: ClapBatch) -> int:
+        """Tokens of all captions."""
+        return int(batch.text_mask.sum())
 
     def loss(self, model: nn.Module, batch: ClapBatch, total: int) -> Tensor:
         """Loss rows of this rank's clips against the positives of all ranks, divided by all clips of the step."""

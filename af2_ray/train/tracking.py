@@ -141,6 +141,11 @@ class ReportCallback(UserCallback):
             self._tracker = Tracker(run)
             self._quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
         self._tracker.log_history(self._mlflow_id, history)
+        if validation := metrics[0].get("validation"):
+            row = {"step": metrics[0]["step"], **validation, "val/is_best": float(metrics[0]["is_best"])}
+            with (self._folder / "validation.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self._tracker.log_history(self._mlflow_id, [row])
         failures = [failure for rank in metrics for failure in rank["failures"]]
         self._quarantine.add(failures, sum(row["clips"] for row in history))
 

@@ -10,25 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from pyarrow.fs import FileSystem, FileType
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
 from ray.train.torch import TorchTrainer
 
-from af2_ray.config import Cluster
 from af2_ray.data.batching import Plan
 from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config, make_dataset
 from af2_ray.train.loop import LoopConfig, train_loop
+from af2_ray.train.resources import scaling
 from af2_ray.train.run import Run, mark_finished, read_metrics, write_atomic
 from af2_ray.train.task import Task
 from af2_ray.train.tracking import ReportCallback, Tracker
+from af2_ray.train.validation import Band
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Job:
     collator: Collator
     num_steps: int
     checkpoint_every: int
+    bands: tuple[Band, ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)  # of its preparation, told with the others
 
 
 def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
@@ -74,53 +77,48 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
         checkpoint_every=job.checkpoint_every,
         threads=recipe.cluster.threads_per_worker,
         seed=recipe.seed,
+        recipe=recipe.fingerprint(),
+        bands=job.bands,
+        activation_checkpointing=recipe.deepspeed.activation_checkpointing,
+        tower_checkpointing=recipe.model.audio.gradient_checkpointing,
     )
+    storage = checkpoint_storage(run, job)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"loop": loop},
         scaling_config=scaling(recipe.cluster),
-        datasets={"train": _feed(job, recipe.cluster.decode_cpus)},
+        datasets={"train": _feed(job, storage, recipe.cluster.decode_cpus)},
         dataset_config=data_config(),
         run_config=RunConfig(
             name="train",
-            storage_path=str(job.folder),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=recipe.faults.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoints.keep, checkpoint_score_attribute="keep"),
             callbacks=[ReportCallback(run.root, job.folder, mlflow_id)],
         ),
     )
     trainer.fit()
-    facts = {"name": job.name, **summary(job), "seconds": round(time.perf_counter() - started, 1)}
+    facts = {"name": job.name, **job.facts, **summary(job), "seconds": round(time.perf_counter() - started, 1)}
     tracker.log_metrics(mlflow_id, {f"final/{key}": value for key, value in facts.items() if _is_number(value)})
     tracker.finish(job.name)
     return mark_finished(job.folder, facts)
 
 
-def scaling(cluster: Cluster) -> ScalingConfig:
-    """Workers of a job; `gpus: auto` gives each one a GPU where the cluster has enough of them.
-
-    Raises:
-        RuntimeError: the cluster as it is now can never hold the workers (it would wait silently for ever).
-    """
-    have = ray.cluster_resources()
-    use_gpu = cluster.gpus == "yes" or (cluster.gpus == "auto" and have.get("GPU", 0) >= cluster.num_workers)
-    needed = cluster.num_workers * cluster.cpus_per_worker + cluster.decode_cpus
-    if not use_gpu and have.get("CPU", 0) < needed:
-        raise RuntimeError(
-            f"{cluster.num_workers} workers of {cluster.cpus_per_worker} CPUs and a decode task need {needed:g} CPUs, "
-            f"the Ray cluster has {have.get('CPU', 0):g}; lower cluster.num_workers or cluster.cpus_per_worker"
-        )
-    return ScalingConfig(
-        num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
-    )
+def checkpoint_storage(run: Run, job: Job) -> str:
+    """Where a job's checkpoints go: its folder, or the same place below `checkpoints.storage`."""
+    storage = run.recipe.checkpoints.storage
+    if storage is None:
+        return str(job.folder)
+    base = storage if "://" in storage else str(Path(storage).absolute())
+    return f"{base.rstrip('/')}/{run.root.name}/{job.folder.relative_to(run.root)}"
 
 
-def last_cursor(folder: Path) -> int:
-    """Plan rows that the last checkpoint of a job had consumed; 0 before the first one."""
-    path = folder / "train"
-    if not (path / "checkpoint_manager_snapshot.json").is_file():
+def last_cursor(storage: str) -> int:
+    """Plan rows that the last checkpoint in a job's storage had consumed; 0 before the first one."""
+    filesystem, path = FileSystem.from_uri(storage)
+    if filesystem.get_file_info(f"{path}/train/checkpoint_manager_snapshot.json").type == FileType.NotFound:
         return 0
-    metrics = Result.from_path(str(path)).metrics
+    metrics = Result.from_path(f"{storage}/train").metrics
     return int(metrics["cursor"]) if metrics else 0
 
 
@@ -136,6 +134,7 @@ def summary(job: Job) -> dict[str, Any]:
         "loss_last": float(np.mean(losses[-LOSS_WINDOW:])),
         "windows_per_s": round(sum(row["windows"] for row in steady) / seconds, 2) if seconds else 0.0,
         "wait_share": round(sum(row["wait_s"] for row in steady) / seconds, 4) if seconds else 0.0,
+        "report_share": round(sum(row["report_s"] for row in steady) / seconds, 4) if seconds else 0.0,
         "set_aside": int(sum(row["set_aside"] for row in history)),
         "plan": job.plan.fingerprint,
         **asdict(job.plan.stats),
@@ -154,12 +153,12 @@ def _check_plan(job: Job) -> None:
         raise ValueError(f"{job.folder}: {error}") from error
 
 
-def _feed(job: Job, decode_cpus: float) -> Callable[[], ray.data.Dataset]:
+def _feed(job: Job, storage: str, decode_cpus: float) -> Callable[[], ray.data.Dataset]:
     """The dataset from the last checkpoint's cursor on; Ray calls it anew at every start of a worker group."""
 
     def dataset() -> ray.data.Dataset:
         last_step = len(job.plan) - job.plan.step_batches  # all trained, only the export missing: the feed is not read
-        start = min(last_cursor(job.folder), last_step)
+        start = min(last_cursor(storage), last_step)
         return make_dataset(job.plan, job.collator, start=start, decode_cpus=decode_cpus)
 
     return dataset

@@ -1,0 +1,79 @@
+"""A fork: a new run directory that starts with what another run has finished and a changed recipe leaves valid.
+
+Steps depend on one another in order (language model, AF-CLAP, start, stages), so the copy ends before the first step
+that the recipes make differently. Files are hard links where the file system allows it: a fork takes next to no room,
+and no finished step is ever written to again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from af2_ray.config import Recipe
+from af2_ray.train.run import Run, finished, write_atomic
+
+
+def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, list[str]]:
+    """Make the run directory `root` for a changed recipe, with the finished steps of `source` that it shares.
+
+    Returns:
+        The new run, and the names of the steps taken over.
+
+    Raises:
+        ValueError: `source` is no run, or `root` holds one already.
+    """
+    old = Run.load(source)
+    target = Path(root).absolute()
+    if (target / "recipe.yaml").exists():
+        raise ValueError(f"{target} holds a run already: give a new --run for the fork")
+    taken = []
+    for (name, mark, folder), (_, now, _) in zip(_steps(old.recipe), _steps(recipe), strict=False):
+        if mark != now or finished(old.root / folder) is None:
+            break
+        _link(old.root / folder, target / folder)
+        taken.append(name)
+    run = Run.open(recipe, target)
+    told = f"{old.root} {old.recipe.fingerprint()}: {', '.join(taken) or 'nothing'}\n"
+    write_atomic(target / "forked_from.txt", told)
+    return run, taken
+
+
+def _steps(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Name, fingerprint of all that decides it (what came before included) and folder of each step in order."""
+    told = recipe.model_dump(mode="json")
+    data = [stage["data"] for stage in told["stages"]]  # the small LM is trained on the text of all stages
+    model = told["model"]
+    reads = (told["seed"], told["corpus"], model["lm"], model["max_text_tokens"], data)
+    steps: list[tuple[str, Any, str]] = [("lm", reads, "lm")]
+    if recipe.clap is not None:
+        steps.append(("clap", (told["clap"], model["audio"], told["deepspeed"]), "clap"))
+    longest = max((stage.max_windows for stage in recipe.stages), default=0)
+    steps.append(("start", (model, longest), "start"))
+    caches = {key: value for key, value in told["feature_cache"].items() if key != "dir"}
+    for stage in told["stages"]:
+        kept = {key: value for key, value in stage.items() if key not in ("validation", "checkpoint_every")}
+        steps.append((stage["name"], (kept, told["deepspeed"], caches), f"stages/{stage['name']}"))
+    digest = hashlib.sha256()
+    marked = []
+    for name, decides, folder in steps:
+        digest.update(yaml.safe_dump([name, decides], sort_keys=True).encode())
+        marked.append((name, digest.hexdigest(), folder))
+    return marked
+
+
+def _link(source: Path, target: Path) -> None:
+    """A copy of a finished step without its checkpoints, as hard links where possible."""
+
+    def place(one: str, two: str) -> None:
+        try:
+            os.link(one, two)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(one, two)
+
+    shutil.copytree(source, target, copy_function=place, ignore=shutil.ignore_patterns("train"))

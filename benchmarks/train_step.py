@@ -1,0 +1,213 @@
+"""What training costs beside its arithmetic: time outside a step, a plain loop's speed, a frozen tower's cache, disk.
+
+A small corpus of rendered sounds and the models of recipe `tiny`, two workers of one thread. The last line is one JSON
+object:
+
+- `outside_share`: share of stage 2's time, after warm-up, spent waiting for data, reporting and checkpointing; goal: at
+  most 0.1.
+- `vs_plain`: questions a second of the same stage against a plain PyTorch loop, two DDP processes over batches decoded
+  and collated beforehand; goal: at least 0.85.
+- `cached_stage_speedup`: stage 3 over 3 epochs, the time of its steps with `features: cached` and of building the cache
+  against without; goal: above 1.3. Starting workers takes as long either way and is left out. `cached_loss_gap` is the
+  largest difference of a step's loss.
+- `checkpoint_share`: size of a stage-3 checkpoint over a full one (all weights and an optimiser for them, 12 bytes a
+  parameter), and `checkpoint_mb`.
+
+    python benchmarks/train_step.py [--quick] [--dir DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from af2_ray import console
+from af2_ray.config import Recipe, load_recipe
+from af2_ray.data.batching import plan, text_lengths, window_counts
+from af2_ray.data.collate import LmCollator
+from af2_ray.data.feed import iter_local
+from af2_ray.data.manifest import read_samples
+from af2_ray.synth.corpus import make_corpus
+from af2_ray.train.engine import optimizer_groups
+from af2_ray.train.fork import fork
+from af2_ray.train.run import Run, finished, read_metrics
+from af2_ray.train.stages import plan_stage, train_run
+from af2_ray.train.task import LmTask
+
+WORKERS = 2
+EPOCHS = 3
+WARMUP = 0.25  # of the steps
+
+
+def recipe_of(folder: Path, *, quick: bool, features: str = "audio") -> Recipe:
+    """Recipe tiny on a small corpus: short LM and AF-CLAP runs, stages 2 and 3."""
+    data = folder / "data"
+    scenes = (24, 10) if quick else (160, 40)
+    common = "split: train, captions_per_scene: 0, num_events: [1, 3]"
+    sets = [
+        f"{{name: short, {common}, num_scenes: {scenes[0]}, duration_s: [5, 30], questions_per_scene: 5}}",
+        f"{{name: long, {common}, num_scenes: {scenes[1]}, duration_s: [90, 180], questions_per_scene: 7}}",
+    ]
+    captions = f"[{{manifest: {data}/short/train.captions.jsonl}}]"
+    base = load_recipe(
+        "tiny",
+        [
+            f"corpus={{dir: {data}, sources: rendered, num_classes: 8, sets: [{', '.join(sets)}]}}",
+            "model.lm.pretrain.steps=4",
+            "model.lm.pretrain.reading=[]",
+            f"clap.captions={captions}",
+            "clap.warmup_captions=[]",
+            "clap.warmup_steps=0",
+            "clap.steps=2",
+            "clap.mel_statistics_clips=8",
+            f"stages.finetune.data=[{{manifest: {data}/short/train.json}}]",
+            f"stages.finetune.steps={12 if quick else 60}",
+            f"stages.finetune.checkpoint_every={6 if quick else 20}",
+            f"stages.long.data=[{{manifest: {data}/long/train.json}}]",
+            f"stages.long.features={features}",
+            "evaluation={}",
+        ],
+    )
+    return base.model_copy(update={"stages": base.stages[1:]})
+
+
+def steps_of(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe with as many steps in its last stage as `EPOCHS` epochs of its data have."""
+    stage = recipe.stages[-1]
+    samples = read_samples(stage.data[0].manifest)
+    tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
+    lengths = text_lengths(tokenizer, samples, max_tokens=recipe.model.max_text_tokens)
+    windows = window_counts(samples, stage.max_windows)
+    epoch = plan(samples, windows=windows, text_lengths=lengths, budget=stage.budget, seed=recipe.seed)
+    last = stage.model_copy(update={"steps": EPOCHS * epoch.num_steps, "checkpoint_every": 10**6})
+    return recipe.model_copy(update={"stages": [*recipe.stages[:-1], last]})
+
+
+def outside_share(folder: Path) -> float:
+    """Share of the steps' time spent outside forward, backward and update."""
+    history = read_metrics(folder)
+    steady = history[int(WARMUP * len(history)) :]
+    return sum(row["wait_s"] + row["report_s"] for row in steady) / sum(row["step_s"] for row in steady)
+
+
+def questions_per_s(folder: Path) -> float:
+    """Questions a second of a stage after warm-up."""
+    history = read_metrics(folder)
+    steady = history[int(WARMUP * len(history)) :]
+    return sum(row["questions"] for row in steady) / sum(row["step_s"] for row in steady)
+
+
+def plain_loop(rank: int, rows_path: str, start: str, recipe: Recipe, result_path: str) -> None:
+    """One of two processes of a loop without Ray, DeepSpeed, feed, checkpoints: DDP over batches that are there."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{result_path}.store", WORKERS)
+    dist.init_process_group("gloo", rank=rank, world_size=WORKERS, store=store)
+    stage = recipe.stages[0]
+    task = LmTask(Path(start), stage.optimizer, tuple(stage.trainable))
+    module = task.build()
+    model = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(optimizer_groups(module, stage.optimizer), betas=stage.optimizer.betas)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    rows = torch.load(rows_path, weights_only=False)[rank::WORKERS]
+    first = int(WARMUP * len(rows))
+    for number, row in enumerate(rows):
+        if number == first:
+            dist.barrier()
+            started = time.perf_counter()
+        task.loss(model, row, task.count(row)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, stage.optimizer.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.barrier()
+    if rank == 0:
+        Path(result_path).write_text(str(time.perf_counter() - started))
+    dist.destroy_process_group()
+
+
+def plain_questions_per_s(run: Run, folder: Path) -> float:
+    """Questions a second of `plain_loop` over the rows of the run's first stage."""
+    stage = run.recipe.stages[0]
+    tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
+    collator = LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=run.recipe.model.max_text_tokens)
+    rows = list(iter_local(plan_stage(run, stage, tokenizer), collator))
+    rows_path, result = folder / "rows.pt", folder / "plain_s.txt"
+    torch.save(rows, rows_path)
+    start = str(run.start_dir / "model")
+    mp.spawn(plain_loop, args=(str(rows_path), start, run.recipe, str(result)), nprocs=WORKERS)
+    first = int(WARMUP * (len(rows) // WORKERS)) * WORKERS
+    return sum(len(row.sample_ids) for row in rows[first:]) / float(result.read_text())
+
+
+def checkpoint_sizes(run: Run) -> dict[str, float]:
+    """Size of the last stage's last checkpoint, and over that of a full one."""
+    folder = run.stage_dir(run.recipe.stages[-1].name)
+    last = sorted((folder / "train").glob("step_*"))[-1]
+    size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+    with safe_open(folder / "model" / "model.safetensors", framework="np") as file:
+        count = sum(int(torch.Size(file.get_slice(name).get_shape()).numel()) for name in file.keys())  # noqa: SIM118
+    return {"checkpoint_share": size / (12 * count), "checkpoint_mb": size / 1e6}
+
+
+def measure(folder: Path, *, quick: bool) -> dict[str, float]:
+    """All figures."""
+    recipe = recipe_of(folder, quick=quick)
+    assert recipe.corpus is not None
+    make_corpus(recipe.corpus)
+    with console.cluster(folder / "logs"):
+        short = recipe.stages[-1].model_copy(update={"steps": 1})
+        first = Run.open(recipe.model_copy(update={"stages": [recipe.stages[0], short]}), folder / "first")
+        train_run(first)
+        recipes = {
+            features: steps_of(recipe_of(folder, quick=quick, features=features), first)
+            for features in ("audio", "cached")
+        }
+        runs = {name: fork(recipes[name], first.root, folder / name)[0] for name in recipes}
+        for run in runs.values():
+            train_run(run)
+    last = {name: run.stage_dir(run.recipe.stages[-1].name) for name, run in runs.items()}
+    history = {name: read_metrics(path) for name, path in last.items()}
+    seconds = {name: sum(row["step_s"] for row in rows) for name, rows in history.items()}
+    facts: dict[str, Any] = finished(last["cached"]) or {}
+    gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(history["audio"], history["cached"], strict=True)]
+    stage = first.stage_dir("finetune")
+    return {
+        "outside_share": outside_share(stage),
+        "vs_plain": questions_per_s(stage) / plain_questions_per_s(first, folder),
+        "cached_stage_speedup": seconds["audio"] / (seconds["cached"] + facts["features_s"]),
+        "cached_loss_gap": max(gaps),
+        "features_s": facts["features_s"],
+        **{f"steps_s_{name}": value for name, value in seconds.items()},
+        **checkpoint_sizes(runs["audio"]),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few steps on a few scenes")
+    parser.add_argument("--dir", type=Path, help="keep runs and corpus here, to go on from (default: thrown away)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.dir or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        result = measure(folder, quick=args.quick)
+    print(json.dumps({key: round(value, 5) for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What a recipe would take on a cluster, on paper: memory by part for each ZeRO stage, hours and cost of each stage.
+
+Hours follow from operations (af2_ray/train/costs.py), the GPU's peak and a stated MFU; rows are taken as `--fill` full
+of their budget. Nothing is started and no weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from af2_ray import console
+from af2_ray.config import Recipe, Stage, load_recipe
+from af2_ray.train import costs
+from af2_ray.train.costs import Work
+from af2_ray.train.sizes import recipe_config
+
+PAPER_HOURS = {"pretrain": 96.0, "finetune": 120.0, "long": 12.0}
+"""The paper's stages on 128 A100 (arXiv 2503.03983)."""
+PAPER_GPUS = 128
+WORKING_GIB = 6.0  # CUDA context, NCCL buffers, fragmentation, ZeRO's buckets
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the plan assumes of the machines."""
+
+    gpus: int
+    gpu: str
+    mfu: float
+    price: float  # of a GPU hour
+    fill: float  # share of a row's budget that its clips and questions take
+
+
+def main() -> None:
+    parser = console.parser(__doc__ or "", epilog="example:\n  python jobs/plan.py af2-3b --gpus 128 --gpu a100")
+    parser.add_argument("--gpus", type=int, default=128, help="GPUs in all (default: %(default)s)")
+    parser.add_argument("--gpu", choices=sorted(costs.PEAK_FLOPS), default="a100")
+    parser.add_argument("--mfu", type=float, default=0.3, help="share of the peak reached (default: %(default)s)")
+    parser.add_argument("--price", type=float, default=2.0, help="of a GPU hour (default: %(default)s)")
+    parser.add_argument("--fill", type=float, default=0.8, help="of a row's budget (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or not 0 < arguments.fill <= 1 or arguments.price < 0:
+        raise ValueError("--gpus must be 1 or more, --mfu and --fill in (0, 1], --price 0 or more")
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    cluster = Cluster(arguments.gpus, arguments.gpu, arguments.mfu, arguments.price, arguments.fill)
+    result = plan(recipe, cluster)
+    for table in (_stage_table(result, cluster), *map(_memory_table, result["stages"])):
+        console.console.print(table)
+    for note in result["notes"]:
+        console.console.print(f"note: {note}")
+    console.console.print(json.dumps(result, default=float))
+
+
+def plan(recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
+    """Parameters, and for each stage steps, hours, cost, the paper's hours and memory by ZeRO stage."""
+    model = costs.meta_model(recipe_config(recipe))
+    counts = costs.parameters(model)
+    notes = []
+    stages = []
+    for stage in recipe.stages:
+        if stage.budget.step_batches % cluster.gpus:
+            rows = math.ceil(stage.budget.step_batches / cluster.gpus) * cluster.gpus
+            notes.append(
+                f"stage {stage.name}: step_batches={stage.budget.step_batches} is no multiple of {cluster.gpus} GPUs, "
+                f"the nearest above is {rows} (stages.{stage.name}.budget.step_batches={rows})"
+            )
+        stages.append(_plan_stage(recipe, stage, model, counts, cluster))
+    total = {key: sum(stage[key] for stage in stages) for key in ("hours", "cost")}
+    return {"recipe": recipe.name, "parameters": counts, "stages": stages, "total": total, "notes": notes}
+
+
+def row_of(stage: Stage, fill: float) -> Work:
+    """A row of a stage with both sides of its budget `fill` full, clips of middling length, short answers."""
+    budget = stage.budget
+    windows = fill * budget.windows_per_row
+    clip_windows = max(1.0, stage.max_windows / 2)
+    text_tokens = fill * budget.text_tokens_per_row
+    questions = windows / clip_windows * budget.questions_per_clip
+    length = max(16.0, text_tokens / max(1.0, questions))
+    return Work(windows, text_tokens, clip_windows, min(length, text_tokens), text_tokens / 3)
+
+
+def _plan_stage(recipe: Recipe, stage: Stage, model: Any, counts: dict[str, int], cluster: Cluster) -> dict[str, Any]:
+    row, cached = row_of(stage, cluster.fill), stage.features == "cached"
+    flops = costs.step_flops(model, row, stage.trainable, cached=cached) * stage.budget.step_batches
+    seconds = flops / (cluster.gpus * costs.PEAK_FLOPS[cluster.gpu] * cluster.mfu)
+    hours = stage.steps * seconds / 3600
+    full = row_of(stage, 1.0)
+    activations = costs.activation_gib(
+        model, full, stage.trainable, checkpointing=recipe.model.audio.gradient_checkpointing, cached=cached
+    )
+    memory = {}
+    for zero_stage in range(4):
+        state = costs.state_gib(
+            counts,
+            stage.trainable,
+            zero_stage=zero_stage,
+            gpus=cluster.gpus,
+            offload=recipe.deepspeed.offload_optimizer,
+        )
+        parts = {**state, "activations": sum(activations.values()), "working": WORKING_GIB}
+        memory[zero_stage] = {**parts, "total": sum(parts.values())}
+    paper = PAPER_HOURS.get(stage.name)
+    return {
+        "name": stage.name,
+        "steps": stage.steps,
+        "trained": sum(number for group, number in counts.items() if group in stage.trainable),
+        "windows_per_step": row.windows * stage.budget.step_batches,
+        "step_pflop": flops / 1e15,
+        "step_s": seconds,
+        "windows_per_s": row.windows * stage.budget.step_batches / seconds,
+        "hours": hours,
+        "cost": hours * cluster.gpus * cluster.price,
+        "paper_hours_here": None if paper is None else paper * PAPER_GPUS / cluster.gpus,
+        "memory_gib": memory,
+        "activations_gib": activations,
+        "gpu_gib": costs.MEMORY_GIB[cluster.gpu],
+    }
+
+
+def _stage_table(result: dict[str, Any], cluster: Cluster) -> Table:
+    millions = ", ".join(f"{group} {number / 1e6:.0f} M" for group, number in result["parameters"].items())
+    title = f"{result['recipe']} on {cluster.gpus} x {cluster.gpu} at MFU {cluster.mfu:.0%}: {millions}"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for heading in ("stage", "trains", "steps", "PFLOP/step", "s/step", "windows/s", "hours", "cost", "paper's hours"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in result["stages"]:
+        paper = stage["paper_hours_here"]
+        table.add_row(
+            stage["name"],
+            f"{stage['trained'] / 1e6:.0f} M",
+            str(stage["steps"]),
+            f"{stage['step_pflop']:.1f}",
+            f"{stage['step_s']:.2f}",
+            f"{stage['windows_per_s']:.0f}",
+            f"{stage['hours']:.1f}",
+            f"{stage['cost']:.0f}",
+            "" if paper is None else f"{paper:.1f}",
+        )
+    table.add_row("all", "", "", "", "", "", f"{result['total']['hours']:.1f}", f"{result['total']['cost']:.0f}", "")
+    return table
+
+
+def _memory_table(stage: dict[str, Any]) -> Table:
+    table = Table(title=f"{stage['name']}: GiB a GPU", title_justify="left", header_style="bold")
+    parts = list(next(iter(stage["memory_gib"].values())))
+    for heading in ("ZeRO", *parts, ""):
+        table.add_column(heading, justify="right")
+    for zero_stage, memory in stage["memory_gib"].items():
+        fits = "fits" if memory["total"] <= stage["gpu_gib"] else f"over {stage['gpu_gib']:.0f}"
+        table.add_row(str(zero_stage), *(f"{memory[part]:.1f}" for part in parts), fits)
+    return table
+
+
+if __name__ == "__main__":
+    console.main(main)

@@ -1,0 +1,156 @@
+"""The frozen-tower cache: the same losses as with audio, and features of no other tower, file or stretch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import torch
+
+from af2_ray.audio.decode import AudioError
+from af2_ray.config import DeepSpeedSettings, Optimizer, Stage
+from af2_ray.data.batching import Row
+from af2_ray.data.collate import LmBatch, LmCollator, read_windows
+from af2_ray.data.features import Clip, FeatureStore, open_folder, stamps
+from af2_ray.data.manifest import Sample
+from af2_ray.train.features import Encoder, Encoding, decode_clips, load_tower, make_encoding, shards_of, tower_mark
+from af2_ray.train.task import LmTask
+
+MAX_WINDOWS = 2
+FIRST_SPECIAL = 302  # `<audio>` of the tests' tokenizer
+SECONDS = (3.0, 14.0, 45.0, 10.0)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A stage's start folder."""
+    small.make_model().save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def samples(make_sound: Callable[..., str]) -> list[Sample]:
+    """Four clips, one longer than the windows, and one that is not there."""
+    uris = [make_sound(f"{n}.flac", seconds, hz=200 + 90 * n) for n, seconds in enumerate(SECONDS)]
+    return [
+        Sample(str(n), uri, 0.0, seconds, "which?", "a bell", "AQA", "d")
+        for n, (uri, seconds) in enumerate([*zip(uris, SECONDS, strict=True), ("none.flac", 5.0)])
+    ]
+
+
+def encode_all(start: Path, root: Path, samples: list[Sample], dtype: str = "fp32") -> tuple[FeatureStore, Encoding]:
+    """What the Ray job does, in this process."""
+    encoding = make_encoding(start, root, dtype, DeepSpeedSettings(), max_windows=MAX_WINDOWS)
+    marks = stamps([sample.uri for sample in samples])
+    clips = [Clip.heard(sample, MAX_WINDOWS, mark) for sample, mark in zip(samples, marks, strict=True)]
+    store, lacking = FeatureStore.of(encoding.folder, clips)
+    failures: dict[int, tuple[str, str]] = {}
+    encoder = Encoder(encoding)
+    for shard in shards_of(lacking, MAX_WINDOWS, windows_per_shard=3):
+        windows, failed = decode_clips(shard, MAX_WINDOWS)
+        encoder.encode(shard, windows)
+        failures |= failed
+    store, lacking = FeatureStore.of(encoding.folder, clips, failures)
+    assert [clip.uri for clip in lacking] == ["none.flac"]
+    return store, encoding
+
+
+def batches(samples: list[Sample], tokenizer: Any, store: FeatureStore) -> list[LmBatch]:
+    """One row of all samples: from the audio, and from the store through Ray's row form."""
+    row = Row(0, tuple((sample,) for sample in samples))
+    heard = LmCollator(tokenizer, max_windows=MAX_WINDOWS)(row)
+    cached = LmCollator(tokenizer, max_windows=MAX_WINDOWS, source=store)(row)
+    return [as_small(batch) for batch in (heard.tensors(), LmBatch.from_row(cached.to_row()))]
+
+
+def as_small(batch: LmBatch) -> LmBatch:
+    """The batch in the small model's ids: its special tokens stand at other places."""
+
+    def renamed(ids: torch.Tensor) -> torch.Tensor:
+        return torch.where(ids >= FIRST_SPECIAL, ids - FIRST_SPECIAL + small.AUDIO, ids.clamp(max=small.AUDIO - 1))
+
+    return replace(batch, input_ids=renamed(batch.input_ids), labels=renamed(batch.labels))
+
+
+def test_losses_and_gradients_are_those_with_audio(
+    tmp_path: Path, start: Path, samples: list[Sample], tiny_tokenizer: Any
+) -> None:
+    task = LmTask(start, Optimizer(), ("transform", "xattn", "tokens"))
+    losses, gradients = {}, {}
+    for dtype in ("fp32", "bf16"):
+        store, _ = encode_all(start, tmp_path / "cache", samples, dtype)
+        for name, batch in zip(("audio", dtype), batches(samples, tiny_tokenizer, store), strict=True):
+            assert [failure.reason for failure in batch.failures] == ["missing"]
+            assert batch.windows_per_clip.tolist() == [1, 2, 2, 1]
+            model = task.build()
+            loss = task.loss(model, batch, task.count(batch))
+            loss.backward()
+            losses[name] = loss.item()
+            gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert losses["fp32"] == pytest.approx(losses["audio"], abs=1e-5)
+    torch.testing.assert_close(gradients["fp32"], gradients["audio"], rtol=1e-3, atol=1e-6)
+    assert losses["bf16"] == pytest.approx(losses["audio"], abs=0.05)  # what half the disk costs
+    assert losses["bf16"] != losses["audio"]
+
+
+def test_a_clip_is_what_the_tower_makes_of_its_windows(tmp_path: Path, start: Path, samples: list[Sample]) -> None:
+    store, encoding = encode_all(start, tmp_path / "cache", samples)
+    tower = load_tower(start)
+    for sample in samples[:-1]:
+        features = store.read(sample, MAX_WINDOWS)
+        wanted = tower(torch.from_numpy(read_windows(sample, MAX_WINDOWS)))
+        np.testing.assert_allclose(features, wanted.numpy(), atol=1e-5)
+    assert store.silence.shape == (1, *features.shape[1:])
+    with pytest.raises(AudioError, match="missing"):
+        store.read(samples[-1], MAX_WINDOWS)
+    with pytest.raises(ValueError, match="made for another plan"):
+        store.read(samples[2], MAX_WINDOWS + 1)  # more of the clip than was encoded
+    again, lacking = FeatureStore.of(encoding.folder, [Clip.heard(samples[0], 9, stamps([samples[0].uri])[0])])
+    assert (len(again.keys), lacking) == (1, []), "short clips serve stages of any length"
+
+
+def test_another_tower_another_file_and_a_broken_shard_are_refused(
+    tmp_path: Path, start: Path, samples: list[Sample]
+) -> None:
+    store, encoding = encode_all(start, tmp_path / "cache", samples)
+    with pytest.raises(ValueError, match="features of another tower"):
+        open_folder(encoding.folder, {"weights": "other", "dtype": "fp32"})
+
+    model = small.make_model()
+    with torch.no_grad():
+        model.audio_tower.model.audio_encoder.norm.bias += 1e-3
+    model.save_pretrained(tmp_path / "finetuned")
+    assert tower_mark(tmp_path / "finetuned") != tower_mark(start)
+
+    changed = samples[0].uri
+    os.utime(changed, ns=(1, 1))
+    clip = Clip.heard(samples[0], MAX_WINDOWS, stamps([changed])[0])
+    assert FeatureStore.of(encoding.folder, [clip])[1] == [clip], "another date: encoded anew"
+
+    Path(store.shards[0]).write_bytes(b"half")
+    with pytest.raises(ValueError, match="remove it"):
+        FeatureStore.of(encoding.folder, [])
+
+
+def test_a_row_without_clips_keeps_its_place(
+    tmp_path: Path, start: Path, samples: list[Sample], tiny_tokenizer: Any
+) -> None:
+    store, _ = encode_all(start, tmp_path / "cache", samples)
+    _, empty = batches(samples[-1:], tiny_tokenizer, store)
+    task = LmTask(start, Optimizer(), ("transform", "xattn", "tokens"))
+    loss = task.loss(task.build(), empty, 7)
+    loss.backward()
+    assert float(loss) == 0
+
+
+def test_a_stage_that_trains_the_tower_cannot_be_cached() -> None:
+    stage = {"name": "s", "max_windows": 1, "data": [{"manifest": "m"}], "steps": 1, "features": "cached"}
+    assert Stage.model_validate({**stage, "trainable": ["xattn"]}).features == "cached"
+    with pytest.raises(ValueError, match="cached needs a frozen tower"):
+        Stage.model_validate({**stage, "trainable": ["xattn", "clap"]})
