@@ -68,7 +68,8 @@ def save(engine: Any, state: State, report: dict[str, Any], *, recipe: str, last
     """
     context = ray.train.get_context()
     folder = Path(tempfile.mkdtemp(prefix="af2_ray_checkpoint_"))
-    engine.save_checkpoint(str(folder), tag=TAG, client_state=asdict(state), exclude_frozen_parameters=True)
+    with _frozen_left_out(engine.module):
+        engine.save_checkpoint(str(folder), tag=TAG, client_state=asdict(state), exclude_frozen_parameters=True)
     torch.save(_random_state(), folder / f"random_{context.get_world_rank()}.pt")
     if context.get_world_rank() == 0:
         told = {"recipe": recipe, "world_size": context.get_world_size(), **asdict(state)}
@@ -80,6 +81,25 @@ def save(engine: Any, state: State, report: dict[str, Any], *, recipe: str, last
         checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
+
+
+@contextmanager
+def _frozen_left_out(module: nn.Module) -> Iterator[None]:
+    """Within the block a state dict has no frozen parameter under any name.
+
+    DeepSpeed leaves each out under one name; a tied head (622 MB of a 3B LM) would be saved under its other.
+    """
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+    def drop(_: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    handle = module.register_state_dict_post_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
