@@ -166,7 +166,7 @@ def idle_ttft(engine: Engine, num: int, rng: np.random.Generator) -> list[float]
 
 
 def busy_ttft(engine: Engine, num: int, rng: np.random.Generator, pause_s: float) -> list[float]:
-    """Seconds to the first token of short clips every `pause_s` or so, while four clients ask of long ones."""
+    """Seconds to the first token of short clips, one every `pause_s` or so, while four clients ask of long ones."""
     questions = deque(short_question(rng) for _ in range(num))
     long_clips = [clip(120, rng) for _ in range(6)]
     waits: list[float] = []

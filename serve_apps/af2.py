@@ -70,7 +70,15 @@ def build(folder: str, settings: Serve) -> serve.Application:
         )
     scaling = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
     model = _MODEL.options(
-        autoscaling_config={**scaling, "target_ongoing_requests": settings.target_ongoing_requests},
+        autoscaling_config={
+            **scaling,
+            "upscale_delay_s": settings.upscale_delay_s,
+            "downscale_delay_s": settings.downscale_delay_s,
+            "policy": {
+                "policy_function": "serve_apps.scaling:ByWindows",
+                "policy_kwargs": {"windows": settings.target_windows, "requests": settings.target_ongoing_requests},
+            },
+        },
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": _num_gpus(settings)},
         max_ongoing_requests=4 * settings.num_slots,
         max_queued_requests=8 * settings.num_slots,

@@ -24,7 +24,9 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from af2_ray.config import Serve
-from af2_ray.serve.limits import Limits, failure_error, read_files
+from af2_ray.serve.fetch import Fetcher
+from af2_ray.serve.keys import Keys
+from af2_ray.serve.limits import Limits, failure_error
 from af2_ray.serve.replies import ChatCompletion, Choice, Logprobs, ModelCard, ModelList, ReplyMessage, Usage
 from af2_ray.serve.request import Answer, Event, Failure, Request
 from af2_ray.serve.schemas import ApiError, ChatRequest
@@ -45,6 +47,8 @@ class Ingress:
     def __init__(self, model: DeploymentHandle, settings: Serve) -> None:
         self._model = model
         self._limits = Limits.of(settings)
+        self._fetcher = Fetcher.of(settings)
+        self._keys = Keys.from_environment(settings.requests_per_minute)
         self._timeout_s = settings.request_timeout_s
         self._card = ModelCard(id=settings.model_name, created=int(time.time()))
         self._heard: OrderedDict[str, float] = OrderedDict()
@@ -55,13 +59,15 @@ class Ingress:
         return {"status": "ok", "model": self._card.id}
 
     @api.get("/v1/models")
-    async def models(self) -> ModelList:
+    async def models(self, http: HttpRequest) -> ModelList:
         """The one model there is."""
+        self._keys.check(http.headers.get("authorization"))
         return ModelList(data=[self._card])
 
     @api.get("/v1/models/{name}")
-    async def model(self, name: str) -> ModelCard:
+    async def model(self, name: str, http: HttpRequest) -> ModelCard:
         """That model, by its name."""
+        self._keys.check(http.headers.get("authorization"))
         if name != self._card.id:
             raise ApiError(404, f"no such model here; this server has {self._card.id!r}", code="model_not_found")
         return self._card
@@ -71,8 +77,9 @@ class Ingress:
         """Answer a chat completion, whole or as server-sent events."""
         start, request_id = time.monotonic(), request_id_of(http)
         try:
+            self._keys.take(http.headers.get("authorization"))
             chat = self._limits.read(await body_of(http, self._limits))
-            files = await asyncio.to_thread(read_files, chat)
+            files = [await self._fetcher.read(audio, f"audio {n + 1}") for n, audio in enumerate(chat.audios())]
             answer = self._streamed if chat.stream else self._whole
             response = await answer(chat, files, request_id, start)
         except ApiError as error:

@@ -1,4 +1,4 @@
-"""Encoded audio, kept for further questions by the SHA-256 of its file; the least recently heard goes first.
+"""Encoded audio, kept for further questions by the SHA-256 of the bytes it came in; the longest unheard goes first.
 
 Two things are kept of a clip: its audio states, and the cross-attention's keys and values made of them (or a prefix).
 The states took the whole tower and are small; the keys and values take one product a layer and are 18 times as large

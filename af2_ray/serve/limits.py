@@ -21,7 +21,7 @@ from af2_ray.audio.decode import AudioError, decode_bytes
 from af2_ray.audio.windows import SAMPLE_RATE, num_windows_for, to_windows
 from af2_ray.config import Serve
 from af2_ray.serve.request import Clip, Failure, Request
-from af2_ray.serve.schemas import ApiError, ChatRequest, InputAudio, parse_request
+from af2_ray.serve.schemas import ApiError, ChatRequest, parse_request
 from af2_ray.text import EOS, SPECIAL_TOKENS
 
 MAX_AUDIOS = 8
@@ -154,12 +154,6 @@ def _beginning(data: bytes, name: str, duration_s: float) -> NDArray[np.float32]
         return decode_bytes(data, 0.0, duration_s, name=name)
     except AudioError as error:
         raise _bad_audio(str(error)) from error
-
-
-def read_files(request: ChatRequest) -> list[bytes]:
-    """The bytes of all recordings of a request, in order."""
-    texts = [audio.data if isinstance(audio, InputAudio) else audio.url for audio in request.audios()]
-    return [decode_base64(text, f"audio {index + 1}") for index, text in enumerate(texts)]
 
 
 def decode_base64(text: str, name: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -15,9 +16,10 @@ import serve_toy
 import soundfile as sf
 
 from af2_ray.config import Serve
-from af2_ray.serve.limits import Limits, failure_error, read_files
+from af2_ray.serve.fetch import Fetcher
+from af2_ray.serve.limits import Limits, failure_error
 from af2_ray.serve.request import Failure, Request
-from af2_ray.serve.schemas import ApiError
+from af2_ray.serve.schemas import ApiError, ChatRequest
 
 LIMITS = Limits.of(Serve(max_body_mb=1, max_audio_s=20.0, max_new_tokens=64))
 
@@ -31,7 +33,13 @@ def take(body: bytes | dict[str, Any]) -> Request:
 def all_of(raw: bytes) -> list[Request]:
     """The requests of all `n` answers."""
     chat = LIMITS.read(raw)
-    return LIMITS.to_engine(chat, "id-1", read_files(chat))
+    return LIMITS.to_engine(chat, "id-1", files_of(chat))
+
+
+def files_of(chat: ChatRequest) -> list[bytes]:
+    """The recordings of a request, as the server gets them."""
+    fetcher = Fetcher([], [], 2**20)
+    return [asyncio.run(fetcher.read(audio, f"audio {n + 1}")) for n, audio in enumerate(chat.audios())]
 
 
 def refused(body: bytes | dict[str, Any]) -> ApiError:

@@ -1,0 +1,167 @@
+"""Who may ask, how often, and where a recording may be fetched from."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from af2_ray.serve.fetch import Fetcher, _Checked, is_public
+from af2_ray.serve.keys import Keys
+from af2_ray.serve.schemas import ApiError, AudioUrl, InputAudio
+
+
+def refused(keys: Keys, header: str | None) -> tuple[int, str]:
+    with pytest.raises(ApiError) as caught:
+        keys.take(header)
+    return caught.value.status, caught.value.code
+
+
+def test_keys() -> None:
+    keys = Keys(["first", "sécond"], per_minute=0)
+    keys.take("Bearer first")
+    keys.take("bearer sécond")
+    assert refused(keys, None) == (401, "missing_api_key")
+    assert refused(keys, "first") == (401, "missing_api_key")
+    assert refused(keys, "Bearer ") == (401, "missing_api_key")
+    assert refused(keys, "Bearer firs") == (401, "invalid_api_key")
+    assert refused(keys, "Basic first") == (401, "missing_api_key")
+    Keys([], per_minute=0).take(None)
+
+
+def test_each_key_has_a_rate_of_its_own() -> None:
+    now = [0.0]
+    keys = Keys(["a", "b"], per_minute=2, clock=lambda: now[0])
+    for _ in range(2):
+        keys.take("Bearer a")
+    with pytest.raises(ApiError) as caught:
+        keys.take("Bearer a")
+    assert (caught.value.status, caught.value.retry_after_s) == (429, 30)
+    assert caught.value.body()["error"]["type"] == "rate_limit_error"
+    keys.take("Bearer b")
+    now[0] = 30.0
+    keys.take("Bearer a")
+    assert refused(keys, "Bearer a") == (429, "rate_limit_exceeded")
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("AF2_API_KEYS", "AF2_API_KEYS_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    Keys.from_environment(0).take(None)
+    monkeypatch.setenv("AF2_API_KEYS", "one, two")
+    Keys.from_environment(0).take("Bearer two")
+    secret = tmp_path / "keys"
+    secret.write_text("three\n\n")
+    monkeypatch.setenv("AF2_API_KEYS_FILE", str(secret))
+    keys = Keys.from_environment(0)
+    keys.take("Bearer one")
+    keys.take("Bearer three")
+    monkeypatch.delenv("AF2_API_KEYS")
+    secret.write_text("\n")
+    with pytest.raises(ValueError, match="without keys"):
+        Keys.from_environment(0)
+    monkeypatch.setenv("AF2_API_KEYS_FILE", str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        Keys.from_environment(0)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def read(fetcher: Fetcher, url: str) -> bytes:
+    return asyncio.run(fetcher.read(AudioUrl(url=url), "audio 1"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.org/a.wav",
+        "https://elsewhere.net/a.wav",
+        "https://example.org.evil.net/a.wav",
+        "https://user:word@example.org/a.wav",
+        "https://example.org@elsewhere.net/a.wav",
+        "https://example.org:8443/a.wav",
+        "https://example.org\\@elsewhere.net/",
+        "https://example.org/a\r\nHost: x",
+        "https:///a.wav",
+        "https://[::1/a.wav",
+        "file:///etc/passwd",
+        "ftp://example.org/a.wav",
+        "gopher://example.org/",
+        "s3://private/a.wav",
+        "memory://public/../private/a.wav",
+        "memory://public/%2e%2e/private/a.wav",
+        "memory://publicity/a.wav",
+    ],
+)
+def test_addresses_that_are_not_fetched(url: str) -> None:
+    fetcher = Fetcher(["example.org", "*.good.org"], ["memory://public"], 1000)
+    with pytest.raises(ApiError) as caught:
+        read(fetcher, url)
+    assert caught.value.status == 400
+    assert caught.value.code == "audio_url_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "[::1]", "169.254.169.254", "[::ffff:10.0.0.1]", "2130706433", "0x7f.1", "localhost"]
+)
+def test_no_host_leads_inside(host: str) -> None:
+    """Where any public host is allowed: literal, mapped, decimal and hexadecimal addresses, and a local name."""
+    with pytest.raises(ApiError) as caught:
+        read(Fetcher(["*"], [], 1000), f"https://{host}/a.wav")
+    assert caught.value.status == 400
+    assert "127" not in caught.value.message.replace(host, "")
+
+
+def test_a_name_that_leads_inside_is_not_connected_to() -> None:
+    async def lookup(host: str, port: int) -> list[str]:
+        return {"inside": ["10.0.0.5"], "mixed": ["8.8.8.8", "127.0.0.1"], "none": [], "good": ["8.8.8.8"]}[host]
+
+    resolver = _Checked(lookup)
+    for host in ("inside", "mixed", "none"):
+        with pytest.raises(OSError, match="not a public address"):
+            asyncio.run(resolver.resolve(host, 443))
+    assert [found["host"] for found in asyncio.run(resolver.resolve("good", 443))] == ["8.8.8.8"]
+
+
+def test_what_is_in_the_request_or_in_an_allowed_store() -> None:
+    fetcher = Fetcher([], ["memory://public"], 1000)
+    text = base64.b64encode(b"audio").decode()
+    assert read(fetcher, f"data:audio/wav;base64,{text}") == b"audio"
+    assert asyncio.run(fetcher.read(InputAudio(data=text, format="wav"), "audio 1")) == b"audio"
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/public/a.wav", b"stored")
+    store.pipe_file("/public/big.wav", bytes(1001))
+    assert read(fetcher, "memory://public/a.wav") == b"stored"
+    with pytest.raises(ApiError) as caught:
+        read(fetcher, "memory://public/big.wav")
+    assert caught.value.status == 413
+    with pytest.raises(ApiError, match="cannot be read"):
+        read(fetcher, "memory://public/nothing.wav")

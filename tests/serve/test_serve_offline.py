@@ -1,0 +1,102 @@
+"""Whole manifests: the plan, the answers, the files, and how many replicas an online load wants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pyarrow.parquet
+import pytest
+import serve_toy
+
+from af2_ray.config import Serve
+from af2_ray.data.manifest import Sample
+from af2_ray.serve import offline
+from af2_ray.serve.engine import Engine
+from af2_ray.serve.offline import Asked
+from af2_ray.serve.request import Answer, Request
+from serve_apps.scaling import ByWindows
+
+
+def sample(name: str, duration_s: float, prompt: str = "what?") -> Sample:
+    return Sample(name, name, 0.0, duration_s, prompt, "", "AQA", "mine")
+
+
+def test_questions_without_answers_are_asked_and_bad_ones_told() -> None:
+    samples = [sample("a", 5.0), sample("b", float("nan")), sample("c", 5.0, " ")]
+    asked, refused = offline.read_asked(samples)
+    assert [one.index for one in asked] == [0]
+    assert [(row["index"], row["error"]) for row in refused] == [(1, "no duration"), (2, "empty prompt")]
+    asked, refused = offline.read_asked(samples, "Which sound?")
+    assert [(one.index, one.prompt) for one in asked] == [(0, "Which sound?"), (2, "Which sound?")]
+
+
+def test_chunks_are_of_like_length_and_keep_a_clip_together() -> None:
+    samples = [sample(f"{n % 7}", 5.0 + 30 * (n % 7)) for n in range(28)]
+    asked, _ = offline.read_asked(samples)
+    chunks = offline.plan_chunks(asked, 6, 30)
+    assert sorted(one.index for chunk in chunks for one in chunk) == list(range(28))
+    assert [len(chunk) for chunk in chunks] == [8, 8, 8, 4]
+    longest = [max(one.duration_s for one in chunk) for chunk in chunks]
+    assert longest == sorted(longest, reverse=True)
+    homes = {one.clip_key: {n for n, chunk in enumerate(chunks) if one in chunk} for one in asked}
+    assert all(len(home) == 1 for home in homes.values())
+
+
+def test_answers_equal_single_ones_and_bad_files_are_told(tiny_tokenizer: Any, make_sound: Any, tmp_path: Path) -> None:
+    model = serve_toy.build(tiny_tokenizer)
+    engine = Engine(model, tiny_tokenizer, Serve(num_slots=2))
+    files = [make_sound(f"{n}.flac", 3.0 + 9 * n, hz=200.0 + 300 * n) for n in range(3)]
+    (tmp_path / "bad.wav").write_bytes(b"no audio at all")
+    uris = [files[0], str(tmp_path / "bad.wav"), files[1], files[0], files[2], str(tmp_path / "none.wav")]
+    asked = [Asked(n, str(n), uri, 0.0, 3.0 + 9 * (n // 2), f"question {n}?") for n, uri in enumerate(uris)]
+    rows = offline.answer_all(engine, asked, max_new_tokens=6, max_windows=30)
+    assert [row["index"] for row in rows] == list(range(6))
+    assert {row["index"]: row["error"].split(":")[0] for row in rows if "error" in row} == {
+        1: "unreadable",
+        5: "missing",
+    }
+    for row, one in zip(rows, asked, strict=True):
+        if "answer" in row:
+            clip = offline._read(one, 30)
+            (single,) = Engine(model, tiny_tokenizer).answer(
+                [Request(one.prompt, (cast(Any, clip),), max_new_tokens=6)]
+            )
+            assert isinstance(single, Answer)
+            assert row["answer"] == single.text
+
+
+def test_parts_are_joined_in_input_order(tmp_path: Path) -> None:
+    folder = str(tmp_path / "out.jsonl.parts")
+    assert offline.parts_there(folder) == set()
+    offline.write_rows(offline.part_uri(folder, 0), [{"index": 2, "id": "c", "answer": "ein „Hund“"}])
+    assert offline.parts_there(folder) == {0}
+    with pytest.raises(ValueError, match="1 chunks"):
+        offline.join(folder, 2, [], str(tmp_path / "out.jsonl"))
+    offline.write_rows(offline.part_uri(folder, 1), [{"index": 0, "id": "a", "answer": "a bell"}])
+    refused = [{"index": 1, "id": "b", "error": "no duration"}]
+    out = tmp_path / "out.jsonl"
+    assert offline.join(folder, 2, refused, str(out)) == 3
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["a", "b", "c"]
+    offline.join(folder, 2, refused, str(tmp_path / "out.parquet"))
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert table["answer"].to_pylist() == ["a bell", None, "ein „Hund“"]
+    with pytest.raises(ValueError, match="ends in"):
+        offline.join(folder, 2, refused, str(tmp_path / "out.csv"))
+
+
+def test_replicas_for_windows_and_requests() -> None:
+    policy = ByWindows(windows=60, requests=4)
+
+    def wanted(windows: dict[str, float] | None, requests: float) -> int:
+        metrics = None if windows is None else {"windows": windows}
+        return policy(cast(Any, SimpleNamespace(aggregated_metrics=metrics, total_num_requests=requests)))[0]
+
+    assert wanted(None, 0) == 0
+    assert wanted({"a": 10.0}, 1) == 1
+    assert wanted({"a": 61.0}, 1) == 2
+    assert wanted({"a": 60.0, "b": 60.0}, 1) == 2
+    assert wanted({}, 9) == 3
