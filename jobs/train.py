@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from af2_ray import console
+from af2_ray import console, resources
 from af2_ray.config import load_recipe
 from af2_ray.synth.corpus import make_corpus
 from af2_ray.train.run import Run
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--run", metavar="DIR", help="run directory; default: <storage>/<name> of the recipe")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    console.check_tracking(recipe)
     run = Run.open(recipe, arguments.run)
     with run.lock(), console.logs_to(run.root / "logs" / "train.log"):
         if recipe.corpus is not None:
@@ -31,6 +32,7 @@ def main() -> None:
             report = make_corpus(recipe.corpus)
             console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {Path(report.dir)}")
         with console.cluster(run.root / "logs"):
+            resources.preflight(recipe.cluster)
             for facts in train_run(run, watch=console.watch):
                 if "loss_last" in facts:
                     change = f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}"
