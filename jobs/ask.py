@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from af2_ray import console
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with the answer on standard output, 2 for input that cannot be used."""
@@ -49,4 +51,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.main(lambda: sys.exit(main()))

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from af2_ray import console as job
 from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
 from af2_ray.data.survey import Survey, faults, leakage, shorten, survey
 
@@ -156,4 +157,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.main(lambda: sys.exit(main()))

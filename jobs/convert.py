@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from af2_ray import console
+
 EXTRAS_FILE = "reference_extras.safetensors"
 
 
@@ -120,4 +122,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.main(lambda: sys.exit(main()))

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from af2_ray import console as job
 from af2_ray.config import Dataset, Evaluation
 
 
@@ -118,4 +119,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.main(lambda: sys.exit(main()))

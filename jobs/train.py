@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from af2_ray import console
+from af2_ray import console, resources
 from af2_ray.config import load_recipe
 from af2_ray.synth.corpus import make_corpus
 from af2_ray.train.fork import fork
@@ -28,6 +28,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    console.check_tracking(recipe)
     if arguments.fork and arguments.run and not (Path(arguments.run) / "recipe.yaml").exists():
         run, taken = fork(recipe, arguments.fork, arguments.run)
         console.console.print(f"forked from {arguments.fork}: {', '.join(taken) or 'no finished step'} taken over")
@@ -41,6 +42,7 @@ def main() -> None:
             report = make_corpus(recipe.corpus)
             console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {Path(report.dir)}")
         with console.cluster(run.root / "logs"):
+            resources.preflight(recipe.cluster)
             for facts in train_run(run, watch=console.watch):
                 if "loss_last" in facts:
                     change = f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}"

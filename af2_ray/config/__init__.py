@@ -21,6 +21,7 @@ from af2_ray.config.model import (
 )
 from af2_ray.config.read import RECIPE_DIR, load_recipe, recipe_names
 from af2_ray.config.recipe import Recipe
+from af2_ray.config.sweep import Asha, Sweep, Trial, load_sweep, sweep_names
 from af2_ray.config.training import (
     Checkpoints,
     Clap,
@@ -36,6 +37,7 @@ from af2_ray.config.use import Evaluation, Serve, Tracking
 
 __all__ = [
     "RECIPE_DIR",
+    "Asha",
     "AudioTowerSettings",
     "Budget",
     "Checkpoints",
@@ -61,8 +63,12 @@ __all__ = [
     "Split",
     "Stage",
     "Strict",
+    "Sweep",
     "Tracking",
     "TransformSettings",
+    "Trial",
     "load_recipe",
+    "load_sweep",
     "recipe_names",
+    "sweep_names",
 ]

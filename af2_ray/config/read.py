@@ -60,16 +60,22 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping; what cannot be read, or is no mapping, is a `ValueError` that names the file."""
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: should be a mapping of keys to values, got {type(raw).__name__}")
+    return raw
+
+
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file as a mapping, laid over the recipe it names as its `base`, if any."""
     if path in seen:
         raise ValueError(f"{path}: is its own base")
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable recipe: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
+    raw = read_yaml(path)
     base = raw.pop("base", None)
     return raw if base is None else _merge(_read(_find(base), (*seen, path)), raw)
 

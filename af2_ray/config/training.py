@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from af2_ray.config.base import Group, Strict
 from af2_ray.config.data import Budget, Dataset
@@ -161,3 +161,9 @@ class Cluster(Strict):
     threads_per_worker: int = Field(1, ge=1)
     gpus: Literal["auto", "yes", "no"] = "auto"
     decode_cpus: float = Field(0.25, gt=0, description="CPUs of one decode task; fractional, or training starves them")
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _yes_is_a_word(cls, value: Any) -> Any:
+        """YAML reads an unquoted yes or no as true or false."""
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value

@@ -56,7 +56,7 @@ def train_run(run: Run, *, watch: Watch | None = None) -> list[dict[str, Any]]:
     watch = watch or (lambda title, folder, num_steps: nullcontext())
     tracker = Tracker(run)
     tracker.parent()
-    facts = [_language_model(run, tracker, watch)]
+    facts = [prepare_language_model(run, tracker, watch)]
     if run.recipe.clap is not None:
         with watch("AF-CLAP", run.clap_dir, run.recipe.clap.steps):
             facts.append(train_clap(run, tracker))
@@ -203,7 +203,7 @@ def model_config(recipe: Recipe, audio_config: Any, text_config: Any, audio_toke
     )
 
 
-def _language_model(run: Run, tracker: Tracker, watch: Watch) -> dict[str, Any]:
+def prepare_language_model(run: Run, tracker: Tracker, watch: Watch = lambda *_: nullcontext()) -> dict[str, Any]:
     """Put the recipe's LM into the run: fetched, or trained here on the text of all stages' training manifests."""
     folder, settings = run.lm_dir, run.recipe.model.lm
     if done := finished(folder):

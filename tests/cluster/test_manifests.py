@@ -1,4 +1,4 @@
-"""The manifests: rendered, checked against KubeRay's schemas made strict, and against what the schemas do not say."""
+"""The manifests: every overlay rendered, checked strictly against KubeRay and Kubernetes schemas, and beyond them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,47 @@ from af2_ray.config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD = Path(os.environ.get("AF2_CRD", ROOT.parent / "shared" / "crd"))
-KINDS = ("RayCluster", "RayJob", "RayService")
+OVERLAYS = ("dev", "prod", "spot")
+RAY_KINDS = {"RayCluster", "RayJob", "RayService"}
+MONITORING_KINDS = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}  # no schema at hand; promtool reads the rules
+
+Document = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def rendered() -> dict[str, Any]:
-    """Documents of the base, by kind."""
+@pytest.fixture(scope="module", params=OVERLAYS)
+def rendered(request: pytest.FixtureRequest) -> list[Document]:
+    """The documents of one overlay."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed: it renders the manifests (`kubectl kustomize`)")
-    command = ["kubectl", "kustomize", str(ROOT / "cluster" / "base")]
+    command = ["kubectl", "kustomize", str(ROOT / "cluster" / "overlays" / request.param)]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    documents = {document["kind"]: document for document in yaml.safe_load_all(text)}
-    assert set(documents) == {"ConfigMap", "PersistentVolumeClaim", *KINDS}
-    return documents
+    assert "from settings.yaml" not in text, "a setting that nothing writes"
+    return list(yaml.safe_load_all(text))
 
 
-def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
+def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
+    return [document for document in documents if document["kind"] in kinds]
+
+
+def named(documents: list[Document], kind: str, name: str) -> Document:
+    (found,) = [document for document in of_kind(documents, kind) if document["metadata"]["name"] == name]
+    return found
+
+
+def cluster_spec(document: Document) -> Document:
     """The RayCluster's specification inside any of the three kinds."""
     spec = document["spec"]
     return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
+def group(document: Document, name: str) -> Document:
+    (found,) = [each for each in cluster_spec(document)["workerGroupSpecs"] if each["groupName"] == name]
+    return found
+
+
+def resources(pod_template: Document) -> Document:
+    (container,) = pod_template["spec"]["containers"]
+    return container["resources"]["limits"]
 
 
 def strict(schema: Any) -> Any:
@@ -56,136 +78,260 @@ def strict(schema: Any) -> Any:
     return closed
 
 
-def schema_errors(document: dict[str, Any]) -> list[str]:
+_VALIDATORS: dict[str, Draft202012Validator] = {}
+
+
+def schema_errors(document: Document) -> list[str]:
     """What KubeRay's strict schema holds against a document."""
-    file = CRD / f"{document['kind'].lower()}s.v1.json"
-    if not file.is_file():
-        pytest.skip(f"no KubeRay schema {file}: set AF2_CRD to the folder that has it")
-    schema = json.loads(file.read_text())["schema"]
-    schema["properties"] |= {"metadata": {"type": "object"}}
-    errors = Draft202012Validator(strict(schema)).iter_errors(document)
+    kind = document["kind"]
+    if kind not in _VALIDATORS:
+        file = CRD / f"{kind.lower()}s.v1.json"
+        if not file.is_file():
+            pytest.skip(f"no KubeRay schema {file}: set AF2_CRD to the folder that has it")
+        schema = json.loads(file.read_text())["schema"]
+        schema["properties"] |= {"metadata": {"type": "object"}}
+        _VALIDATORS[kind] = Draft202012Validator(strict(schema))
+    errors = _VALIDATORS[kind].iter_errors(document)
     return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_fits_kuberays_schema(rendered: dict[str, Any], kind: str) -> None:
-    assert schema_errors(rendered[kind]) == []
+def test_every_ray_document_fits_kuberays_schema(rendered: list[Document]) -> None:
+    for document in of_kind(rendered, *RAY_KINDS):
+        assert schema_errors(document) == [], document["metadata"]["name"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_strict_schema_sees_a_mistyped_field(rendered: dict[str, Any], kind: str) -> None:
-    document = copy.deepcopy(rendered[kind])
-    cluster_spec(document)["workerGroupSpecs"][0]["minReplica"] = 0
-    cluster_spec(document)["headGroupSpec"]["template"]["spec"]["containers"][0]["imag"] = "x"
-    assert len(schema_errors(document)) == 2
+def test_the_strict_schema_sees_a_mistyped_field(rendered: list[Document]) -> None:
+    for kind in RAY_KINDS:
+        document = copy.deepcopy(of_kind(rendered, kind)[0])
+        cluster_spec(document)["workerGroupSpecs"][0]["minReplica"] = 0
+        cluster_spec(document)["headGroupSpec"]["template"]["spec"]["containers"][0]["imag"] = "x"
+        assert len(schema_errors(document)) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_operators_own_rules(rendered: dict[str, Any], kind: str) -> None:
-    document = rendered[kind]
-    spec = cluster_spec(document)
-    groups = spec["workerGroupSpecs"]
-    names = [document["metadata"]["name"], *(group["groupName"] for group in groups)]
-    assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name) for name in names), "DNS-1035"
-    assert len(set(names)) == len(names)
-    for group in groups:
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-        assert group["template"]["spec"]["restartPolicy"] == "Never", "autoscaler v2"
-    for group in [spec["headGroupSpec"], *groups]:
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-    assert spec["enableInTreeAutoscaling"]
-    assert spec["autoscalerOptions"]["version"] == "v2"
-    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    assert f"ray=={spec['rayVersion']}\n" in (ROOT / "requirements.lock").read_text()
+def test_every_other_document_fits_kubernetes_own_schema(rendered: list[Document]) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate==1.37.0")
+    others = [document for document in rendered if document["kind"] not in RAY_KINDS | MONITORING_KINDS]
+    assert {"Deployment", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= {each["kind"] for each in others}
+    for document in others:
+        kubernetes_validate.validate(document, "1.32", strict=True)
+    mistyped = copy.deepcopy(of_kind(others, "Deployment")[0])
+    mistyped["spec"]["replica"] = 2
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(mistyped, "1.32", strict=True)
 
 
-def pods(documents: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every pod of the three kinds."""
-    for kind in KINDS:
-        spec = cluster_spec(documents[kind])
-        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
-            yield group["template"]["spec"]
+def test_the_operators_own_rules(rendered: list[Document]) -> None:
+    locked = (ROOT / "requirements.lock").read_text()
+    for document in of_kind(rendered, *RAY_KINDS):
+        spec = cluster_spec(document)
+        groups = spec["workerGroupSpecs"]
+        names = [document["metadata"]["name"], *(each["groupName"] for each in groups)]
+        assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name) for name in names), "DNS-1035"
+        assert len(set(names)) == len(names)
+        for each in groups:
+            assert each["minReplicas"] <= each["replicas"] <= each["maxReplicas"]
+            assert each["template"]["spec"]["restartPolicy"] == "Never", "autoscaler v2"
+        for each in [spec["headGroupSpec"], *groups]:
+            assert all(isinstance(value, str) for value in each["rayStartParams"].values())
+        assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "the head runs no work"
+        assert f"ray=={spec['rayVersion']}\n" in locked
+        assert document["metadata"]["namespace"] == "af2"
 
 
-def containers(documents: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every container of every pod."""
-    for pod in pods(documents):
-        yield from pod["containers"]
+def test_standing_clusters_scale_from_zero_and_keep_their_head_s_state(rendered: list[Document]) -> None:
+    for document in of_kind(rendered, "RayCluster", "RayService"):
+        spec = cluster_spec(document)
+        assert spec["enableInTreeAutoscaling"]
+        assert spec["autoscalerOptions"]["version"] == "v2"
+        address = spec["gcsFaultToleranceOptions"]["redisAddress"]
+        redis, _, port = address.removeprefix("redis://").partition(":")
+        assert int(port) in [each["port"] for each in named(rendered, "Service", redis)["spec"]["ports"]]
+        assert "secretKeyRef" in spec["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]
+    (cluster,) = of_kind(rendered, "RayCluster")
+    assert group(cluster, "gpu")["replicas"] == group(cluster, "gpu")["minReplicas"] == 0
 
 
-def test_all_pods_share_one_volume(rendered: dict[str, Any]) -> None:
-    claim = rendered["PersistentVolumeClaim"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    for pod in pods(rendered):
-        claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "emptyDir" not in v}
-        assert claims == {"storage": claim["metadata"]["name"]}
-        assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000}
-        (container,) = pod["containers"]
-        paths = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "storage"}
-        assert paths == {"/app/data", "/app/runs"}
-        assert "WORKDIR /app\n" in (ROOT / "cluster" / "Dockerfile").read_text()
+def test_jobs_retry_end_and_clean_up_under_kueue(rendered: list[Document]) -> None:
+    jobs = of_kind(rendered, "RayJob")
+    kinds = {document["metadata"]["name"].removeprefix("af2-") for document in jobs}
+    assert kinds == {"make-data", "check-data", "train", "evaluate", "sweep"}
+    for document in jobs:
+        spec = document["spec"]
+        assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "af2"
+        assert spec["suspend"]  # applying everything starts nothing; Kueue admits
+        assert spec["shutdownAfterJobFinishes"], "Kueue, and suspend, want it"
+        assert spec["ttlSecondsAfterFinished"] > 0
+        assert 0 < spec["activeDeadlineSeconds"] <= 864_000
+        assert spec["backoffLimit"] >= 0
+        assert not cluster_spec(document).get("enableInTreeAutoscaling"), "Kueue admits whole clusters"
+        python, script, *_ = shlex.split(spec["entrypoint"])
+        assert python == "python"
+        assert (ROOT / script).is_file()
+        local = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())
+        assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == local["env_vars"]
 
 
-def test_one_place_sets_image_and_settings(rendered: dict[str, Any]) -> None:
-    (image,) = yaml.safe_load((ROOT / "cluster/base/kustomization.yaml").read_text())["images"]
-    settings = rendered["ConfigMap"]["metadata"]["name"]
-    for container in containers(rendered):
-        assert container["image"] == f"{image['newName']}:{image['newTag']}"
-        assert container["envFrom"][0]["configMapRef"]["name"] == settings
-        assert container["resources"]["requests"] == container["resources"]["limits"]
+def expand(entrypoint: str, settings: dict[str, str]) -> list[str]:
+    """The words of an entrypoint as the head's shell sees them."""
+    words = re.sub(r"\$(\w+)", lambda match: settings[match[1]], entrypoint)
+    return shlex.split(words)
 
 
-def test_secrets_are_named_never_held(rendered: dict[str, Any]) -> None:
-    assert all("env" not in container for container in containers(rendered))
-    text = yaml.safe_dump_all(rendered.values())
-    assert not re.search(r"(?i)secret_?access_?key|password|AKIA", text)
-
-
-def test_training_runs_the_script_that_a_laptop_runs(rendered: dict[str, Any]) -> None:
-    settings = rendered["ConfigMap"]["data"]
-    job = rendered["RayJob"]["spec"]
-    python, script, recipe, *overrides = shlex.split(job["entrypoint"])
-    assert (python, script) == ("python", "jobs/train.py")
-    assert (ROOT / script).is_file()
-    assert recipe == settings["AF2_RECIPE"]
+def test_entrypoints_are_what_a_laptop_runs(rendered: list[Document]) -> None:
+    settings = named(rendered, "ConfigMap", "af2-settings")["data"]
+    _, _, recipe, *overrides = expand(named(rendered, "RayJob", "af2-train")["spec"]["entrypoint"], settings)
     loaded = load_recipe(recipe, overrides)
     assert loaded.storage == settings["AF2_STORAGE"] == "/app/runs"
     assert settings["AF2_MODEL"] == f"/app/runs/{loaded.name}/stages/{loaded.stages[-1].name}/model", "what it exports"
-    local = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())
-    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"] == local["env_vars"]
+    assert settings["AF2_TEST"] in [dataset.manifest for dataset in loaded.evaluation.manifests]
+    service, _, port = settings["MLFLOW_TRACKING_URI"].removeprefix("http://").partition(":")
+    assert int(port) in [each["port"] for each in named(rendered, "Service", service)["spec"]["ports"]]
 
 
-def test_the_service_serves_our_app(rendered: dict[str, Any]) -> None:
+def test_requests_fit_the_recipe(rendered: list[Document]) -> None:
+    """Workers of the recipe, one to a GPU or packed on CPUs, and a decode task, within the job's cluster."""
+    settings = named(rendered, "ConfigMap", "af2-settings")["data"]
+    for name in ("af2-train", "af2-sweep"):
+        job = named(rendered, "RayJob", name)
+        recipe = load_recipe(settings["AF2_RECIPE"], [f"cluster.gpus={settings['AF2_GPUS']}"])
+        workers = recipe.cluster
+        cpu, gpu = group(job, "cpu"), group(job, "gpu")
+        cpus = cpu["replicas"] * float(resources(cpu["template"])["cpu"])
+        if workers.gpus == "yes":
+            assert gpu["replicas"] * int(resources(gpu["template"])["nvidia.com/gpu"]) >= workers.num_workers
+            assert workers.cpus_per_worker <= float(resources(gpu["template"])["cpu"])
+            cpus += gpu["replicas"] * float(resources(gpu["template"])["cpu"])
+        needed = workers.num_workers * workers.cpus_per_worker + workers.decode_cpus
+        assert needed <= cpus, f"{name}: {needed} CPUs asked, {cpus} there"
+
+
+def pods(documents: list[Document]) -> Iterator[Document]:
+    """Every pod template of the Ray kinds."""
+    for document in of_kind(documents, *RAY_KINDS):
+        spec = cluster_spec(document)
+        for each in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            yield each["template"]
+
+
+def other_pods(documents: list[Document]) -> Iterator[Document]:
+    for document in of_kind(documents, "Deployment", "StatefulSet"):
+        yield document["spec"]["template"]
+
+
+def test_all_ray_pods_share_one_volume_and_one_image(rendered: list[Document]) -> None:
+    claim = named(rendered, "PersistentVolumeClaim", "af2-storage")
+    images = set()
+    for pod in pods(rendered):
+        spec = pod["spec"]
+        claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "emptyDir" not in v}
+        assert claims == {"storage": claim["metadata"]["name"]}
+        (container,) = spec["containers"]
+        images.add(container["image"])
+        paths = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "storage"}
+        assert paths == {"/app/data", "/app/runs"}
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert spec["serviceAccountName"] == "af2"
+    assert len(images) == 1
+
+
+def test_pods_run_without_rights(rendered: list[Document]) -> None:
+    for pod in [*pods(rendered), *other_pods(rendered)]:
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["securityContext"]["runAsUser"] > 0
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"]
+
+
+def test_spot_workers_tolerate_and_heads_do_not(rendered: list[Document]) -> None:
+    is_spot = [each["key"] for pod in pods(rendered) for each in pod["spec"].get("tolerations", [])].count(
+        "af2.ray/spot"
+    )
+    for document in of_kind(rendered, *RAY_KINDS) if is_spot else []:
+        spec = cluster_spec(document)
+        assert "tolerations" not in spec["headGroupSpec"]["template"]["spec"]
+        for each in spec["workerGroupSpecs"]:
+            assert "af2.ray/spot" in [each["key"] for each in each["template"]["spec"]["tolerations"]]
+            assert each["template"]["spec"]["nodeSelector"] == {"af2.ray/spot": "true"}
+
+
+def test_secrets_are_named_never_held(rendered: list[Document]) -> None:
+    assert not of_kind(rendered, "Secret")
+    text = yaml.safe_dump_all(rendered)
+    assert not re.search(r"(?i)secret_?access_?key|AKIA", text)
+    for pod in [*pods(rendered), *other_pods(rendered)]:
+        for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
+            for variable in container.get("env", []):
+                if re.search("(?i)password|secret|token", variable["name"]):
+                    assert "secretKeyRef" in variable["valueFrom"], variable
+
+
+def test_network_policies_open_only_what_is_there(rendered: list[Document]) -> None:
+    policies = of_kind(rendered, "NetworkPolicy")
+    assert [p["spec"] for p in policies if p["spec"]["podSelector"] == {}] == [
+        {"podSelector": {}, "policyTypes": ["Ingress"]}
+    ]
+    labels = [pod["metadata"]["labels"] for pod in [*pods(rendered), *other_pods(rendered)]]
+    for policy in policies:
+        wanted = policy["spec"]["podSelector"].get("matchLabels", {}).items()
+        assert any(wanted <= each.items() for each in labels), policy["metadata"]["name"]
+
+
+def test_the_service_is_what_serve_builds(rendered: list[Document]) -> None:
+    """`serve build` calls these two functions; it takes no application with arguments itself."""
+    from ray.serve._private.build_app import build_app
     from ray.serve.schema import ServeDeploySchema
+    from ray.serve.scripts import deployment_to_schema
 
-    from serve_apps.af2 import AppArgs
-
-    service = rendered["RayService"]
-    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"])).applications
+    (service,) = of_kind(rendered, "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = ServeDeploySchema.model_validate(config).applications
     module, _, name = application.import_path.partition(":")
-    assert callable(getattr(importlib.import_module(module), name))
-    args = AppArgs.model_validate(application.args)
-    settings = load_recipe(rendered["ConfigMap"]["data"]["AF2_RECIPE"], args.overrides.split()).serve
-    assert settings.min_replicas <= settings.max_replicas
-    gpu_group = next(group for group in cluster_spec(service)["workerGroupSpecs"] if group["groupName"] == "gpu")
-    (container,) = gpu_group["template"]["spec"]["containers"]
-    assert settings.gpus_per_replica == int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert settings.cpus_per_replica <= int(container["resources"]["limits"]["cpu"])
-    assert settings.max_replicas <= gpu_group["maxReplicas"]
+    settings = named(rendered, "ConfigMap", "af2-settings")["data"]
+    arguments = {"model": "s3://bucket/model", "recipe": settings["AF2_RECIPE"], **application.args}
+    built = build_app(getattr(importlib.import_module(module), name)(arguments), name=application.name)
+    schemas = {each.name: deployment_to_schema(each).model_dump(exclude_unset=True) for each in built.deployments}
+    stated = {each["name"]: each for each in config["applications"][0]["deployments"]}
+    assert stated.keys() == schemas.keys()
+    for deployment, values in stated.items():
+        for key, value in values.items():
+            found = schemas[deployment][key]
+            assert (found if not isinstance(value, dict) else {k: found[k] for k in value}) == value, (deployment, key)
+
+
+def test_the_service_s_pods_hold_its_replicas(rendered: list[Document]) -> None:
+    (service,) = of_kind(rendered, "RayService")
+    deployments = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]
+    model = next(each for each in deployments if each["name"] == "Model")
+    options, most = model["ray_actor_options"], model["autoscaling_config"]["max_replicas"]
+    where = group(service, "gpu" if options["num_gpus"] else "cpu")
+    assert most <= where["maxReplicas"]
+    assert options["num_cpus"] <= float(resources(where["template"])["cpu"])
+    assert options["num_gpus"] <= int(resources(where["template"]).get("nvidia.com/gpu", 0))
+    assert service["spec"]["upgradeStrategy"]["type"] == "NewCluster"
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= 120, "the recipe's request_timeout_s"
+    for budget in of_kind(rendered, "PodDisruptionBudget"):
+        selected = budget["spec"]["selector"]["matchLabels"]
+        assert selected["ray.io/originated-from-cr-name"] == service["metadata"]["name"]
 
 
 def test_the_image_has_what_the_pods_need() -> None:
     dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
-    for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE):
+    for line in re.findall(r"^COPY ((?!--from).+)$", dockerfile, re.MULTILINE):
         *sources, _ = line.split()
         assert all((ROOT / source).exists() for source in sources), line
     assert "-r requirements.lock" in dockerfile
-    assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == [
-        "python:3.11-slim-bookworm",
-        "base",
-        "base",
-        "${VARIANT}",
+    stages = re.split(r"^FROM ", dockerfile, flags=re.MULTILINE)[1:]
+    assert [stage.split()[0] for stage in stages] == [
+        *("python:3.11-slim-bookworm", "python:3.11-slim-bookworm", "base", "base", "${VARIANT}")
     ]
+    assert "g++" in stages[0]
+    assert all("g++" not in stage for stage in stages[1:]), "no compiler at run time"
+    assert "USER 1000" in stages[1]
 
 
 def test_runtime_env_carries_code_only(tmp_path: Path) -> None:

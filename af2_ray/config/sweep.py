@@ -1,0 +1,131 @@
+"""A sweep: one recipe, what to vary in it, how often, and how trials are compared."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from af2_ray.config.base import Strict
+from af2_ray.config.read import RECIPE_DIR, load_recipe, read_yaml
+from af2_ray.config.recipe import Recipe
+
+SWEEP_DIR = RECIPE_DIR / "sweeps"
+
+
+class Asha(Strict):
+    """Early stopping: at each rung (optimiser steps over all stages) the worst by loss end (Ray Tune's ASHA)."""
+
+    grace_steps: int = Field(ge=1, description="no trial ends before")
+    reduction_factor: float = Field(3, gt=1, strict=False)
+
+
+class Sweep(Strict):
+    """What to vary and how to compare; every combination of `keys` runs once for each seed."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    recipe: str = Field(description="the base: a shipped recipe or a .yaml file")
+    overrides: list[str] = Field([], description="of the base, for all trials: key=value")
+    keys: dict[str, list[Any]] = Field(min_length=1, description="dotted recipe key -> its values, the baseline first")
+    samples: int | None = Field(None, ge=1, description="combinations drawn at random; none: all of them")
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    metric: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="accuracy on evaluation.manifests, or last loss"
+    )
+    share: list[Literal["lm", "clap"]] = Field(
+        [], description="steps done once for all trials (they vary nothing in it)"
+    )
+    asha: Asha | None = None
+    max_concurrent_trials: int | None = Field(None, ge=1, description="none: as many as the cluster holds")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sweep:
+        for name, values in self.keys.items():
+            if not values or len({_yaml(value) for value in values}) != len(values):
+                raise ValueError(f"keys.{name}: give each value once, and at least one")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: each once, got {self.seeds}")
+        for step, prefixes in {"lm": ("model.lm",), "clap": ("clap", "model.audio", "model.lm")}.items():
+            varied = [key for key in self.keys if key.startswith(prefixes)]
+            if step in self.share and varied and varied != ["model.audio.features"]:
+                raise ValueError(f"share: {step} is made once, but the sweep varies {varied[0]!r} in it")
+        return self
+
+    def trials(self, overrides: Sequence[str] = ()) -> list[Trial]:
+        """All trials, checked before any starts; `overrides` come after the sweep's own.
+
+        Raises:
+            ValueError: a combination is no valid recipe; the message names the combination.
+        """
+        combinations = list(itertools.product(*self.keys.values()))
+        if self.samples is not None and self.samples < len(combinations):
+            drawn = np.random.default_rng(0).choice(len(combinations), self.samples, replace=False)
+            combinations = [combinations[place] for place in sorted(drawn)]
+        trials = []
+        for place, values in enumerate(combinations):
+            point = dict(zip(self.keys, values, strict=True))
+            for seed in self.seeds:
+                given = [f"{key}={_yaml(value)}" for key, value in point.items()]
+                try:
+                    recipe = load_recipe(self.recipe, [*self.overrides, *overrides, *given, f"seed={seed}"])
+                except ValueError as error:
+                    raise ValueError(f"sweep {self.name}, {', '.join(given)}: {error}") from error
+                if self.metric == "accuracy" and not recipe.evaluation.manifests:
+                    raise ValueError(f"sweep {self.name}: metric `accuracy` needs evaluation.manifests in the recipe")
+                trials.append(Trial(f"{place:03d}-seed{seed}", place, point, seed, recipe))
+        return trials
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: a point (combination of values) with one seed."""
+
+    id: str
+    point: int
+    values: dict[str, Any]
+    seed: int
+    recipe: Recipe
+
+
+def sweep_names() -> list[str]:
+    """Names of the sweeps that ship with the package."""
+    return sorted(path.stem for path in SWEEP_DIR.glob("*.yaml"))
+
+
+def load_sweep(name: str | Path) -> Sweep:
+    """Read a shipped sweep by its name, or a YAML file.
+
+    Raises:
+        ValueError: no such sweep, an unknown key (the nearest right one is named) or a bad value.
+    """
+    path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else SWEEP_DIR / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), sweep_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no sweep {str(name)!r}{hint} (shipped: {', '.join(sweep_names())}; or give a .yaml file)")
+    try:
+        return Sweep.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ValueError(f"{path}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "sweep"
+    if item["type"] != "extra_forbidden":
+        return f"  {key}: {item['msg'].removeprefix('Value error, ')}"
+    near = difflib.get_close_matches(str(item["loc"][-1]), Sweep.model_fields, n=1)
+    return f"  {key}: unknown key; " + (
+        f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Sweep.model_fields)}"
+    )
+
+
+def _yaml(value: Any) -> str:
+    """A value as YAML on one line, as an override takes it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,73 @@
+"""What a recipe asks of Ray, and whether the cluster can give it: found out in seconds instead of waiting for ever.
+
+Ray itself keeps an infeasible request pending without end. An autoscaling cluster is asked for what it may grow to, not
+for what it has now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import ray
+
+from af2_ray.config import Cluster
+
+WAIT_S = 20.0  # for nodes that are joining, and for what an ended job still holds
+
+
+def needed(cluster: Cluster, *, use_gpu: bool, trials: int = 1) -> dict[str, float]:
+    """CPUs and GPUs of `trials` jobs at a time: the workers and one decode task each."""
+    cpus = cluster.num_workers * cluster.cpus_per_worker + cluster.decode_cpus
+    return {"CPU": trials * cpus} | ({"GPU": float(trials * cluster.num_workers)} if use_gpu else {})
+
+
+def capacity() -> dict[str, float]:
+    """What the connected cluster has, or may grow to where it has an autoscaler."""
+    have: dict[str, float] = dict(ray.cluster_resources())
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {name: max(have.get(name, 0.0), float(most.get(name, 0.0))) for name in {*have, *most}}
+
+
+def uses_gpu(cluster: Cluster) -> bool:
+    """Whether a job of this recipe takes GPUs; `auto` takes them where there are enough."""
+    return cluster.gpus == "yes" or (cluster.gpus == "auto" and capacity().get("GPU", 0) >= cluster.num_workers)
+
+
+def shortage(need: Mapping[str, float], have: Mapping[str, float]) -> str:
+    """What is missing, in words; empty if nothing is."""
+    lacking = {name: amount for name, amount in need.items() if have.get(name, 0.0) < amount - 1e-6}
+    return " and ".join(f"{amount:g} {name}s (there: {have.get(name, 0.0):g})" for name, amount in lacking.items())
+
+
+def preflight(cluster: Cluster, *, wait_s: float = WAIT_S) -> None:
+    """Fail if the cluster can never hold the recipe's workers, or does not have them free within `wait_s` seconds.
+
+    Raises:
+        ValueError: the recipe asks for more than the cluster has or may grow to; the message names what is missing.
+        RuntimeError: it has enough, but other work (or what is left of it) holds it.
+    """
+    need = needed(cluster, use_gpu=uses_gpu(cluster))
+    end = time.monotonic() + wait_s
+    while (missing := shortage(need, capacity())) and time.monotonic() < end:
+        time.sleep(min(1.0, wait_s))
+    if missing:
+        raise ValueError(
+            f"the recipe needs {missing} more than this Ray cluster can give: cluster.num_workers="
+            f"{cluster.num_workers} of {cluster.cpus_per_worker:g} CPUs; lower them, or start more nodes"
+        )
+    if not shortage(need, ray.cluster_resources()):  # otherwise the autoscaler has to bring the nodes first
+        while (missing := shortage(need, ray.available_resources())) and time.monotonic() < end:
+            time.sleep(min(1.0, wait_s))
+        if missing:
+            raise RuntimeError(
+                f"{missing} are free too few: other jobs hold the rest; `ray status` shows them, wait or end them"
+            )
+
+
+def max_trials(cluster: Cluster) -> int:
+    """How many jobs of this size the cluster holds at a time, at least 1."""
+    have = capacity()
+    return max(
+        1, min(int(have.get(name, 0) / amount) for name, amount in needed(cluster, use_gpu=uses_gpu(cluster)).items())
+    )

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one recipe on Ray Tune, and what they say together."""

@@ -1,0 +1,296 @@
+"""What a sweep says: a table of points with intervals, plots, and the best recipe.
+
+Intervals are a paired bootstrap over seeds and questions: each draw takes seeds and question pairs with replacement,
+the same ones for every point, so that a difference between two points is free of what their seeds and questions share.
+With three seeds the interval is wide, as it should be. Trials that were stopped early have no score and only appear in
+the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from af2_ray.config import Sweep
+from af2_ray.tune.trial import Result
+
+DRAWS = 2000
+INK, MODEL, FAINT = "#26323b", "#1f6f78", "#c3ccd1"
+STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#26323b}"
+    "svg{width:100%;height:auto}"
+    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #e4e2db}"
+    "td:first-child,th:first-child{text-align:left}"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of values over its seeds.
+
+    Attributes:
+        mean: of the metric over seeds; none if no trial of the point reached its end.
+        ci95: its interval. above: mean less the baseline's (the first point). above_ci95: the interval of that.
+    """
+
+    values: dict[str, Any]
+    trials: int
+    done: int
+    mean: float | None
+    ci95: tuple[float, float] | None
+    above: float | None
+    above_ci95: tuple[float, float] | None
+
+
+def read_scores(trial_folder: Path) -> dict[str, tuple[str, float]]:
+    """Question id -> (pair, right), from a trial's predictions; empty if it wrote none."""
+    path = trial_folder / "evaluation" / "predictions.jsonl"
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {
+        f"{row['uri']}#{row['id']}": (str(row["pair"] or row["id"]), float(row["right"]))
+        for row in rows
+        if row["right"] is not None
+    }
+
+
+def bootstrap(
+    scores: Mapping[int, Mapping[int, NDArray[np.float64]]], units: NDArray[np.int64], *, seed: int = 0
+) -> dict[int, NDArray[np.float64]]:
+    """Resampled means of every point [DRAWS], drawn alike for all points.
+
+    Args:
+        scores: point -> seed -> [Q] values of the questions all trials answered ([1] for a metric without questions).
+        units: [Q] what is resampled together: the question's pair.
+    """
+    rng = np.random.default_rng(seed)
+    num_units = int(units.max()) + 1
+    size = np.bincount(units, minlength=num_units)
+    seeds = sorted({each for by_seed in scores.values() for each in by_seed})
+    sums = {
+        point: {each: np.bincount(units, values, num_units) for each, values in by_seed.items()}
+        for point, by_seed in scores.items()
+    }
+    found: dict[int, list[float]] = {point: [] for point in scores}
+    for _ in range(DRAWS):
+        drawn = rng.choice(seeds, len(seeds))
+        weight = rng.multinomial(num_units, np.full(num_units, 1 / num_units)) if num_units > 1 else np.ones(1)
+        total = float(weight @ size)
+        for point, by_seed in sums.items():
+            means = [float(weight @ by_seed[each]) / total for each in drawn if each in by_seed]
+            found[point].append(float(np.mean(means)) if means else np.nan)
+    return {point: np.array(values) for point, values in found.items()}
+
+
+def summarise(results: Sequence[Result], folders: Mapping[str, Path], metric: str) -> list[Point]:
+    """The points of a sweep in order, with intervals."""
+    order = sorted({result.point for result in results})
+    done = [result for result in results if result.status == "done" and result.metric is not None]
+    scores, units = _scores(done, folders, metric)
+    draws = bootstrap(scores, units) if scores else {}
+    means = {point: float(np.mean([values.mean() for values in by_seed.values()])) for point, by_seed in scores.items()}
+    base = order[0] if order and order[0] in means else None
+    points = []
+    for point in order:
+        members = [result for result in results if result.point == point]
+        compared = base is not None and point in means and point != base
+        points.append(
+            Point(
+                values=members[0].values,
+                trials=len(members),
+                done=len(scores.get(point, {})),
+                mean=means.get(point),
+                ci95=_interval(draws[point]) if point in draws else None,
+                above=means[point] - means[base] if compared and base is not None else None,
+                above_ci95=_interval(draws[point] - draws[base]) if compared and base is not None else None,
+            )
+        )
+    return points
+
+
+def _scores(
+    done: Sequence[Result], folders: Mapping[str, Path], metric: str
+) -> tuple[dict[int, dict[int, NDArray[np.float64]]], NDArray[np.int64]]:
+    scores: dict[int, dict[int, NDArray[np.float64]]] = {}
+    answered = {result.id: read_scores(folders[result.id]) if metric == "accuracy" else {} for result in done}
+    common = sorted(set.intersection(*(set(each) for each in answered.values()))) if answered else []
+    for result in done:
+        assert result.metric is not None, "a trial that is done has its metric"
+        values = np.array([answered[result.id][question][1] for question in common] or [result.metric])
+        scores.setdefault(result.point, {})[result.seed] = values
+    pairs = [answered[done[0].id][question][0] for question in common] if common else ["one"]
+    return scores, np.unique(pairs, return_inverse=True)[1]
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def best(results: Sequence[Result], points: Sequence[Point], metric: str) -> Result | None:
+    """The best trial of the best point (by its mean); none if no trial reached its end."""
+    sign = -1 if metric == "loss" else 1
+    order = sorted({result.point for result in results})
+    scored = [
+        (sign * point.mean, number) for number, point in zip(order, points, strict=True) if point.mean is not None
+    ]
+    if not scored:
+        return None
+    number = max(scored, key=lambda item: item[0])[1]
+    members = [r for r in results if r.point == number and r.status == "done" and r.metric is not None]
+    return max(members, key=lambda result: sign * (result.metric or 0.0))
+
+
+def write_report(root: Path, sweep: Sweep, results: Sequence[Result], folders: Mapping[str, Path]) -> Path:
+    """Write `trials.csv`, `points.csv`, `best.yaml` and `report.html`; returns the page."""
+    points = summarise(results, folders, sweep.metric)
+    keys = list(sweep.keys)
+    _csv(root / "trials.csv", [{**asdict(r), **r.values} for r in results], drop=("values",))
+    _csv(root / "points.csv", [{**asdict(p), **p.values} for p in points], drop=("values",))
+    winner = best(results, points, sweep.metric)
+    if winner is not None:
+        text = (folders[winner.id] / "recipe.yaml").read_text()
+        (root / "best.yaml").write_text(f"# Best of sweep {sweep.name}: {winner.values}, seed {winner.seed}.\n{text}")
+    parts = [f"<!doctype html><meta charset=utf-8><title>sweep {sweep.name}</title><style>{STYLE}</style>"]
+    parts += [
+        f"<h1>Sweep {sweep.name}</h1><p>{html.escape(verdict(points, sweep.metric))}</p>",
+        _points_table(points, keys),
+    ]
+    parts += [_key_plot(points, key, sweep.metric) for key in keys]
+    parts += [f"<h2>All trials</h2>{_parallel(results, keys, sweep.metric)}{_trials_table(results, keys)}"]
+    if winner is not None:
+        parts.append(
+            f"<p>Best: trial {winner.id}; run it with <code>jobs/train.py {root / 'best.yaml'} --run DIR</code></p>"
+        )
+    path = root / "report.html"
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def verdict(points: Sequence[Point], metric: str) -> str:
+    """What the intervals allow to say, in one sentence."""
+    told = [point for point in points if point.above_ci95 is not None]
+    if not told:
+        return "Too few trials have ended to compare points."
+    apart = [p for p in told if p.above_ci95 and (p.above_ci95[0] > 0 or p.above_ci95[1] < 0)]
+    names = "; ".join(f"{_name(p.values)} {p.above:+.3f}" for p in apart)
+    rest = len(told) - len(apart)
+    resolved = (
+        f"Differs from {_name(points[0].values)} in {metric}, beyond its 95 % interval: {names}. " if apart else ""
+    )
+    return resolved + (f"Not resolved at this size: {rest} of {len(told)} points." if rest else "")
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
+
+
+def _csv(path: Path, rows: list[dict[str, Any]], drop: Sequence[str]) -> None:
+    rows = [{key: value for key, value in row.items() if key not in drop} for row in rows]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _points_table(points: Sequence[Point], keys: Sequence[str]) -> str:
+    rows = [
+        [*(str(p.values[key]) for key in keys), f"{p.done} of {p.trials}", _number(p.mean), _range(p.ci95),
+         _number(p.above, "+"), _range(p.above_ci95)]
+        for p in points
+    ]  # fmt: skip
+    return _table([*keys, "seeds done", "mean", "95 %", "above the first", "95 %"], rows)
+
+
+def _trials_table(results: Sequence[Result], keys: Sequence[str]) -> str:
+    rows = [
+        [
+            r.id,
+            *(str(r.values[key]) for key in keys),
+            r.status,
+            _number(r.metric),
+            _number(r.loss),
+            str(r.steps),
+            f"{r.seconds:.0f}",
+        ]
+        for r in results
+    ]
+    return _table(["trial", *keys, "status", "metric", "loss", "steps", "seconds"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(each)}</th>" for each in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(each)}</td>" for each in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+def _number(value: float | None, sign: Literal["", "+"] = "") -> str:
+    return "–" if value is None else f"{value:{sign}.4f}"
+
+
+def _range(pair: tuple[float, float] | None) -> str:
+    return "–" if pair is None else f"{pair[0]:+.4f} to {pair[1]:+.4f}"
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _key_plot(points: Sequence[Point], key: str, metric: str) -> str:
+    """The metric against one key: a dot and its interval for each point."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    values = list(dict.fromkeys(str(point.values[key]) for point in points))
+    for point in points:
+        if point.mean is not None and point.ci95 is not None:
+            beside = [p for p in points if p.values[key] == point.values[key]]
+            place = values.index(str(point.values[key])) + 0.06 * (beside.index(point) - (len(beside) - 1) / 2)
+            axes.plot([place, place], point.ci95, color=INK, linewidth=1.2)
+            axes.plot(place, point.mean, "o", color=MODEL)
+    axes.set_xticks(range(len(values)), values)
+    axes.set_xlabel(key)
+    axes.set_ylabel(metric)
+    axes.spines[["top", "right"]].set_visible(False)
+    return f"<h2>{html.escape(key)}</h2>{_svg(figure)}"
+
+
+def _parallel(results: Sequence[Result], keys: Sequence[str], metric: str) -> str:
+    """Parallel coordinates: a line a trial through its values to its metric; faint if unfinished."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.add_subplot()
+    levels = {key: list(dict.fromkeys(str(result.values[key]) for result in results)) for key in keys}
+    found = [result.metric for result in results if result.metric is not None]
+    low, high = (min(found), max(found)) if found else (0.0, 1.0)
+    for result in results:
+        line = [levels[key].index(str(result.values[key])) / max(1, len(levels[key]) - 1) for key in keys]
+        if result.metric is None:
+            axes.plot(range(len(keys)), line, color=FAINT, linewidth=0.8, marker=".")
+            continue
+        share = (result.metric - low) / (high - low) if high > low else 0.5
+        good = 1 - share if metric == "loss" else share
+        axes.plot(range(len(keys) + 1), [*line, share], color=MODEL, alpha=0.2 + 0.8 * good, linewidth=1.4)
+    for place, key in enumerate(keys):
+        for number, value in enumerate(levels[key]):
+            axes.annotate(
+                value, (place, number / max(1, len(levels[key]) - 1)), textcoords="offset points", xytext=(4, 3)
+            )
+    for share in (0.0, 1.0):
+        text = f"{low + share * (high - low):.3f}"
+        axes.annotate(text, (len(keys), share), textcoords="offset points", xytext=(4, 3))
+    axes.set_xticks(range(len(keys) + 1), [*keys, metric])
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return _svg(figure)

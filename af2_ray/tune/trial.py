@@ -1,0 +1,126 @@
+"""One trial: a run like any other in a folder of the sweep, whose progress Ray Tune sees.
+
+Ray Tune only decides what runs when, and what is stopped early. What a trial is worth is in its folder (`result.json`,
+written last), so a sweep that was killed is simply started again: finished trials are skipped, and one that was
+interrupted goes on from its own checkpoint. The price: ASHA forgets which trials passed which rung before the kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from af2_ray.config import Dataset, Recipe, load_recipe
+from af2_ray.train.run import Run, finished, read_metrics, write_atomic
+
+POLL_S = 1.0
+LOSS_WINDOW = 10
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a trial: `done`, `stopped` early, or `failed` (and then run again by the next call)."""
+
+    id: str
+    point: int
+    values: dict[str, Any]
+    seed: int
+    status: str
+    metric: float | None = None
+    loss: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+def result_path(folder: Path) -> Path:
+    return folder / "result.json"
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result of a trial that has ended; none if it has not."""
+    path = result_path(folder)
+    return Result(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def write_result(folder: Path, result: Result) -> None:
+    write_atomic(result_path(folder), json.dumps(asdict(result), indent=1))
+
+
+def progress(folder: Path, recipe: Recipe) -> tuple[int, float | None, float]:
+    """Optimiser steps over all stages so far, mean of the last losses, seconds in steps."""
+    history = [row for stage in recipe.stages for row in read_metrics(folder / "stages" / stage.name)]
+    losses = [row["loss"] for row in history[-LOSS_WINDOW:]]
+    return len(history), float(np.mean(losses)) if losses else None, sum(row["step_s"] for row in history)
+
+
+def link_shared(folder: Path, shared: Path, steps: list[str]) -> None:
+    """Let a trial's run begin with steps that were done once: its folders are links to those."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        if not (folder / step).exists():
+            (folder / step).symlink_to(shared / step, target_is_directory=True)
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Ray Tune's entry point: train, evaluate, write the result.
+
+    Args:
+        config: `folder` (with recipe.yaml), `metric`, `cwd`.
+    """
+    from ray import tune
+
+    from af2_ray.train.stages import train_run
+
+    os.chdir(config["cwd"])  # a recipe's paths mean the same as in the sweep's own process
+    folder = Path(config["folder"])
+    run = Run.open(load_recipe(folder / "recipe.yaml"), folder)
+    with run.lock(), _reporting(run, tune.report):
+        train_run(run)
+    steps, loss, _ = progress(folder, run.recipe)
+    metric = loss if config["metric"] == "loss" else evaluate(run)
+    write_atomic(folder / "metric.json", json.dumps({"metric": metric}))
+    tune.report({"step": steps, "loss": loss})
+
+
+def evaluate(run: Run) -> float:
+    """Accuracy on the recipe's evaluation manifests; every prediction goes to `<run>/evaluation/predictions.jsonl`."""
+    from af2_ray.evaluate.run import evaluate_run
+
+    folder = run.root / "evaluation"
+    if done := finished(folder):
+        return float(done["accuracy"])
+    evaluation = run.recipe.evaluation.model_copy(update={"seen_manifests": list[Dataset](), "captions": None})
+    result = evaluate_run(run.model_dir, evaluation, out_dir=folder)
+    write_atomic(folder / "done.json", json.dumps({"accuracy": result.accuracy["all"]}))
+    return float(result.accuracy["all"])
+
+
+@contextmanager
+def _reporting(run: Run, report: Any) -> Iterator[None]:
+    """Report steps and loss while the block trains: the loop runs elsewhere, its metrics.jsonl is what grows here."""
+    over = threading.Event()
+
+    def follow() -> None:
+        last = 0
+        while not over.wait(POLL_S):
+            steps, loss, _ = progress(run.root, run.recipe)
+            if steps > last and loss is not None:
+                report({"step": steps, "loss": loss})
+                last = steps
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

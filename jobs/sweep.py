@@ -1,0 +1,69 @@
+"""Run a recipe many times with different keys and seeds, and say what the difference is worth.
+
+Trials run side by side on Ray Tune, as many as the cluster holds; what they have in common (language model, audio
+tower) is made once where the sweep says so. Ended trials are skipped and interrupted ones go on, so the same command
+after a kill loses nothing. Writes trials.csv, points.csv, report.html and best.yaml, a recipe ready to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from af2_ray import console
+from af2_ray.config import load_sweep, sweep_names
+from af2_ray.synth.corpus import make_corpus
+
+
+def main() -> None:
+    arguments = _arguments()
+    sweep = load_sweep(arguments.sweep)
+    trials = sweep.trials(arguments.overrides)  # every combination is checked before anything starts
+    recipe = trials[0].recipe
+    if arguments.list:
+        for trial in trials:
+            console.console.print(f"{trial.id}  {trial.values}")
+        return
+    root = Path(arguments.out or Path(recipe.storage) / "sweeps" / sweep.name)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    from af2_ray.tune.report import write_report  # Ray Tune reads its environment when it is imported
+    from af2_ray.tune.run import SweepRun
+
+    console.check_tracking(recipe)
+    run = SweepRun(sweep, root, arguments.overrides)
+    with console.logs_to(run.root / "logs" / "sweep.log"):
+        if recipe.corpus is not None:
+            console.heading("corpus")
+            make_corpus(recipe.corpus)
+        with console.cluster(run.root / "logs"):
+            console.heading(f"sweep {sweep.name}: {len(trials)} trials")
+            results = run.run(notify=lambda text: console.console.print(text, markup=False))
+        report = write_report(run.root, sweep, results, {trial.id: run.folder(trial) for trial in run.trials})
+    console.console.print(f"report: {report}")
+    failed = [result for result in results if result.status == "failed"]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(trials)} trials failed, first {failed[0].id}: {failed[0].error}; "
+            "the same command runs them again"
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jobs/sweep.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python jobs/sweep.py frequency --list\n"
+        "  python jobs/sweep.py frequency --out runs/frequency\n"
+        "  python jobs/sweep.py my_sweep.yaml cluster.num_workers=4\n" + console.EXIT_CODES,
+    )
+    parser.add_argument("sweep", help=f"a shipped sweep ({', '.join(sweep_names())}) or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for all trials")
+    parser.add_argument("--out", metavar="DIR", help="folder of the sweep (default: <storage>/sweeps/<name>)")
+    parser.add_argument("--list", action="store_true", help="only name the trials")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    console.main(main)

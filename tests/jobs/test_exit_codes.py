@@ -1,0 +1,73 @@
+"""How jobs end: the exit code and the one line that says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from botocore.exceptions import ClientError, NoCredentialsError
+
+from af2_ray import console, resources
+from af2_ray.config import Cluster, load_recipe
+
+
+def refused():
+    raise ClientError({"Error": {"Code": "SignatureDoesNotMatch", "Message": "no"}}, "GetObject")
+
+
+def fail(error):
+    def job():
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [
+        (fail(ValueError("a key")), console.EXIT_BAD_INPUT),
+        (refused, console.EXIT_BAD_INPUT),
+        (fail(NoCredentialsError()), console.EXIT_BAD_INPUT),
+        (fail(PermissionError("no right")), console.EXIT_BAD_INPUT),
+        (fail(RuntimeError("a worker died")), console.EXIT_FAILED),
+        (fail(ConnectionError("no server")), console.EXIT_FAILED),
+        (fail(KeyboardInterrupt()), console.EXIT_INTERRUPTED),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), console.EXIT_INTERRUPTED),
+    ],
+)
+def test_the_end_of_a_job_is_its_exit_code(job, code):
+    with pytest.raises(SystemExit) as ended:
+        console.main(job)
+    assert ended.value.code == code
+
+
+def test_a_job_that_ends_well_returns():
+    console.main(lambda: None)
+
+
+def test_an_unreachable_mlflow_is_named_with_its_key():
+    recipe = load_recipe("tiny", ["tracking.uri=http://127.0.0.1:9"])
+    with pytest.raises(ConnectionError, match=r"tracking\.uri=http://127\.0\.0\.1:9 does not answer"):
+        console.check_tracking(recipe, timeout_s=1, tries=1)
+
+
+def test_a_request_larger_than_the_cluster_is_bad_input_that_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 4.0})
+    with pytest.raises(ValueError, match=r"GPUs \(there: 0\)"):
+        resources.preflight(Cluster(num_workers=8, gpus="yes"), wait_s=0)
+    with pytest.raises(ValueError, match=r"8\.25 CPUs \(there: 4\)"):
+        resources.preflight(Cluster(num_workers=8), wait_s=0)
+
+
+def test_what_other_jobs_hold_is_a_failure_not_bad_input(monkeypatch):
+    monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(RuntimeError, match="other jobs hold the rest"):
+        resources.preflight(Cluster(num_workers=2), wait_s=0)
+
+
+def test_yes_and_no_are_words_in_overrides():
+    assert load_recipe("tiny", ["cluster.gpus=yes"]).cluster.gpus == "yes"
+    assert load_recipe("tiny", ["cluster.gpus=no"]).cluster.gpus == "no"

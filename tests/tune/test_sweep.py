@@ -1,0 +1,107 @@
+"""Sweeps: what is refused before anything runs, and what the report makes of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from af2_ray.config import load_recipe, load_sweep, sweep_names
+from af2_ray.tune.report import bootstrap, summarise, verdict, write_report
+from af2_ray.tune.trial import Result
+
+
+def write(tmp_path, **changed):
+    path = tmp_path / "sweep.yaml"
+    settings = {"name": "mine", "recipe": "tiny", "keys": {"model.cross_attention.every": [1, 2]}, "seeds": [0, 1]}
+    path.write_text(yaml.safe_dump(settings | changed))
+    return path
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_shipped_sweeps_are_valid_recipes_in_every_combination(name):
+    sweep = load_sweep(name)
+    trials = sweep.trials()
+    assert sweep.name == name
+    assert len({trial.id for trial in trials}) == len(trials)
+    assert len(sweep.seeds) >= 3
+    for trial in trials:
+        assert trial.recipe.seed == trial.seed
+
+
+def test_keys_and_seeds_reach_the_recipe(tmp_path):
+    trials = load_sweep(write(tmp_path)).trials(["corpus=null"])
+    assert [(t.recipe.model.cross_attention.every, t.recipe.seed) for t in trials] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(trial.recipe.corpus is None for trial in trials)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"keys": {"model.cross_attention.every": [1, 13]}}, "exceeds the LM's 12 layers"),
+        ({"keys": {"model.cross_attention.evry": [1]}}, "did you mean 'every'"),
+        ({"keys": {"seed": []}}, "at least one"),
+        ({"seedz": [1]}, "did you mean 'seeds'"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"share": ["lm"], "keys": {"model.lm.hidden_size": [128, 64]}}, "lm is made once"),
+        ({"recipe": "tinny"}, "did you mean 'tiny'"),
+        ({"overrides": ["evaluation.manifests=[]"]}, "needs evaluation.manifests"),
+    ],
+)
+def test_a_bad_sweep_is_an_error_before_anything_runs(tmp_path, changed, told):
+    with pytest.raises(ValueError) as error:
+        load_sweep(write(tmp_path, **changed)).trials()
+    assert told in str(error.value)
+
+
+def test_the_paired_interval_is_free_of_what_points_share():
+    """Seeds and questions differ far more than the two points do; paired draws see the difference all the same."""
+    rng = np.random.default_rng(0)
+    questions = rng.random(400)
+    base = {seed: questions + rng.normal(0, 0.2) for seed in range(3)}
+    scores = {0: base, 1: {seed: values + 0.05 for seed, values in base.items()}}
+    draws = bootstrap(scores, np.arange(400))
+    assert np.allclose(draws[1] - draws[0], 0.05)
+    assert np.ptp(draws[0]) > 0.1
+
+
+def make_results(tmp_path, right):
+    """Three seeds of two points, each with `right[point]` of 40 questions right; and one trial stopped early."""
+    results, folders = [], {}
+    for point, share in enumerate(right):
+        for seed in range(3):
+            name = f"{point:03d}-seed{seed}"
+            folders[name] = tmp_path / name
+            (folders[name] / "evaluation").mkdir(parents=True)
+            (folders[name] / "recipe.yaml").write_text(load_recipe("tiny").to_yaml())
+            rows = [{"uri": "a", "id": str(q), "pair": str(q // 2), "right": q < share} for q in range(40)]
+            lines = "\n".join(json.dumps(row) for row in rows)
+            (folders[name] / "evaluation" / "predictions.jsonl").write_text(lines)
+            values = {"model.cross_attention.every": point + 1}
+            results.append(Result(name, point, values, seed, "done", share / 40, 1.0, 5))
+    stopped = Result("002-seed0", 2, {"model.cross_attention.every": 3}, 0, "stopped", None, 2.0, 3)
+    folders[stopped.id] = tmp_path / stopped.id
+    return [*results, stopped], folders
+
+
+def test_the_report_has_every_trial_and_the_best_recipe_runs(tmp_path):
+    results, folders = make_results(tmp_path, (10, 30))
+    sweep = load_sweep(write(tmp_path, keys={"model.cross_attention.every": [1, 2, 3]}))
+    page = write_report(tmp_path, sweep, results, folders).read_text()
+    assert page.count("<svg") == 2
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    assert [row["status"] for row in rows] == ["done"] * 6 + ["stopped"]
+    assert load_recipe(tmp_path / "best.yaml").name == "tiny"
+    assert "'model.cross_attention.every': 2" in (tmp_path / "best.yaml").read_text()
+    points = summarise(results, folders, "accuracy")
+    assert points[1].above == pytest.approx(0.5)
+    assert points[2].mean is None
+    assert "every=2 +0.500" in verdict(points, "accuracy")
+
+
+def test_equal_points_are_called_unresolved(tmp_path):
+    results, folders = make_results(tmp_path, (20, 20))
+    assert "Not resolved" in verdict(summarise(results, folders, "accuracy"), "accuracy")
