@@ -51,7 +51,8 @@ def test_answers_equal_single_ones_and_bad_files_are_told(tiny_tokenizer: Any, m
     files = [make_sound(f"{n}.flac", 3.0 + 9 * n, hz=200.0 + 300 * n) for n in range(3)]
     (tmp_path / "bad.wav").write_bytes(b"no audio at all")
     uris = [files[0], str(tmp_path / "bad.wav"), files[1], files[0], files[2], str(tmp_path / "none.wav")]
-    asked = [Asked(n, str(n), uri, 0.0, 3.0 + 9 * (n // 2), f"question {n}?") for n, uri in enumerate(uris)]
+    lengths = [3.0, 3.0, 12.0, 3.0, 21.0, 3.0]
+    asked = [Asked(n, str(n), uri, 0.0, lengths[n], f"question {n}?") for n, uri in enumerate(uris)]
     rows = offline.answer_all(engine, asked, max_new_tokens=6, max_windows=30)
     assert [row["index"] for row in rows] == list(range(6))
     assert {row["index"]: row["error"].split(":")[0] for row in rows if "error" in row} == {
