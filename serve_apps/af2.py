@@ -18,17 +18,20 @@ from typing import Any
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
-from ray import serve
+from ray import cloudpickle, serve
 
 from af2_ray.config import Serve, load_recipe
+from serve_apps import ingress
 from serve_apps.ingress import Ingress, api
 from serve_apps.model import Model
 
 APP_NAME = "af2"
 _INGRESS_REQUESTS = 64  # a replica of the ingress holds this many bodies at most
 
-# Not as decorators: those would hide the classes, Serve would pickle them by value as they stand at that line, and the
-# replicas would miss every name defined further down.
+# By value, once the module is whole: `serve.ingress` rewrites the signatures of the handlers in this process, and a
+# replica that imported the module itself would take `self` for a parameter of the request (and answer 422).
+cloudpickle.register_pickle_by_value(ingress)
+# Not as decorators: those would hide the classes, and the replicas would miss every name defined further down.
 _MODEL = serve.deployment(name="Model")(Model)
 _INGRESS = serve.deployment(name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS)(serve.ingress(api)(Ingress))
 
@@ -83,7 +86,7 @@ def build(folder: str, settings: Serve) -> serve.Application:
         max_ongoing_requests=4 * settings.num_slots,
         max_queued_requests=8 * settings.num_slots,
     )
-    ingress = _INGRESS.options(
+    front = _INGRESS.options(
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": settings.max_replicas,
@@ -91,7 +94,7 @@ def build(folder: str, settings: Serve) -> serve.Application:
         },
         ray_actor_options={"num_cpus": 0.25},
     )
-    return ingress.bind(model.bind(folder, settings), settings)
+    return front.bind(model.bind(folder, settings), settings)
 
 
 def _num_gpus(settings: Serve) -> float:

@@ -4,7 +4,8 @@ What is wrong with a request is found here, on CPUs, before it costs the model a
 heard before is known by its bytes: it is neither decoded nor sent again, unless the replica has forgotten it.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: FastAPI reads the handlers' annotations in the replica, where the names that
+# only annotations use are not known any more (`af2` sends this module by value).
 
 import asyncio
 import logging

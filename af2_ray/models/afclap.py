@@ -152,8 +152,15 @@ class AfClapModel(PreTrainedModel):
         return _in_chunks(self._caption_vectors, captions_per_chunk, input_ids, attention_mask)
 
     def _pool_windows(self, waveforms: Tensor, share: Tensor) -> Tensor:
+        """Mean and moments [S, P * D]. The tower learns from the mean alone, the head reads the moments as they are.
+
+        Heads on a frozen tower tell order as well (0.95 of mirrored pairs), and a tower that learned from moments gave
+        the language model worse features (identification 0.50 against 0.63).
+        """
+        features = self.audio_tower(waveforms)  # [S, F, D]
         weights = torch.full_like(share, 1 / share.shape[1])
-        return pool(self.audio_tower(waveforms), weights, share, self.config.moments)
+        moments = pool(features.detach(), weights, share, self.config.moments)[:, features.shape[-1] :]
+        return torch.cat([features.mean(dim=1), moments], dim=1)
 
     def _caption_vectors(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.text_tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

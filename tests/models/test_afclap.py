@@ -63,6 +63,18 @@ def test_moments_tell_two_orders_apart_where_a_mean_cannot() -> None:
     assert pool(tokens, weights, share, 0).shape == (1, 4)
 
 
+def test_the_tower_learns_from_the_mean_alone() -> None:
+    model = make_clap(moments=1)
+    weight = model.audio_projection[0].weight
+    with torch.no_grad():
+        weight[:, : weight.shape[1] // 2] = 0  # what the head takes of the mean
+    model.get_audio_features(make_windows(1), [1])[0, 0].backward()
+    gradients = [p.grad for p in model.audio_tower.parameters() if p.grad is not None]
+    assert all(not gradient.any() for gradient in gradients)
+    assert weight.grad is not None
+    assert weight.grad.any()
+
+
 @pytest.mark.parametrize("text_config", [T5, BERT])
 def test_moments_do_not_depend_on_padding_or_the_batch(text_config: PreTrainedConfig) -> None:
     model, windows = make_clap(text_config, moments=2), make_windows(4)
