@@ -19,11 +19,11 @@ from af2_ray.data.batching import Row
 from af2_ray.data.collate import LmBatch, LmCollator, read_windows
 from af2_ray.data.features import Clip, FeatureStore, open_folder, stamps
 from af2_ray.data.manifest import Sample
+from af2_ray.text import AUDIO
 from af2_ray.train.features import Encoder, Encoding, decode_clips, load_tower, make_encoding, shards_of, tower_mark
 from af2_ray.train.task import LmTask
 
 MAX_WINDOWS = 2
-FIRST_SPECIAL = 302  # `<audio>` of the tests' tokenizer
 SECONDS = (3.0, 14.0, 45.0, 10.0)
 
 
@@ -66,14 +66,15 @@ def batches(samples: list[Sample], tokenizer: Any, store: FeatureStore) -> list[
     row = Row(0, tuple((sample,) for sample in samples))
     heard = LmCollator(tokenizer, max_windows=MAX_WINDOWS)(row)
     cached = LmCollator(tokenizer, max_windows=MAX_WINDOWS, source=store)(row)
-    return [as_small(batch) for batch in (heard.tensors(), LmBatch.from_row(cached.to_row()))]
+    first = tokenizer.convert_tokens_to_ids(AUDIO)
+    return [as_small(batch, first) for batch in (heard.tensors(), LmBatch.from_row(cached.to_row()))]
 
 
-def as_small(batch: LmBatch) -> LmBatch:
-    """The batch in the small model's ids: its special tokens stand at other places."""
+def as_small(batch: LmBatch, first: int) -> LmBatch:
+    """The batch in the small model's ids: its special tokens, `first` on, stand at other places."""
 
     def renamed(ids: torch.Tensor) -> torch.Tensor:
-        return torch.where(ids >= FIRST_SPECIAL, ids - FIRST_SPECIAL + small.AUDIO, ids.clamp(max=small.AUDIO - 1))
+        return torch.where(ids >= first, ids - first + small.AUDIO, ids.clamp(max=small.AUDIO - 1))
 
     return replace(batch, input_ids=renamed(batch.input_ids), labels=renamed(batch.labels))
 
