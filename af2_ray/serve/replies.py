@@ -136,46 +136,6 @@ class ChatChunk(BaseModel):
         return f"data: {self.model_dump_json(exclude={'usage'} if self.usage is None else None)}\n\n"
 
 
-class Embedding(BaseModel):
-    """One unit vector, as numbers or as base64 of float32, whichever was asked for."""
-
-    object: Literal["embedding"] = "embedding"
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(BaseModel):
-    """Text tokens read, and seconds of audio heard."""
-
-    prompt_tokens: int
-    total_tokens: int
-    audio_seconds: float
-
-
-class EmbeddingList(BaseModel):
-    """`POST /v1/embeddings`."""
-
-    object: Literal["list"] = "list"
-    data: list[Embedding]
-    model: str
-    usage: EmbeddingUsage
-
-
-class LabelScore(BaseModel):
-    """A label and its share of the probability over all labels given."""
-
-    label: str
-    score: float
-
-
-class Classification(BaseModel):
-    """`POST /v1/audio/classifications`: for each recording its labels, the likeliest first."""
-
-    object: Literal["list"] = "list"
-    data: list[list[LabelScore]]
-    model: str
-
-
 class ModelCard(BaseModel):
     """One model of `GET /v1/models`."""
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, T5Config
+from transformers import AutoConfig, AutoTokenizer, ClapAudioConfig, T5Config
 
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import to_windows
-from af2_ray.config import Clap, Dataset
+from af2_ray.config import AudioTowerSettings, Clap, Dataset
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapCollator
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
@@ -95,12 +95,9 @@ def usable_captions(run: Run, datasets: Sequence[Dataset]) -> list[CaptionSet]:
     return usable
 
 
-def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
-    """Fresh towers (or a given text encoder) with the mel BatchNorm set from one pass over training clips."""
-    settings = run.recipe.model.audio
-    torch.manual_seed(run.recipe.seed)
-    tokenizer = _tokenizer(run, recipe, captions)
-    audio_config = tower_config(
+def audio_config_of(settings: AudioTowerSettings) -> ClapAudioConfig:
+    """The configuration of a new tower of a recipe's size."""
+    return tower_config(
         settings.embed_dim,
         settings.depths,
         settings.num_heads,
@@ -109,6 +106,13 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
         hidden_act=settings.hidden_act,
         initializer_factor=settings.initializer_factor,
     )
+
+
+def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
+    """Fresh towers (or a given text encoder) with the mel BatchNorm set from one pass over training clips."""
+    torch.manual_seed(run.recipe.seed)
+    tokenizer = _tokenizer(run, recipe, captions)
+    audio_config = audio_config_of(run.recipe.model.audio)
     text = recipe.text
     text_config = (
         AutoConfig.from_pretrained(text.path)

@@ -8,8 +8,8 @@ from transformers import AutoConfig, Qwen2Config
 
 from af2_ray.config import Recipe
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
-from af2_ray.models.htsat import tower_config
 from af2_ray.text import SPECIAL_TOKENS
+from af2_ray.train.clap import audio_config_of
 from af2_ray.train.stages import model_config
 
 QWEN = {  # the paper's LMs: hidden size, layers, heads, KV heads, inner size; embeddings are tied
@@ -26,7 +26,7 @@ def recipe_config(recipe: Recipe) -> AudioFlamingo2Config:
     Raises:
         ValueError: the LM comes from a package, whose sizes only its weights tell.
     """
-    settings, audio = recipe.model.lm, recipe.model.audio
+    settings = recipe.model.lm
     if settings.pretrain is not None:
         sizes = (settings.hidden_size, settings.num_layers, settings.num_heads, settings.num_kv_heads)
         text: Any = _qwen(*sizes, settings.intermediate_size, settings.pretrain.vocab_size)
@@ -39,14 +39,7 @@ def recipe_config(recipe: Recipe) -> AudioFlamingo2Config:
             f"model.lm.package={settings.package}: its sizes are unknown before it is fetched; once a run has it, give "
             "model.lm.package=null model.lm.path=<run>/lm/model"
         )
-    tower = tower_config(
-        audio.embed_dim,
-        audio.depths,
-        audio.num_heads,
-        window_size=audio.window_size,
-        mlp_ratio=audio.mlp_ratio,
-        hidden_act=audio.hidden_act,
-    )
+    tower = audio_config_of(recipe.model.audio)
     return model_config(recipe, tower, text, text.vocab_size - len(SPECIAL_TOKENS))
 
 
