@@ -20,6 +20,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -248,11 +249,17 @@ def _blocks(
         yield from map(_make_block, jobs)
         return
     # fork: the workers need numpy and soundfile only, and do not import the caller's script (torch, ray) again
-    with multiprocessing.get_context("fork").Pool(num, _open_bank, (folder / "sources",)) as pool:
+    with multiprocessing.get_context("fork").Pool(num, _start_worker, (folder / "sources",)) as pool:
         yield from pool.imap(_make_block, jobs, chunksize=max(1, min(16, len(jobs) // (4 * num))))
 
 
 _bank: Bank  # of this process
+
+
+def _start_worker(folder: Path) -> None:
+    """A pool ends its workers by SIGTERM: a handler inherited from a job (`console.main`) would keep one of them."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _open_bank(folder)
 
 
 def _open_bank(folder: Path) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import numpy as np
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from af2_ray.config import SceneSet
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapBatch, ClapCollator
 from af2_ray.data.feed import iter_batches, make_dataset
 from af2_ray.data.manifest import CaptionSet
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
 from af2_ray.models.htsat import tower_config
+from af2_ray.synth import corpus
 
 
 def test_the_feed_runs_in_what_the_workers_leave(ray_cluster, make_sound, tiny_tokenizer):
@@ -59,3 +62,19 @@ def test_low_levels_are_rounded_not_cut_to_silence():
     entry = Entry.__new__(Entry)
     scene = Scene(0, 0, 0, "order", "forward", (), 1.0, entry)
     assert np.abs(render_scene(scene, Silence())).mean() > 1  # type: ignore[arg-type]
+
+
+def test_a_pool_ends_its_workers_whatever_the_job_does_on_sigterm(tmp_path, monkeypatch):
+    """Workers inherited the job's handler, which raises: the pool's end waited for ever on one that it had not killed."""
+    monkeypatch.setattr(corpus, "_open_bank", lambda folder: None)
+    monkeypatch.setattr(corpus, "_make_block", _on_sigterm)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        scenes = SceneSet(name="any", split="train", num_scenes=16, duration_s=(10, 10), num_events=(1, 1))
+        assert set(corpus._blocks(None, scenes, tmp_path, 2)) == {signal.SIG_DFL}  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_sigterm(job: object) -> object:
+    return signal.getsignal(signal.SIGTERM)
