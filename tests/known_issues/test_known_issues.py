@@ -65,7 +65,7 @@ def test_low_levels_are_rounded_not_cut_to_silence():
 
 
 def test_a_pool_ends_its_workers_whatever_the_job_does_on_sigterm(tmp_path, monkeypatch):
-    """Workers inherited the job's handler, which raises: the pool's end waited for ever on one that it had not killed."""
+    """Workers inherited the job's handler, which raises: the end of the pool waited for one that it had not killed."""
     monkeypatch.setattr(corpus, "_open_bank", lambda folder: None)
     monkeypatch.setattr(corpus, "_make_block", _on_sigterm)
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
