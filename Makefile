@@ -21,6 +21,8 @@ $(STAMP): requirements.lock pyproject.toml
 	test -x $(PYTHON) || python3.11 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo "compiling DeepSpeed's op for workers that share a machine's memory (once a virtual environment)"
+	DS_ACCELERATOR=cpu $(PYTHON) -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)" >/dev/null
 	touch $@
 
 demo: setup
