@@ -11,7 +11,7 @@ from af2_ray.config.data import Budget, Dataset
 
 
 class Optimizer(Strict):
-    """AdamW, warm-up, then constant or cosine (PAPER 3: constant)."""
+    """AdamW (the fusion's matrices by Muon, if so set), warm-up, then constant or cosine (PAPER 3: AdamW, constant)."""
 
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -21,6 +21,12 @@ class Optimizer(Strict):
     grad_clip: float = Field(1.0, gt=0)
     lr_scale: dict[Group | Literal["gates"], float] = Field(
         default_factory=dict, description="learning-rate factor of a group; `gates`: the tanh gates, which start at 0"
+    )
+    muon_lr: float | None = Field(
+        None,
+        gt=0,
+        description="rate of Muon for the matrices of `transform` and `xattn` (lr_scale is not applied to it), in "
+        "place of AdamW, as in the paper; with deepspeed.zero_stage=0 alone",
     )
     batch_rule: Literal["none", "sqrt", "linear"] = Field(
         "none", description="how the rate of a step follows its number of answer tokens, from `batch_labels` on"

@@ -101,3 +101,12 @@ def gradient_norms(engine: Any) -> dict[str, float]:
             group = group_of(name)
             squares[group] = squares.get(group, 0.0) + float(gradient.float().square().sum())
     return {f"grad_norm/{group}": math.sqrt(square) for group, square in squares.items()}
+
+
+def whole_norm(engine: Any) -> float:
+    """Norm of the gradients that an engine without ZeRO keeps whole: DeepSpeed clips by it there, but does not tell it.
+
+    To be called between the last backward of a step and its update; 0 where ZeRO has taken the gradients away.
+    """
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))

@@ -21,6 +21,8 @@ from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.models.htsat import AudioTower
 
 NO_DECAY_GROUPS = {"tokens"}
+MUON_GROUPS = {"transform", "xattn"}  # what starts at random beside trained parts
+MUON_MOMENTUM = 0.95
 
 
 def group_of(name: str) -> str:
@@ -56,20 +58,68 @@ def freeze_except(model: nn.Module, trainable: Iterable[str]) -> list[str]:
 
 
 def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
-    """AdamW parameter groups: one for each (learning rate, decay or not).
+    """AdamW parameter groups: one for each (learning rate, decay or not); before them Muon's, if it has a rate.
 
     Vectors (norms, biases, gates) and the added tokens' embeddings do not decay. `settings.lr_scale` multiplies the
     learning rate of a group; `gates` are the tanh gates of cross-attention, which start at zero.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    matrices: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if settings.muon_lr is not None and parameter.ndim == 2 and group_of(name) in MUON_GROUPS:
+            matrices.append(parameter)
             continue
         group = "gates" if name.rsplit(".", 1)[-1].endswith("gate") else group_of(name)
         lr = settings.lr * settings.lr_scale.get(group, 1.0)  # type: ignore[call-overload]
         decays = parameter.ndim > 1 and group not in NO_DECAY_GROUPS
         groups.setdefault((lr, settings.weight_decay if decays else 0.0), []).append(parameter)
-    return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
+    out: list[dict[str, Any]] = [
+        {"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()
+    ]
+    if matrices:
+        decay = settings.weight_decay
+        out.insert(0, {"params": matrices, "lr": settings.muon_lr, "weight_decay": decay, "muon": True})
+    return out
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups marked `muon`, its AdamW for the others, behind one list of groups and one state.
+
+    Muon takes the momentum of a matrix to the nearest orthogonal one. On what starts at random beside trained parts it
+    needs fewer steps than AdamW: 240 steps of `tiny`'s first stage on cached features came to a loss of 0.28, not 0.34,
+    and to 0.55 of 1200 questions on validation clips, not 0.51 (one seed; a step took 1.3 times as long).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        super().__init__([{"muon": False, **group} for group in groups], {})
+        self._parts: dict[bool, torch.optim.Optimizer] = {}
+        if matrices := self._groups(muon=True):
+            self._parts[True] = torch.optim.Muon(matrices, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
+        if others := self._groups(muon=False):
+            self._parts[False] = torch.optim.AdamW(others, betas=betas)
+
+    def _groups(self, *, muon: bool) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["muon"] == muon]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of all groups; a closure is not taken."""
+        if closure is not None:
+            raise ValueError("MuonAdamW takes no closure")
+        for is_muon, part in self._parts.items():  # a loaded state brings new groups and a new state
+            part.param_groups = self._groups(muon=is_muon)
+            part.state = self.state
+            part.step()
+
+
+def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """AdamW over `optimizer_groups`, with `muon_lr` Muon beside it."""
+    groups = optimizer_groups(model, settings)
+    if settings.muon_lr is None:
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    return MuonAdamW(groups, betas=settings.betas)
 
 
 def schedule(settings: Optimizer, num_steps: int, step: int) -> float:
@@ -134,14 +184,19 @@ def start_engine(
         # The tower takes windows in parts, of which ranks have unlike numbers, and uses some weights outside their own
         # module's forward: it is gathered as a whole, once a call.
         deepspeed.utils.set_z3_leaf_modules(model, [AudioTower], raise_if_not_found=False)
-    adamw = torch.optim.AdamW(optimizer_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas)
-    lr_schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: schedule(optimizer, num_steps, step))
+    if optimizer.muon_lr is not None and (bf16 or settings.zero_stage):
+        raise ValueError(
+            f"optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: set deepspeed.zero_stage=0 "
+            f"(it is {settings.zero_stage}) and deepspeed.precision=fp32, or leave muon_lr out"
+        )
+    made = make_optimizer(model, optimizer)
+    lr_schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule(optimizer, num_steps, step))
     config = deepspeed_config(settings, optimizer, accumulation=accumulation, bf16=bf16)
     if universal and config["zero_optimization"]["stage"]:
         config = _merge(config, {"checkpoint": {"load_universal": True}})
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=adamw,
+        optimizer=made,
         lr_scheduler=lr_schedule,
         config=config,
         dist_init_required=False,

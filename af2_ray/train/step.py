@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from af2_ray.train.accounts import gradient_norms
+from af2_ray.train.accounts import gradient_norms, whole_norm
 from af2_ray.train.engine import batch_factor
 from af2_ray.train.task import Task
 
@@ -54,6 +54,7 @@ class Step:
         told = dict(zip(mine, counts.tolist(), strict=True))
         total = told["labels"]
         norms: dict[str, float] = {}
+        whole = 0.0
         undo = dist.get_world_size() * len(rows)  # the engine averages over both
         loss_sum = torch.zeros((), device=device)
         factor = batch_factor(self._task.optimizer, total)
@@ -69,6 +70,7 @@ class Step:
                         f"the loss is {loss_sum.item()}: no update was made; lower optimizer.lr or use fp32"
                     )
                 norms = gradient_norms(engine) if with_norms else {}
+                whole = whole_norm(engine)
                 if factor != 1.0:  # the schedule sets the rates anew after each update
                     for group in engine.optimizer.param_groups:
                         group["lr"] *= factor
@@ -77,7 +79,7 @@ class Step:
         return {
             "loss": float(loss_sum),
             "lr": float(lr),
-            "grad_norm": float(norm) if norm is not None else float("nan"),
+            "grad_norm": whole if norm is None else float(norm),
             **norms,
             **told,
         }

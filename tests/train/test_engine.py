@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
-from af2_ray.train.engine import deepspeed_config, freeze_except, group_of, optimizer_groups, schedule
+from af2_ray.train.engine import (
+    MuonAdamW,
+    deepspeed_config,
+    freeze_except,
+    group_of,
+    make_optimizer,
+    optimizer_groups,
+    schedule,
+    start_engine,
+)
 
 
 class Small(nn.Module):
@@ -67,3 +76,52 @@ def test_raw_deepspeed_settings_are_merged_last():
     config = deepspeed_config(settings, Optimizer(grad_clip=0.5), accumulation=3, bf16=False)
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert (config["gradient_accumulation_steps"], config["gradient_clipping"], config["wall_clock"]) == (3, 0.5, 1)
+
+
+MUON = Optimizer(lr=0.1, muon_lr=0.02, weight_decay=0.0, lr_scale={"transform": 0.5})
+
+
+def test_muon_takes_the_matrices_of_the_fusion_and_adamw_the_rest():
+    model = Small()
+    freeze_except(model, ["clap", "transform", "xattn", "tokens"])
+    optimizer = make_optimizer(model, MUON)
+    assert isinstance(optimizer, MuonAdamW)
+    muon, *others = optimizer.param_groups
+    assert (muon["muon"], muon["lr"], len(muon["params"])) == (True, 0.02, 2)
+    assert not any(group["muon"] for group in others)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    moved = {name: float((p - before[name]).detach().abs().mean()) for name, p in model.named_parameters()}
+    assert moved["audio_tower.weight"] == pytest.approx(0.1, rel=1e-4)  # AdamW: the rate
+    assert moved["audio_transform.bias"] == pytest.approx(0.05, rel=1e-4)  # the rate of its group
+    assert 0 < moved["audio_transform.weight"] < 0.02  # Muon: its own rate, as large as an AdamW update usually is
+    assert moved["language_model.head.weight"] == 0
+
+
+def test_muon_goes_on_from_a_saved_state_to_the_bit():
+    def steps(model, optimizer, num):
+        for number in range(num):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, number + 1.0) * parameter.detach()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    whole = Small()
+    cut = Small()
+    cut.load_state_dict(whole.state_dict())
+    optimizer = make_optimizer(whole, MUON)
+    steps(whole, optimizer, 2)
+    first = make_optimizer(cut, MUON)
+    steps(cut, first, 2)
+    second = make_optimizer(cut, MUON)
+    second.load_state_dict(first.state_dict())
+    steps(whole, optimizer, 2)
+    steps(cut, second, 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+
+
+def test_muon_under_zero_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="zero_stage=0"):
+        start_engine(Small(), DeepSpeedSettings(zero_stage=1), MUON, num_steps=1, accumulation=1)
