@@ -49,6 +49,8 @@ def test_overrides_reach_into_lists_by_name_and_by_index():
         ("seed", "write it as key=value"),
         ("seed.x=1", "is a value, not a block"),
         ("faults.max_bad_share=2", "faults.max_bad_share"),
+        ("deepspeed.zero_stage=1", "stages.pretrain.optimizer.muon_lr works on whole fp32 matrices"),
+        ("clap.optimizer.muon_lr=1e-3", "Muon is for the fusion of the stages"),
     ],
 )
 def test_a_bad_key_or_value_is_named(override, told):

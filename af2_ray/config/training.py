@@ -25,8 +25,8 @@ class Optimizer(Strict):
     muon_lr: float | None = Field(
         None,
         gt=0,
-        description="rate of Muon for the matrices of `transform` and `xattn` (lr_scale is not applied to it), in "
-        "place of AdamW, as in the paper; with deepspeed.zero_stage=0 alone",
+        description="rate of Muon for the matrices of `transform` and `xattn` (lr_scale is not applied to it); needs "
+        "deepspeed.zero_stage=0 and fp32. None: AdamW for all, as in the paper",
     )
     batch_rule: Literal["none", "sqrt", "linear"] = Field(
         "none", description="how the rate of a step follows its number of answer tokens, from `batch_labels` on"

@@ -58,7 +58,7 @@ def freeze_except(model: nn.Module, trainable: Iterable[str]) -> list[str]:
 
 
 def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
-    """AdamW parameter groups: one for each (learning rate, decay or not); before them Muon's, if it has a rate.
+    """AdamW parameter groups: one for each (learning rate, decay or not); after them Muon's, if it has a rate.
 
     Vectors (norms, biases, gates) and the added tokens' embeddings do not decay. `settings.lr_scale` multiplies the
     learning rate of a group; `gates` are the tanh gates of cross-attention, which start at zero.
@@ -80,7 +80,7 @@ def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
     ]
     if matrices:
         decay = settings.weight_decay
-        out.insert(0, {"params": matrices, "lr": settings.muon_lr, "weight_decay": decay, "muon": True})
+        out.append({"params": matrices, "lr": settings.muon_lr, "weight_decay": decay, "muon": True})
     return out
 
 
@@ -186,7 +186,7 @@ def start_engine(
         deepspeed.utils.set_z3_leaf_modules(model, [AudioTower], raise_if_not_found=False)
     if optimizer.muon_lr is not None and (bf16 or settings.zero_stage):
         raise ValueError(
-            f"optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: set deepspeed.zero_stage=0 "
+            "optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: set deepspeed.zero_stage=0 "
             f"(it is {settings.zero_stage}) and deepspeed.precision=fp32, or leave muon_lr out"
         )
     made = make_optimizer(model, optimizer)

@@ -86,7 +86,7 @@ def test_muon_takes_the_matrices_of_the_fusion_and_adamw_the_rest():
     freeze_except(model, ["clap", "transform", "xattn", "tokens"])
     optimizer = make_optimizer(model, MUON)
     assert isinstance(optimizer, MuonAdamW)
-    muon, *others = optimizer.param_groups
+    *others, muon = optimizer.param_groups  # last: what is told as the rate is AdamW's
     assert (muon["muon"], muon["lr"], len(muon["params"])) == (True, 0.02, 2)
     assert not any(group["muon"] for group in others)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
