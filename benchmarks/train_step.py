@@ -70,6 +70,7 @@ def recipe_of(folder: Path, *, quick: bool, features: str = "audio") -> Recipe:
             f"corpus={{dir: {data}, sources: rendered, num_classes: 8, sets: [{', '.join(sets)}]}}",
             "model.lm.pretrain.steps=4",
             "model.lm.pretrain.reading=[]",
+            "model.lm.pretrain.drills=[]",
             f"clap.captions={captions}",
             "clap.warmup_captions=[]",
             "clap.warmup_steps=0",

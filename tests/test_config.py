@@ -50,6 +50,7 @@ def test_overrides_reach_into_lists_by_name_and_by_index():
         ("seed.x=1", "is a value, not a block"),
         ("faults.max_bad_share=2", "faults.max_bad_share"),
         ("deepspeed.zero_stage=1", "stages.pretrain.optimizer.muon_lr works on whole fp32 matrices"),
+        ("model.lm.pretrain.drill_share=0.8", "model.lm.pretrain: reading_share=0.35 and drill_share=0.8"),
         ("clap.optimizer.muon_lr=1e-3", "Muon is for the fusion of the stages"),
     ],
 )

@@ -83,6 +83,8 @@ def overrides(root: Path, storage: Path) -> list[str]:
         "model.lm.pretrain.steps=4",
         "model.lm.pretrain.batch_size=8",
         f"model.lm.pretrain.reading=[{root / 'train.reading.jsonl'}]",
+        f"model.lm.pretrain.drills=[{root / 'train.reading.jsonl'}]",
+        "model.lm.pretrain.drill_steps=1",
         "model.transform.num_heads=2",
         "model.transform.inner_size=64",
         "model.cross_attention.num_heads=2",

@@ -36,12 +36,25 @@ class LanguageModelPretrain(Strict):
     steps: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(2e-3, gt=0)
+    muon_lr: float | None = Field(None, gt=0, description="rate of Muon for the layers' matrices; none: AdamW for all")
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     vocab_size: int = Field(1024, ge=300)
     prompt_weight: float = Field(0.1, ge=0, description="of a prompt's loss beside its answer's")
     reading: list[str] = Field([], description="JSON lines of {prompt, answer}: questions about scenes told in words")
     reading_share: float = Field(0.5, ge=0, le=1, description="of the batches, drawn from `reading`")
+    drills: list[str] = Field([], description="JSON lines as of `reading`, of drills: short questions, asked first")
+    drill_share: float = Field(0.0, ge=0, le=1, description="of the batches, drawn from `drills`")
+    drill_steps: int = Field(0, ge=0, description="first steps, of drills alone")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> LanguageModelPretrain:
+        if self.reading_share + self.drill_share > 1:
+            raise ValueError(
+                f"model.lm.pretrain: reading_share={self.reading_share} and drill_share={self.drill_share} are shares "
+                "of one whole: together at most 1"
+            )
+        return self
 
 
 class LanguageModelSettings(Strict):

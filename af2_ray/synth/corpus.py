@@ -10,6 +10,8 @@ fingerprint of what it was made from, so a cut run goes on and a changed recipe 
     DIR/SET/SPLIT.captions.jsonl        caption sets of AF-CLAP
     DIR/SET/SPLIT.reading.jsonl         the same questions about the scenes told in words, for the LM
     DIR/SET/SPLIT.scenes.jsonl          the truth
+    DIR/SET/train.drills.json           short questions about all that is known of a training scene (`drills`), and
+    DIR/SET/train.drills.reading.jsonl  the same about the scenes told in words
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,14 @@ from af2_ray.synth.bank import Bank, Bed, write_bank
 from af2_ray.synth.captions import make_captions
 from af2_ray.synth.catalogue import BEDS, CLASSES
 from af2_ray.synth.curate import Clip, grouped, split_clips
+from af2_ray.synth.drills import make_drills
 from af2_ray.synth.reading import narrate
 from af2_ray.synth.scenes import Scene, compose_block, render_scene
-from af2_ray.synth.skills import make_questions
+from af2_ray.synth.skills import Question, make_questions
 
 log = logging.getLogger(__name__)
 
-VERSION = 8  # raise it when the same recipe would give other bytes
+VERSION = 9  # raise it when the same recipe would give other bytes
 BLOCK = 4  # scenes
 Row = dict[str, Any]
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -205,28 +208,24 @@ def _make_set(
     done.unlink(missing_ok=True)
     shutil.rmtree(base / scenes.split, ignore_errors=True)
     (base / scenes.split).mkdir(parents=True)
-    truth: list[Row] = []
-    captions: list[Row] = []
-    questions: list[Row] = []
-    readings: list[Row] = []
+    parts: list[list[Row]] = [[] for _ in range(6)]
+    truth, captions, questions, readings, drills, drill_readings = parts
     for number, rows in enumerate(_blocks(corpus, scenes, folder, num_processes)):
-        for kept, made in zip((truth, captions, questions, readings), rows, strict=True):
+        for kept, made in zip(parts, rows, strict=True):
             kept += made
         tell((number + 1) * BLOCK)
     _mark_gallery(truth)
     _write_lines(base / f"{scenes.split}.scenes.jsonl", truth)
     _write_lines(base / f"{scenes.split}.captions.jsonl", captions)
     _write_lines(base / f"{scenes.split}.reading.jsonl", readings)
-    manifest = {
-        "split": scenes.split,
-        "split_path": scenes.split,
-        "flamingo_task": f"{scenes.name}-AQA",
-        "total_num": len(questions),
-        "data": {str(index): question for index, question in enumerate(questions)},
-    }
-    _write_json(base / f"{scenes.split}.json", manifest)
+    _write_manifest(base / f"{scenes.split}.json", scenes, questions)
+    names = ["json", "captions.jsonl", "reading.jsonl", "scenes.jsonl"]
+    if drills:
+        _write_manifest(base / f"{scenes.split}.drills.json", scenes, drills)
+        _write_lines(base / f"{scenes.split}.drills.reading.jsonl", drill_readings)
+        names += ["drills.json", "drills.reading.jsonl"]
     digest = hashlib.sha256()
-    for name in ("json", "captions.jsonl", "reading.jsonl", "scenes.jsonl"):
+    for name in names:
         digest.update((base / f"{scenes.split}.{name}").read_bytes())
     facts = {
         "fingerprint": fingerprint,
@@ -236,6 +235,18 @@ def _make_set(
     }
     _write_json(done, facts)
     return facts
+
+
+def _write_manifest(path: Path, scenes: SceneSet, questions: Sequence[Row]) -> None:
+    """NVIDIA's JSON (PAPER 4)."""
+    manifest = {
+        "split": scenes.split,
+        "split_path": scenes.split,
+        "flamingo_task": f"{scenes.name}-AQA",
+        "total_num": len(questions),
+        "data": {str(index): question for index, question in enumerate(questions)},
+    }
+    _write_json(path, manifest)
 
 
 def _blocks(
@@ -268,7 +279,7 @@ def _open_bank(folder: Path) -> None:
 
 
 def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], ...]:
-    """Compose, render and describe one block: rows of truth, caption sets, questions and readings."""
+    """Compose, render and describe one block: rows of truth, captions, questions, readings, drills, their readings."""
     index, corpus, scenes, folder = job
     bank = _bank
     block = compose_block(scenes, bank, index, corpus.seed)
@@ -291,24 +302,36 @@ def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], ...]
             }
         )
         truth.append(_truth(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
-    questions, readings = [], []
-    for question in make_questions(block, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng):
-        row = {
-            "name": truth[question.scene]["name"],
-            "prompt": question.prompt,
-            "output": question.answer or captions[question.scene]["caption"],
-            "duration": block[question.scene].duration_s,
-            "skill": question.skill,
-            "template": question.template,
-            "num_events": len(block[question.scene].events),
-        }
-        if question.pair:
-            row["pair"] = f"{scenes.name}-{scenes.split}-{question.pair}"
-        if question.options:
-            row["options"] = question.options
-        questions.append(row)
-        readings.append({"prompt": f"{narrate(block[question.scene])} {question.prompt}", "answer": str(row["output"])})
-    return truth, captions, questions, readings
+    asked = make_questions(block, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng)
+    drills = [drill for i, scene in enumerate(block) for drill in make_drills(i, scene, rng)]
+    out = [truth, captions]
+    for found in (asked, drills if scenes.split == "train" else []):
+        rows = [_question(question, scenes, block[question.scene], truth, captions) for question in found]
+        out += [rows, [_reading(row, block[question.scene]) for row, question in zip(rows, found, strict=True)]]
+    return tuple(out)
+
+
+def _question(question: Question, scenes: SceneSet, scene: Scene, truth: Sequence[Row], captions: Sequence[Row]) -> Row:
+    """A manifest's row."""
+    row: Row = {
+        "name": truth[question.scene]["name"],
+        "prompt": question.prompt,
+        "output": question.answer or captions[question.scene]["caption"],
+        "duration": scene.duration_s,
+        "skill": question.skill,
+        "template": question.template,
+        "num_events": len(scene.events),
+    }
+    if question.pair:
+        row["pair"] = f"{scenes.name}-{scenes.split}-{question.pair}"
+    if question.options:
+        row["options"] = question.options
+    return row
+
+
+def _reading(row: Row, scene: Scene) -> Row:
+    """A question about a scene told in words."""
+    return {"prompt": f"{narrate(scene)} {row['prompt']}", "answer": row["output"]}
 
 
 def _truth(scene: Scene, name: str, digest: str) -> Row:

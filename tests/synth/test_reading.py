@@ -49,5 +49,5 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"reading.jsonl, line 2: .*answer"):
         read_pairs(path)
-    with pytest.raises(ValueError, match=r"reading: no file .*set the key to \[\]"):
+    with pytest.raises(ValueError, match=r"pretrain: no file .*set reading and drills to \[\]"):
         read_pairs(tmp_path / "missing.jsonl")
