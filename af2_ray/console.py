@@ -40,9 +40,16 @@ _screen = os.fdopen(os.dup(1), "w", buffering=1)  # stays the screen while `logs
 console = Console(file=_screen, highlight=False, soft_wrap=not _screen.isatty())
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes `RECIPE --run DIR key=value` as well as `RECIPE key=value --run DIR`."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
+
+
 def parser(description: str, *, epilog: str = "", default: str | None = None) -> argparse.ArgumentParser:
     """A job's argument parser: recipe (with `default`: that one where none is named) and overrides."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         description=description, epilog=f"{epilog}\n{EXIT_CODES}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(

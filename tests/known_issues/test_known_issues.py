@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from af2_ray import console
 from af2_ray.config import SceneSet
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapBatch, ClapCollator
@@ -78,3 +79,12 @@ def test_a_pool_ends_its_workers_whatever_the_job_does_on_sigterm(tmp_path, monk
 
 def _on_sigterm(job: object) -> object:
     return signal.getsignal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("line", ["tiny --run runs/x seed=1", "tiny seed=1 --run runs/x", "--run runs/x tiny seed=1"])
+def test_options_stand_anywhere_among_overrides(line: str) -> None:
+    """`RECIPE --run DIR key=value` was refused: argparse takes all positional arguments in one place or none."""
+    parser = console.parser("a job")
+    parser.add_argument("--run")
+    found = parser.parse_args(line.split())
+    assert (found.recipe, found.run, found.overrides) == ("tiny", "runs/x", ["seed=1"])
