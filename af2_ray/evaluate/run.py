@@ -142,7 +142,7 @@ def _systems(closed: Sequence[Prediction], train: Sequence[Sample]) -> dict[str,
         systems["deaf"] = np.array(
             [np.nan if p.deaf_text is None else is_right(p.sample, p.deaf_text) for p in closed], dtype=float
         )
-    # Drills are no help to a control that is asked other questions: fitted to them too, text-only scored 1.3 points less.
+    # Drills do not help a control that is asked other questions: fitted to them too, text-only scored 1.3 points less.
     asked = {prediction.sample.template for prediction in closed}
     alike = [sample for sample in train if sample.template in asked] or train
     if alike:
