@@ -22,10 +22,12 @@ LAST = ("Which sound is heard last?", "What sound does the clip end with?")
 
 
 def make_drills(index: int, scene: Scene, rng: Rng) -> list[Question]:
-    """The drills of one scene; none of a scene of one sound that fills the clip.
+    """The drills of one scene, without options or pairs; none of a scene of one sound that fills the clip.
 
     Args:
-        index: of the scene in its block.
+        index: of the scene in its block; `Question.scene` of each drill.
+        scene: whose truth they ask for.
+        rng: draws the words, and which of two forms is asked.
     """
     if scene.kind == SOUND:
         return []
