@@ -4,7 +4,9 @@ Samples are a stage-2 like mix (1 to 120 s, many clips with several questions), 
 them, planned for 128 workers in a process of its own: blend, rows, steps, measures and fingerprint, with text lengths
 given. `seconds` are CPU seconds of its one core (`wall_s` has what else the machine does in it), `peak_gib` is the peak
 of that process, its samples and Python included. `feed_start_s` is from a plan of a million rows to the first decoded
-batch. `plan_scale.png` (in --out) plots time and memory against samples. The last line is one JSON object.
+batch at rank 0, on a cluster of two CPUs of which two ranks hold three quarters each, as in recipe `tiny`; they are up,
+decoders are not. `plan_scale.png` (in --out) plots time and memory against samples. The last line is one JSON
+object.
 
     python benchmarks/plan_scale.py [--quick] [--out DIR]
 """
@@ -90,18 +92,19 @@ def in_process(num: int) -> dict[str, float]:
 
 
 def measure_feed(num_rows: int) -> float:
-    """Seconds from a plan of `num_rows` rows to the first batch out of Ray Data at one of two ranks."""
+    """Seconds from a plan of `num_rows` rows to the first batch out of Ray Data at the first of two ranks."""
     import ray
     import soundfile as sf
 
-    from af2_ray.data.collate import LmBatch, LmCollator
-    from af2_ray.data.feed import iter_batches, make_dataset
+    from af2_ray.data.collate import LmCollator
+    from af2_ray.data.feed import make_dataset
     from af2_ray.text import add_special_tokens, train_tokenizer
 
     tokenizer = train_tokenizer(["what is heard? a bell rings"], vocab_size=320)
     add_special_tokens(tokenizer)
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ranks = [ray.remote(num_cpus=0.75)(Rank).remote() for _ in range(2)]
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "clip.flac")
         sf.write(path, np.random.default_rng(0).normal(0, 0.1, 160_000), 16_000)
@@ -117,22 +120,37 @@ def measure_feed(num_rows: int) -> float:
         )
         budget = Budget(windows_per_row=1, text_tokens_per_row=512, questions_per_clip=1, step_batches=2)
         made = plan(table, windows=window_counts(table, 1), text_lengths=np.full(num_rows, 12), budget=budget, seed=0)
-        ray.get(ray.remote(_warm).remote())  # a worker process is up, as in a running cluster
+        ray.get([rank.load.remote() for rank in ranks])
         started = time.perf_counter()
         dataset = make_dataset(made, LmCollator(tokenizer, max_windows=1))
         dataset.context.execution_options.preserve_order = True
-        shard = dataset.streaming_split(1, equal=True)[0]
-        batches = iter_batches(shard, LmBatch)
-        first = next(batches)
+        shards = dataset.streaming_split(2, equal=True)
+        firsts = [rank.first.remote(shard) for rank, shard in zip(ranks, shards, strict=True)]
+        row, failures = ray.get(firsts[0])
         seconds = time.perf_counter() - started
-        assert first.row == 0, "the first row comes first"
-        assert not first.failures, first.failures
+        assert row == 0, "the first row comes first"
+        assert not failures, failures
+        assert ray.get(firsts[1])[0] == 1
         ray.shutdown()
     return seconds
 
 
-def _warm() -> None:
-    """Nothing."""
+class Rank:
+    """A worker of a trainer, as far as the feed sees it."""
+
+    def load(self) -> None:
+        """What a trainer has loaded before it asks for batches."""
+        import ray.data  # noqa: F401
+
+        from af2_ray.models import modeling_af2  # noqa: F401
+
+    def first(self, shard: Any) -> tuple[int, tuple[Any, ...]]:
+        """The first batch's row, and what failed in it."""
+        from af2_ray.data.collate import LmBatch
+        from af2_ray.data.feed import iter_batches
+
+        batch = next(iter_batches(shard, LmBatch))
+        return batch.row, batch.failures
 
 
 def plot(found: list[dict[str, float]], path: Path) -> None:

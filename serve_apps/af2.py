@@ -3,8 +3,8 @@
     serve run serve_apps.af2:app model=runs/demo/model recipe=tiny
     curl localhost:8000/v1/models
 
-Two deployments, so that each scales on its own: the ingress checks requests and decodes audio on CPUs and never loads
-the model; the model's replicas answer by continuous batching (`af2_ray.serve.engine`).
+Deployments scale each on its own: the ingress checks requests and decodes audio on CPUs and never loads a model; the
+model's replicas answer by continuous batching (`af2_ray.serve.engine`); with `clap=FOLDER`, AF-CLAP's embed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ray import cloudpickle, serve
 
 from af2_ray.config import Serve, load_recipe
 from serve_apps import ingress
+from serve_apps.clap import Clap
 from serve_apps.ingress import Ingress, api
 from serve_apps.model import Model
 
@@ -33,6 +34,7 @@ _INGRESS_REQUESTS = 64  # a replica of the ingress holds this many bodies at mos
 cloudpickle.register_pickle_by_value(ingress)
 # Not as decorators: those would hide the classes, and the replicas would miss every name defined further down.
 _MODEL = serve.deployment(name="Model")(Model)
+_CLAP = serve.deployment(name="Clap")(Clap)
 _INGRESS = serve.deployment(name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS)(serve.ingress(api)(Ingress))
 
 
@@ -43,6 +45,7 @@ class AppArgs(BaseModel):
 
     model: str = Field(default_factory=lambda: os.environ.get("AF2_MODEL", ""))
     recipe: str = Field(default_factory=lambda: os.environ.get("AF2_RECIPE", ""))
+    clap: str = Field(default_factory=lambda: os.environ.get("AF2_CLAP", ""))
     overrides: str = Field("", description="recipe overrides, separated by spaces: `serve.max_replicas=4`")
 
 
@@ -50,8 +53,8 @@ def app(args: dict[str, Any]) -> serve.Application:
     """Build the application.
 
     Args:
-        args: `model` (exported folder, local or `s3://`), `recipe` (its `serve` block; without one: the defaults)
-            and `overrides` of that recipe.
+        args: `model` (exported folder, local or `s3://`), `recipe` (its `serve` block; without one: the defaults),
+            `overrides` of that recipe, and `clap` (an AF-CLAP export, for embeddings and labels; without: neither).
 
     Raises:
         ValueError: no model named, none there, or a recipe that contradicts itself.
@@ -62,11 +65,11 @@ def app(args: dict[str, Any]) -> serve.Application:
     if given.overrides and not given.recipe:
         raise ValueError("overrides need a recipe to override: pass recipe=NAME too")
     settings = load_recipe(given.recipe, given.overrides.split()).serve if given.recipe else Serve()
-    return build(_absolute(given.model), settings)
+    return build(_absolute(given.model), settings, _absolute(given.clap) if given.clap else None)
 
 
-def build(folder: str, settings: Serve) -> serve.Application:
-    """Bind the two deployments as `settings` sizes them."""
+def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Application:
+    """Bind the deployments as `settings` sizes them."""
     if settings.min_replicas > settings.max_replicas:
         raise ValueError(
             f"serve.min_replicas={settings.min_replicas} exceeds serve.max_replicas={settings.max_replicas}"
@@ -94,7 +97,11 @@ def build(folder: str, settings: Serve) -> serve.Application:
         },
         ray_actor_options={"num_cpus": 0.25},
     )
-    return front.bind(model.bind(folder, settings), settings)
+    embedder = _CLAP.options(
+        autoscaling_config={"min_replicas": min(1, settings.min_replicas), "max_replicas": settings.max_replicas},
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.embedding_gpus},
+    )
+    return front.bind(model.bind(folder, settings), settings, embedder.bind(clap) if clap else None)
 
 
 def _num_gpus(settings: Serve) -> float:
@@ -114,7 +121,9 @@ def _absolute(model: str) -> str:
 
 
 @contextmanager
-def run_app(model: str | Path, recipe: str = "", *, port: int = 0, overrides: Sequence[str] = ()) -> Iterator[str]:
+def run_app(
+    model: str | Path, recipe: str = "", *, port: int = 0, overrides: Sequence[str] = (), clap: str | Path = ""
+) -> Iterator[str]:
     """Serve a model on this machine for the length of a `with` block; gives the `base_url` of OpenAI's client.
 
     Args:
@@ -122,6 +131,7 @@ def run_app(model: str | Path, recipe: str = "", *, port: int = 0, overrides: Se
         recipe: whose `serve` block sizes the server; without one: the defaults.
         port: on 127.0.0.1; 0 takes a free one.
         overrides: of the recipe.
+        clap: AF-CLAP folder, for embeddings and labels.
 
     Raises:
         ValueError: no such model or recipe, or the port is taken.
@@ -135,7 +145,8 @@ def run_app(model: str | Path, recipe: str = "", *, port: int = 0, overrides: Se
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
-        serve.run(app({"model": str(model), "recipe": recipe, "overrides": " ".join(overrides)}), name=APP_NAME)
+        args = {"model": str(model), "recipe": recipe, "overrides": " ".join(overrides), "clap": str(clap)}
+        serve.run(app(args), name=APP_NAME)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         serve.delete(APP_NAME)

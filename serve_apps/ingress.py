@@ -13,12 +13,15 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from importlib import resources
 from typing import TypeVar, cast
 
+import numpy as np
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -28,50 +31,83 @@ from af2_ray.config import Serve
 from af2_ray.serve.fetch import Fetcher
 from af2_ray.serve.keys import Keys
 from af2_ray.serve.limits import Limits, failure_error
-from af2_ray.serve.replies import ChatCompletion, Choice, Logprobs, ModelCard, ModelList, ReplyMessage, Usage
-from af2_ray.serve.request import Answer, Event, Failure, Request
-from af2_ray.serve.schemas import ApiError, ChatRequest
+from af2_ray.serve.replies import (
+    ChatCompletion,
+    Choice,
+    EmbeddingList,
+    EmbeddingUsage,
+    LabelList,
+    LabelScore,
+    Logprobs,
+    ModelCard,
+    ModelList,
+    ReplyMessage,
+    Usage,
+)
+from af2_ray.serve.request import Answer, Embedded, Event, Failure, Request
+from af2_ray.serve.schemas import ApiError, ChatRequest, Content, TextPart, audio_of
 from serve_apps.events import Chunks
+from serve_apps.openapi import describe
+from serve_apps.telemetry import scrape
 
 logger = logging.getLogger("ray.serve")  # the one whose lines carry Serve's replica and request id
 
 _BUSY_RETRY_S = 5
 _HEARD = 4096  # recordings that are known by their bytes
+_PAGE_POLICY = (  # the page needs nothing from anywhere else
+    "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+)
 ResultT = TypeVar("ResultT")
 
 api = FastAPI(title="af2_ray", description="Questions of audio, answered by Audio Flamingo 2.")
+api.openapi = partial(describe, api)  # type: ignore[method-assign]
 
 
 class Ingress:
     """Passes checked questions to the model and answers back."""
 
-    def __init__(self, model: DeploymentHandle, settings: Serve) -> None:
-        self._model = model
+    def __init__(self, model: DeploymentHandle, settings: Serve, clap: DeploymentHandle | None = None) -> None:
+        self._model, self._clap = model, clap
         self._limits = Limits.of(settings)
         self._fetcher = Fetcher.of(settings)
         self._keys = Keys.from_environment(settings.requests_per_minute)
         self._timeout_s = settings.request_timeout_s
-        self._card = ModelCard(id=settings.model_name, created=int(time.time()))
+        self._page = (resources.files("serve_apps") / "page.html").read_text()
+        names = [self._limits.model_name, *([self._limits.embedder_name] if clap else [])]
+        self._cards = {name: ModelCard(id=name, created=int(time.time())) for name in names}
         self._heard: OrderedDict[str, float] = OrderedDict()
+
+    @api.get("/", include_in_schema=False)
+    async def page(self) -> HTMLResponse:
+        """A page to drop or record a clip on, and ask."""
+        return HTMLResponse(self._page, headers={"content-security-policy": _PAGE_POLICY})
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
         """Whether questions can be asked; Serve itself watches the model's replicas."""
-        return {"status": "ok", "model": self._card.id}
+        return {"status": "ok", "model": self._limits.model_name}
+
+    @api.get("/metrics", response_class=PlainTextResponse)
+    async def metrics(self, http: HttpRequest) -> str:
+        """Prometheus' text format, of all replicas on all nodes."""
+        self._keys.check(http.headers.get("authorization"))
+        return await scrape()
 
     @api.get("/v1/models")
     async def models(self, http: HttpRequest) -> ModelList:
-        """The one model there is."""
+        """The model, and the one that embeds if there is one."""
         self._keys.check(http.headers.get("authorization"))
-        return ModelList(data=[self._card])
+        return ModelList(data=list(self._cards.values()))
 
     @api.get("/v1/models/{name}")
     async def model(self, name: str, http: HttpRequest) -> ModelCard:
-        """That model, by its name."""
+        """One of them, by its name."""
         self._keys.check(http.headers.get("authorization"))
-        if name != self._card.id:
-            raise ApiError(404, f"no such model here; this server has {self._card.id!r}", code="model_not_found")
-        return self._card
+        if name not in self._cards:
+            there = " and ".join(map(repr, self._cards))
+            raise ApiError(404, f"no such model here; this server has {there}", code="model_not_found")
+        return self._cards[name]
 
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(self, http: HttpRequest) -> Response:
@@ -88,6 +124,53 @@ class Ingress:
             raise
         response.headers["x-request-id"] = request_id
         return response
+
+    @api.post("/v1/embeddings")
+    async def embeddings(self, http: HttpRequest) -> EmbeddingList:
+        """Unit vectors of texts and recordings in one space."""
+        self._keys.take(http.headers.get("authorization"))
+        request = self._limits.read_embedding(await body_of(http, self._limits))
+        embedded, usage = await self._embedded(request.input, request_id_of(http))
+        as_base64 = request.encoding_format == "base64"
+        return EmbeddingList.of(embedded.vectors, as_base64=as_base64, model=request.model, usage=usage)
+
+    @api.post("/v1/audio/labels")
+    async def labels(self, http: HttpRequest) -> LabelList:
+        """How well each label fits a recording, the best first: zero-shot, by AF-CLAP."""
+        self._keys.take(http.headers.get("authorization"))
+        request = self._limits.read_labels(await body_of(http, self._limits))
+        texts = [TextPart(type="text", text=text) for text in request.texts()]
+        embedded, usage = await self._embedded([request.input, *texts], request_id_of(http))
+        fit = embedded.scale * embedded.vectors[1:] @ embedded.vectors[0]
+        scores = np.exp(fit - fit.max())
+        ranked = sorted(zip((scores / scores.sum()).tolist(), request.candidate_labels, strict=True), reverse=True)
+        data = [LabelScore(label=label, score=score) for score, label in ranked]
+        return LabelList(data=data, model=request.model, usage=usage)
+
+    async def _embedded(self, parts: Sequence[Content], request_id: str) -> tuple[Embedded, EmbeddingUsage]:
+        """Vectors of parts, in order."""
+        start = time.monotonic()
+        clap = self._clap
+        if clap is None:
+            raise ApiError(
+                404, "this server embeds nothing: start it with clap=FOLDER, an AF-CLAP export", code="model_not_found"
+            )
+        audios = [audio for part in parts if (audio := audio_of(part))]
+        files = [await self._fetcher.read(audio, f"audio {n + 1}") for n, audio in enumerate(audios)]
+        clips, _ = await asyncio.to_thread(self._limits.read_audios, files, {})
+        left = iter(clips)
+        items = [part.text if isinstance(part, TextPart) else next(left) for part in parts]
+
+        async def ask() -> Embedded | Failure:
+            return await clap.embed.remote(items)
+
+        result = await self._retried(ask)
+        if isinstance(result, Failure):
+            raise failure_error(result)
+        usage = EmbeddingUsage.of(result.prompt_tokens, sum(clip.duration_s for clip in clips))
+        audio_s, took_s = usage.prompt_tokens_details.audio_seconds, time.monotonic() - start
+        logger.info("request %s: embedded=%d audio_s=%.1f took_s=%.2f", request_id, len(parts), audio_s, took_s)
+        return result, usage
 
     # --- Answers -------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,23 @@ def export(folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
     return folder
 
 
+def export_clap(folder: Path, tokenizer: Any, **settings: Any) -> Path:
+    """Write a random AF-CLAP and its tokenizer; returns `folder`."""
+    from transformers import T5Config
+
+    from af2_ray.models.afclap import AfClapConfig, AfClapModel
+    from af2_ray.models.htsat import tower_config
+
+    torch.manual_seed(0)
+    text = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    audio = tower_config(8, [1, 1, 1, 1], [1, 2, 2, 2])
+    AfClapModel(AfClapConfig(text_config=text, audio_config=audio, projection_dim=12, **settings)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def build(tokenizer: Any, *, seed: int = 0, llama: bool = False, **settings: Any) -> Any:
     """A random model with open gates, so that the audio is heard; `settings` are its configuration's."""
     from transformers import LlamaConfig, Qwen2Config

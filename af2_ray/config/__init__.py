@@ -20,7 +20,7 @@ from af2_ray.config.model import (
     TransformSettings,
 )
 from af2_ray.config.read import RECIPE_DIR, load_recipe, recipe_names
-from af2_ray.config.recipe import Recipe
+from af2_ray.config.recipe import NOT_STATED, Recipe
 from af2_ray.config.sweep import Asha, Sweep, Trial, load_sweep, sweep_names
 from af2_ray.config.training import (
     Checkpoints,
@@ -36,6 +36,7 @@ from af2_ray.config.training import (
 from af2_ray.config.use import Evaluation, Serve, Tracking
 
 __all__ = [
+    "NOT_STATED",
     "RECIPE_DIR",
     "Asha",
     "AudioTowerSettings",

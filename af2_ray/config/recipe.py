@@ -13,6 +13,8 @@ from af2_ray.config.model import ModelSettings
 from af2_ray.config.training import Checkpoints, Clap, Cluster, DeepSpeedSettings, FeatureCache, Stage
 from af2_ray.config.use import Evaluation, Serve, Tracking
 
+NOT_STATED = "not stated"  # the licence of what has none
+
 
 class Recipe(Strict):
     """One run, whole: everything that decides its outcome."""
@@ -32,6 +34,9 @@ class Recipe(Strict):
     evaluation: Evaluation = Evaluation()
     serve: Serve = Serve()
     tracking: Tracking = Tracking()
+    licences: dict[str, str] = Field(
+        {}, description="of models and manifests that were brought along, by name or folder, for the model card"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -76,12 +81,20 @@ class Recipe(Strict):
                 return stage
         raise ValueError(f"no stage {name!r} in recipe {self.name!r}; it has {[s.name for s in self.stages]}")
 
+    def licence_of(self, name: str) -> str:
+        """The licence of a model or a manifest: its own, or that of the nearest folder that has one."""
+        while name:
+            if name in self.licences:
+                return self.licences[name]
+            name = name.rpartition("/")[0]
+        return NOT_STATED
+
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of everything that decides the weights: the same after a change of workers."""
-        left_out = {"storage", "tracking", "serve", "evaluation", "cluster", "checkpoints"}
+        left_out = {"storage", "tracking", "serve", "evaluation", "cluster", "checkpoints", "licences"}
         kept = self.model_dump(mode="json", exclude={**dict.fromkeys(left_out, True), "feature_cache": {"dir": True}})
         return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -35,6 +35,9 @@ class Serve(Strict):
     downscale_delay_s: float = Field(300.0, ge=0, strict=False)
     cpus_per_replica: float = Field(1.0, ge=0, strict=False)
     gpus_per_replica: float | Literal["auto"] = Field("auto", union_mode="left_to_right")
+    embedding_gpus: float = Field(
+        0.0, ge=0, strict=False, description="GPUs of a replica that embeds, with clap=FOLDER"
+    )
     num_slots: int = Field(8, ge=1, description="answers a replica writes at one time")
     encode_windows: int | Literal["auto"] = Field("auto", description="10 s windows encoded between two tokens")
     prefill_tokens: int = Field(1024, ge=1, description="prompt tokens read between two tokens of running answers")
@@ -60,3 +63,4 @@ class Tracking(Strict):
 
     uri: str | None = None
     experiment: str = "af2_ray"
+    register_model: bool = Field(True, description="keep the last stage's export there, registered as serve.model_name")

@@ -145,16 +145,20 @@ def _numbers_source() -> type[Any]:
 
 @functools.cache
 def _pace() -> type[Any]:
-    """A pause in each round of Ray Data's scheduler.
+    """A pause in each round of Ray Data's scheduler, except while plan rows are read.
 
     While the trainer is behind, nothing is running that the scheduler could wait for, and it spins: half a core on a
-    small machine. Rows take tenths of a second, so a pause of 20 ms costs nothing.
+    small machine. Rows take tenths of a second, so a pause of 20 ms costs nothing. The read yields one number a round,
+    and where the trainer holds all but a fraction of the CPUs decoding waits for its end: with the pause, the first
+    batch of 680 rows came after 17 s, of 1800 after 43 s.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pace(ExecutionCallback):
         def on_execution_step(self, executor: Any) -> None:
-            time.sleep(_SCHEDULER_PAUSE_S)
+            reads = (op for op in executor._topology if op.name.startswith("Read"))
+            if not any(op.num_active_tasks() for op in reads):
+                time.sleep(_SCHEDULER_PAUSE_S)
 
     return Pace
 

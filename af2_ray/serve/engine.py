@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.serve.audio_memory import AudioMemory
 from af2_ray.serve.decoder import Decoder
 from af2_ray.serve.encoder import Encoder
+from af2_ray.serve.folder import local_folder
 from af2_ray.serve.hearing import Projection
 from af2_ray.serve.request import Answer, Clip, Event, Failure, Piece, Request
 from af2_ray.serve.sampling import choose
@@ -92,7 +92,7 @@ class Engine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         with tempfile.TemporaryDirectory() as scratch:
-            local = _local(folder, Path(scratch))
+            local = local_folder(folder, Path(scratch))
             model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local, dtype=dtype).to(device)
             tokenizer = AutoTokenizer.from_pretrained(local)
         logger.info("loaded %s on %s as %s", folder, device, dtype)
@@ -351,14 +351,3 @@ def _clip_fault(clip: Clip, max_windows: int) -> str:
         wanted = f"int16 ({clip.num_windows}, {WINDOW_SAMPLES})"
         return f"a clip must be {wanted}, got {windows.dtype} {windows.shape}"
     return ""
-
-
-def _local(folder: str, scratch: Path) -> str:
-    """A local path of the model folder, fetched if it is remote."""
-    if "://" in folder:
-        fs, path = fsspec.url_to_fs(folder)
-        fs.get(path.rstrip("/") + "/", str(scratch), recursive=True)
-        folder = str(scratch)
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"no model in {folder!r}: name the folder that an export wrote, the one with config.json")
-    return folder

@@ -21,7 +21,15 @@ from af2_ray.audio.decode import AudioError, decode_bytes
 from af2_ray.audio.windows import SAMPLE_RATE, num_windows_for, to_windows
 from af2_ray.config import Serve
 from af2_ray.serve.request import Clip, Failure, Request
-from af2_ray.serve.schemas import ApiError, ChatRequest, parse_request
+from af2_ray.serve.schemas import (
+    ApiError,
+    ChatRequest,
+    EmbeddingRequest,
+    LabelRequest,
+    RequestT,
+    TextPart,
+    parse_request,
+)
 from af2_ray.text import EOS, SPECIAL_TOKENS
 
 MAX_AUDIOS = 8
@@ -59,15 +67,7 @@ class Limits:
         Raises:
             ApiError: 413 too large, 400 not what the API takes, 404 another model.
         """
-        self.check_size(len(body))
-        request = parse_request(body, ChatRequest)
-        if request.model != self.model_name:
-            raise ApiError(
-                404,
-                f"no model {request.model!r} here; this server has {self.model_name!r}",
-                code="model_not_found",
-                param="model",
-            )
+        request = self._parsed(body, ChatRequest, self.model_name)
         wanted = request.max_completion_tokens or request.max_tokens
         if wanted and wanted > self.max_new_tokens:
             raise ApiError(
@@ -79,6 +79,42 @@ class Limits:
         check_text(request.prompt())
         self.check_count(len(request.audios()))
         return request
+
+    def read_embedding(self, body: bytes) -> EmbeddingRequest:
+        """As `read`, of a request for vectors."""
+        request = self._parsed(body, EmbeddingRequest, self.embedder_name)
+        texts = [part.text for part in request.input if isinstance(part, TextPart)]
+        self._check_texts(texts)
+        self.check_count(len(request.input) - len(texts))
+        return request
+
+    def read_labels(self, body: bytes) -> LabelRequest:
+        """As `read`, of a request for labels."""
+        request = self._parsed(body, LabelRequest, self.embedder_name)
+        self._check_texts(request.texts())
+        return request
+
+    @property
+    def embedder_name(self) -> str:
+        """What the model behind embeddings is called."""
+        return f"{self.model_name}-clap"
+
+    def _parsed(self, body: bytes, kind: type[RequestT], name: str) -> RequestT:
+        self.check_size(len(body))
+        request = parse_request(body, kind)
+        asked = getattr(request, "model")  # noqa: B009
+        if asked != name:
+            raise ApiError(
+                404, f"no model {asked!r} here; this server has {name!r}", code="model_not_found", param="model"
+            )
+        return request
+
+    @staticmethod
+    def _check_texts(texts: Sequence[str]) -> None:
+        for text in texts:
+            check_text(text)
+            if not text.strip():
+                raise ApiError(400, "a text is empty: leave it out", code="invalid_request", param="input")
 
     def check_count(self, num: int) -> None:
         """`ApiError` 413 if a request has too many recordings."""
@@ -97,14 +133,7 @@ class Limits:
         Raises:
             ApiError: 400 audio that cannot be used, 413 too many seconds of it.
         """
-        clips: list[Clip] = []
-        truncated = False
-        for index, data in enumerate(files):
-            left_s = self.max_audio_s - sum(clip.duration_s for clip in clips)
-            name, cut = f"audio {index + 1}", bool(request.truncate_audio)
-            clip, is_cut = self.read_audio(data, name, left_s, heard or {}, truncate=cut)
-            truncated |= is_cut
-            clips.append(clip)
+        clips, truncated = self.read_audios(files, heard or {}, truncate=bool(request.truncate_audio))
         one = Request(
             prompt=request.prompt(),
             clips=tuple(clips),
@@ -119,6 +148,19 @@ class Limits:
         )
         seeds = range(request.n or 1)  # answers of one request differ, and repeat with its seed
         return [replace(one, seed=None if one.seed is None else one.seed + number) for number in seeds]
+
+    def read_audios(
+        self, files: Sequence[bytes], heard: Mapping[str, float], *, truncate: bool = False
+    ) -> tuple[list[Clip], bool]:
+        """`read_audio` of a request's recordings, which share its seconds; whether any was cut."""
+        clips: list[Clip] = []
+        truncated = False
+        for index, data in enumerate(files):
+            left_s = self.max_audio_s - sum(clip.duration_s for clip in clips)
+            clip, is_cut = self.read_audio(data, f"audio {index + 1}", left_s, heard, truncate=truncate)
+            truncated |= is_cut
+            clips.append(clip)
+        return clips, truncated
 
     def read_audio(
         self, data: bytes, name: str, left_s: float, heard: Mapping[str, float], *, truncate: bool = False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_serializer
 
 from af2_ray.serve.request import FinishReason, TokenLogprob
@@ -134,6 +137,60 @@ class ChatChunk(BaseModel):
     def event(self) -> str:
         """The chunk as a server-sent event."""
         return f"data: {self.model_dump_json(exclude={'usage'} if self.usage is None else None)}\n\n"
+
+
+class EmbeddingUsage(BaseModel):
+    """Text tokens read, and the seconds of audio heard."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+    @classmethod
+    def of(cls, prompt_tokens: int, audio_s: float) -> EmbeddingUsage:
+        """Nothing is written, so the total is what was read."""
+        details = PromptDetails(audio_seconds=round(audio_s, 3))
+        return cls(prompt_tokens=prompt_tokens, total_tokens=prompt_tokens, prompt_tokens_details=details)
+
+
+class Embedding(BaseModel):
+    """The unit vector of one input: numbers, or base64 of their little-endian float32 bytes."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    """`POST /v1/embeddings`."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+    @classmethod
+    def of(cls, vectors: NDArray[np.float32], *, as_base64: bool, model: str, usage: EmbeddingUsage) -> EmbeddingList:
+        """Of vectors [N, J]."""
+        coded = [base64.b64encode(v.astype("<f4").tobytes()).decode() if as_base64 else v.tolist() for v in vectors]
+        data = [Embedding(index=index, embedding=vector) for index, vector in enumerate(coded)]
+        return cls(data=data, model=model, usage=usage)
+
+
+class LabelScore(BaseModel):
+    """A label and its probability among those asked for."""
+
+    label: str
+    score: float
+
+
+class LabelList(BaseModel):
+    """`POST /v1/audio/labels`, the likeliest first."""
+
+    object: Literal["list"] = "list"
+    data: list[LabelScore]
+    model: str
+    usage: EmbeddingUsage
 
 
 class ModelCard(BaseModel):

@@ -103,5 +103,14 @@ class Failure:
     """Keys of clips that came without windows and are not kept here (any more): send them again, with windows."""
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Unit vectors float32 [N, J] of a request's texts and clips, and the factor on their dot products in training."""
+
+    vectors: NDArray[np.float32]
+    scale: float
+    prompt_tokens: int = 0
+
+
 Event = Piece | Answer | Failure
 """What a request gives: pieces, and at last an answer or a failure."""

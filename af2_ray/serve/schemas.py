@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MAX_TOP_LOGPROBS = 20
+MAX_INPUTS = 256  # texts and recordings of one request for embeddings
 
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -104,16 +105,41 @@ class AudioUrlPart(_Incoming):
     audio_url: AudioUrl
 
 
+Content = Annotated[TextPart | AudioPart | AudioUrlPart, Field(discriminator="type")]
+
+
+def _parts(content: Any) -> Any:
+    """Content with its strings as parts; what is no content is left for the schema to refuse."""
+    items = [content] if isinstance(content, str) else content
+    if not isinstance(items, list):
+        return items
+    return [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
+
+
+def _or_text(schema: dict[str, Any]) -> None:
+    """In the OpenAPI document: a string stands for one part of text, alone and among parts."""
+    parts = {key: schema.pop(key) for key in ("type", "items", "minItems", "maxItems") if key in schema}
+    parts["items"] = {"anyOf": [{"type": "string"}, parts["items"]]}
+    schema["anyOf"] = [{"type": "string"}, parts]
+
+
+def audio_of(part: Content) -> InputAudio | AudioUrl | None:
+    """The recording of a part, if it is one."""
+    if isinstance(part, TextPart):
+        return None
+    return part.input_audio if isinstance(part, AudioPart) else part.audio_url
+
+
 class Message(_Incoming):
     """One turn: a string, or parts of text and audio."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | AudioPart | AudioUrlPart, Field(discriminator="type")]]
+    content: list[Content] = Field(json_schema_extra=_or_text)
 
     @field_validator("content", mode="before")
     @classmethod
     def _string_is_one_part(cls, content: Any) -> Any:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return _parts(content)
 
     def text(self) -> str:
         """The words of this turn, parts on lines of their own."""
@@ -121,8 +147,7 @@ class Message(_Incoming):
 
     def audios(self) -> list[InputAudio | AudioUrl]:
         """The recordings of this turn, in order."""
-        parts = [part for part in self.content if not isinstance(part, TextPart)]
-        return [part.input_audio if isinstance(part, AudioPart) else part.audio_url for part in parts]
+        return [audio for part in self.content if (audio := audio_of(part))]
 
 
 class StreamOptions(_Incoming):
@@ -192,6 +217,50 @@ class ChatRequest(_Incoming):
     def stops(self) -> tuple[str, ...]:
         """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class EmbeddingRequest(_Incoming):
+    """`POST /v1/embeddings`: strings as OpenAI has them, and recordings as the content parts of a chat."""
+
+    model: str
+    input: list[Content] = Field(min_length=1, max_length=MAX_INPUTS, json_schema_extra=_or_text)
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _strings_are_parts(cls, given: Any) -> Any:
+        items = given if isinstance(given, list) else [given]
+        if any(isinstance(item, int | list) for item in items):
+            raise ValueError("token ids are not taken: send the text itself")
+        return _parts(items)
+
+    @field_validator("dimensions")
+    @classmethod
+    def _all_of_them(cls, dimensions: int | None) -> int | None:
+        if dimensions is not None:
+            raise ValueError("the vectors of this model are not shortened: leave it out")
+        return dimensions
+
+
+class LabelRequest(_Incoming):
+    """`POST /v1/audio/labels`: how well each label fits a recording; names as in Hugging Face's zero-shot task."""
+
+    model: str
+    input: Annotated[AudioPart | AudioUrlPart, Field(discriminator="type")]
+    candidate_labels: list[str] = Field(min_length=1, max_length=MAX_INPUTS)
+    hypothesis_template: str = "This is a sound of {}."
+
+    @field_validator("hypothesis_template")
+    @classmethod
+    def _one_place(cls, template: str) -> str:
+        if template.count("{}") != 1:
+            raise ValueError("it needs one {} where the label goes")
+        return template
+
+    def texts(self) -> list[str]:
+        """What is compared with the recording, one for each label."""
+        return [self.hypothesis_template.replace("{}", label) for label in self.candidate_labels]
 
 
 RequestT = TypeVar("RequestT", bound=BaseModel)

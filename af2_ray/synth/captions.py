@@ -223,6 +223,13 @@ RELATIONS = ("order", "binding", "attribute")
 def make_captions(
     scene: Scene, phrases: Phrases, pool: Sequence[str], num_positives: int, num_negatives: int, rng: Rng
 ) -> Captions:
+    """The captions of a scene, from its truth (`captions_of`)."""
+    return captions_of(composition_of(scene), phrases, pool, num_positives, num_negatives, rng)
+
+
+def captions_of(
+    truth: Composition, phrases: Phrases, pool: Sequence[str], num_positives: int, num_negatives: int, rng: Rng
+) -> Captions:
     """Caption, M - 1 paraphrases, and N captions with one relation changed for each of these M.
 
     Args:
@@ -231,7 +238,6 @@ def make_captions(
     Raises:
         ValueError: the grammar has not that many different wordings or compositions.
     """
-    truth = composition_of(scene)
     styles, texts = [Style()], [realise(truth, Style(), phrases)]
     for _ in range(200):
         if len(texts) >= num_positives:

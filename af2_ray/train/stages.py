@@ -32,6 +32,7 @@ from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
 from af2_ray.text import AUDIO, SPECIAL_TOKENS
+from af2_ray.train.card import write_card
 from af2_ray.train.clap import train_clap
 from af2_ray.train.features import cache_features
 from af2_ray.train.language_model import prepare_lm
@@ -65,6 +66,10 @@ def train_run(run: Run, *, watch: Watch | None = None) -> list[dict[str, Any]]:
         with watch(f"stage {stage.name}", run.stage_dir(stage.name), stage.steps):
             facts.append(train_stage(run, stage, start, tracker))
         start = run.stage_dir(stage.name) / "model"
+    if run.recipe.stages:
+        write_card(run)
+        if run.recipe.tracking.register_model:
+            tracker.register(run.recipe.serve.model_name, run.model_dir)
     tracker.finish("parent")
     return facts
 

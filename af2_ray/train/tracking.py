@@ -24,6 +24,8 @@ from af2_ray.train.run import Run, write_atomic
 
 logger = logging.getLogger(__name__)
 
+MODEL_ARTIFACT = "model"  # the folder of the parent run that holds the export
+
 
 class Tracker:
     """The MLflow side of a run. Every method is a no-op with a warning where the server does not answer."""
@@ -98,6 +100,21 @@ class Tracker:
     def log_artifact(self, run_id: str, path: Path) -> None:
         """A file of the run directory as an artifact."""
         self._log(run_id, self._client.log_artifact, str(path))
+
+    def register(self, name: str, folder: Path) -> None:
+        """Keep an export with the parent run and register it as the next version of `name`; once a run."""
+        if run_id := self._ids.get("parent"):
+            self._try(self._register, name, folder, run_id)
+
+    def _register(self, name: str, folder: Path, run_id: str) -> None:
+        if self._client.search_model_versions(f"run_id = '{run_id}'"):
+            return
+        self._client.log_artifacts(run_id, str(folder), MODEL_ARTIFACT)
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name)
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/{MODEL_ARTIFACT}"
+        version = self._client.create_model_version(name, source, run_id)
+        logger.info("registered %s as version %s of %s", folder, version.version, name)
 
     def finish(self, name: str, *, failed: bool = False) -> None:
         """Close the run called `name` (`parent` or a child)."""

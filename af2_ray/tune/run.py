@@ -40,6 +40,7 @@ class SweepRun:
         self.sweep = sweep
         self.root = root.absolute()
         uri = f"tracking.uri=sqlite:///{self.root}/mlflow.db"
+        overrides = [*overrides, "tracking.register_model=false"]  # a trial is to be compared, not to be served
         self.trials = sweep.trials(overrides)
         if self.trials[0].recipe.tracking.uri is None:
             self.trials = sweep.trials([*overrides, uri])

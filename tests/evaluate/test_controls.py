@@ -4,7 +4,9 @@ import numpy as np
 from quiz import question
 
 from af2_ray.data.manifest import Sample
+from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.controls import KnownAnswers, Majority, control_scores, deaf_pairs, text_leaks
+from af2_ray.evaluate.run import _systems
 
 
 def _quiz(num: int, seed: int, *, leak: bool = False) -> list[Sample]:
@@ -89,3 +91,17 @@ def test_an_open_question_that_names_its_answers_is_a_choice_between_them() -> N
     assert known.candidates(ask(9, "Which is louder, the cat or the dog?", "dog")) == ["cat", "dog"]
     assert known.chance(ask(9, "Which is louder, the cat or the dog?", "dog")) == 0.5
     assert len(known.candidates(ask(9, "Which is loudest?", "dog"))) == 3
+
+
+def test_controls_are_fitted_to_questions_of_the_kinds_that_are_asked() -> None:
+    """Drills in the same words, with other answers, would weaken a control; where none are alike, all count."""
+    train, test = _quiz(200, 0, leak=True), _quiz(100, 1, leak=True)
+    drills = [
+        question(1000 + n, ["shrill", "deep"][n % 2], options=(), template="drill", prompt=sample.prompt)
+        for n, sample in enumerate(train * 3)
+    ]
+    asked = [Prediction(sample, "low") for sample in test]
+    alone, beside, only = (_systems(asked, fitted)["text_only"] for fitted in (train, [*drills, *train], drills))
+    assert alone.mean() > 0.95
+    np.testing.assert_array_equal(beside, alone)
+    assert only.mean() < 0.7

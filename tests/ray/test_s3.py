@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
 import fsspec
 import numpy as np
 import pytest
-from botocore.config import Config
 from ray import cloudpickle
+from weed import Server
 
 from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.audio.windows import to_windows
@@ -31,79 +25,7 @@ from af2_ray.data.collate import LmBatch, LmCollator
 from af2_ray.data.feed import iter_batches, make_dataset
 from af2_ray.data.manifest import Sample
 
-WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-pytestmark = pytest.mark.skipif(WEED is None, reason="the S3 server comes with the development extra")
-
-KEY, SECRET = "reader", "reader-secret"
-
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the cluster's processes do not have this module
-
-
-class Server:
-    """One SeaweedFS process with an S3 port, on a folder that outlives it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
-            for each in sockets:
-                each.bind(("127.0.0.1", 0))
-            self._ports = [20_000 + each.getsockname()[1] % 20_000 for each in sockets]  # +10000 is taken for gRPC
-        self.url = f"http://127.0.0.1:{self._ports[3]}"
-        identity = {"name": KEY, "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
-        identity["actions"] = ["Admin", "Read", "Write", "List"]  # type: ignore[assignment]
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def client(self) -> Any:
-        config = Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=5)
-        keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
-        return boto3.client("s3", endpoint_url=self.url, config=config, **keys)
-
-    def start(self) -> None:
-        master, volume, filer, s3 = self._ports
-        command = [
-            *(str(WEED), "server", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-            *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"),
-            *(f"-s3.config={self._folder}/s3.json", "-master.volumeSizeLimitMB=64"),
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-        ]
-        with (self._folder / "weed.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                self.client().list_buckets()
-                return
-            except Exception:
-                assert self._process.poll() is None, (self._folder / "weed.log").read_text()[-2000:]
-                assert time.monotonic() < deadline, "the S3 server does not come up"
-                time.sleep(0.5)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    folder = tmp_path / "weed"
-    folder.mkdir()
-    running = Server(folder)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    try:
-        running.start()
-        running.client().create_bucket(Bucket="audio")
-        yield running
-    finally:
-        running.kill()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def reason_of(uri: str) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import chromium
+import numpy as np
 import openai
 import pytest
 import serve_toy
@@ -21,6 +25,7 @@ from af2_ray.config import Serve
 from af2_ray.serve.schemas import ApiError
 from serve_apps import af2
 from serve_apps.ingress import Ingress
+from serve_apps.telemetry import merged
 
 OVERRIDES = ("serve.max_new_tokens=24", "serve.max_body_mb=4", "serve.max_audio_s=60")
 MODEL = "af2-tiny"  # as recipe `tiny` calls it
@@ -29,7 +34,8 @@ MODEL = "af2-tiny"  # as recipe `tiny` calls it
 @pytest.fixture(scope="module")
 def url(ray_cluster: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = serve_toy.export(tmp_path_factory.mktemp("served"), tiny_tokenizer)
-    with af2.run_app(folder, "tiny", overrides=OVERRIDES) as url:
+    clap = serve_toy.export_clap(tmp_path_factory.mktemp("clap"), tiny_tokenizer)
+    with af2.run_app(folder, "tiny", overrides=OVERRIDES, clap=clap) as url:
         yield url
 
 
@@ -97,7 +103,7 @@ def test_what_the_app_refuses_to_build(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_models_and_health(client: openai.OpenAI, url: str) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert [model.id for model in client.models.list()] == [MODEL, f"{MODEL}-clap"]
     assert client.models.retrieve(MODEL).id == MODEL
     with urllib.request.urlopen(url.removesuffix("/v1") + "/health", timeout=10) as response:
         assert json.load(response) == {"status": "ok", "model": MODEL}
@@ -156,6 +162,39 @@ def test_answers_at_once_equal_answers_alone(client: openai.OpenAI) -> None:
         assert list(pool.map(answer, questions)) == alone
 
 
+def test_embeddings_of_texts_and_recordings_and_labels(client: openai.OpenAI, url: str) -> None:
+    """Through OpenAI's client, which asks for base64, and by plain HTTP: the same unit vectors."""
+    model, audio = f"{MODEL}-clap", serve_toy.audio_part(serve_toy.wav(12))
+    texts = client.embeddings.create(model=model, input=["a bell", "a dog barks"])
+    body = {"model": model, "input": [audio, "a bell"]}
+    status, mixed = post(url, json.dumps(body).encode(), "/embeddings")
+    assert status == 200, mixed
+    assert [item["index"] for item in mixed["data"]] == [0, 1]
+    assert mixed["usage"]["prompt_tokens_details"]["audio_seconds"] == 12
+    np.testing.assert_allclose(mixed["data"][1]["embedding"], texts.data[0].embedding, atol=1e-6)
+    heard, bell, bark = mixed["data"][0]["embedding"], *(item.embedding for item in texts.data)
+    assert np.linalg.norm(heard) == pytest.approx(1, abs=1e-5)
+
+    labels = {"model": model, "input": audio, "candidate_labels": ["bell", "dog barks"], "hypothesis_template": "a {}"}
+    status, ranked = post(url, json.dumps(labels).encode(), "/audio/labels")
+    assert status == 200, ranked
+    fit = np.exp(np.array([np.dot(heard, bell), np.dot(heard, bark)]) / 0.07)
+    scores = {item["label"]: item["score"] for item in ranked["data"]}
+    np.testing.assert_allclose([scores["bell"], scores["dog barks"]], fit / fit.sum(), atol=1e-4)
+    assert ranked["data"][0]["score"] == max(scores.values())
+
+    for wrong, message in (
+        ({"input": [[1, 2]]}, "token ids"),
+        ({"input": "a", "dimensions": 4}, "not shortened"),
+        ({"input": "words " * 400}, "more than the 77 of this model"),
+        ({"input": " "}, "a text is empty"),
+        ({"input": "a", "model": MODEL}, "no model"),
+    ):
+        status, told = post(url, json.dumps({"model": model, **wrong}).encode(), "/embeddings")
+        assert 400 <= status < 500, told
+        assert message in told["error"]["message"]
+
+
 def test_bad_requests_are_told_so_and_harm_nobody(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.BadRequestError, match="not an audio file"):
         ask(client, b"PK\x03\x04 a zip named wav")
@@ -172,3 +211,82 @@ def test_bad_requests_are_told_so_and_harm_nobody(client: openai.OpenAI, url: st
     assert post(url, b"{")[1]["error"]["code"] == "invalid_json"
     assert post(url, b"{}", "/nothing")[0] == 404
     assert ask(client, serve_toy.wav(2)).choices[0].message.content
+
+
+@pytest.mark.skipif(chromium.BINARY is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [900, 390], ids=["desk", "phone"])
+def test_a_recording_is_asked_on_the_page(url: str, tmp_path: Path, width: int) -> None:
+    """Uploaded, seen, asked twice: the answers are the API's own, and nothing is wider than the screen."""
+    recording = tmp_path / "tone.wav"
+    recording.write_bytes(serve_toy.wav(12, hz=500))
+
+    async def use() -> None:
+        async with chromium.opened(url.removesuffix("/v1") + "/", width=width) as page:
+            await page.until(f"at('model').textContent === '{MODEL}'")
+            assert await page.value("at('send').disabled")
+            await page.upload("#file", recording)
+            await page.until("!at('clip').hidden && !at('send').disabled")
+            assert "12.0 s" in await page.value("at('about').textContent")
+            brightest = "(() => { const c = at('mel'), d = c.getContext('2d').getImageData(c.width / 2, 0, 1, 64).data;"
+            brightest += "return [...Array(64).keys()].sort((a, b) => d[4 * b] - d[4 * a])[0]; })()"
+            assert 50 <= await page.value(brightest) <= 53, "500 Hz is band 11 or 12 of 64 from the bottom"
+            for number, question in enumerate(("which sound is heard?", "and how loud?"), start=1):
+                await page.value(f"at('question').value = '{question}'; at('ask').requestSubmit()")
+                done = (
+                    "document.querySelectorAll('#answers article').length === {} && !document.querySelector('.writing')"
+                )
+                await page.until(done.format(number))
+                told = await page.value("document.querySelector('#answers .answer').textContent")
+                body = {"messages": [{"role": "user", "content": [serve_toy.audio_part(recording.read_bytes())]}]}
+                body["messages"][0]["content"].append({"type": "text", "text": question})
+                status, answer = post(url, json.dumps({"model": MODEL, **body}).encode())
+                assert status == 200, answer
+                assert told == answer["choices"][0]["message"]["content"]
+            assert await page.value("document.documentElement.scrollWidth <= innerWidth")
+            if folder := os.environ.get("AF2_SCREENSHOTS"):
+                await page.screenshot(Path(folder) / f"page-{width}.png")
+            assert page.errors == []
+
+    asyncio.run(use())
+
+
+def test_metrics_of_all_nodes_add_up_to_the_requests(client: openai.OpenAI, url: str) -> None:
+    def told() -> dict[str, float]:
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        samples = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        sums: dict[str, float] = {}
+        for name, value in samples:
+            if f'model="{MODEL}"' in name:
+                family = name.partition("{")[0].removeprefix("ray_").removesuffix("_total")
+                sums[family] = sums.get(family, 0.0) + float(value)
+        return sums
+
+    def settled() -> dict[str, float]:
+        """The counts once they have stood still for longer than the ten seconds between reports."""
+        last, since, deadline = told(), time.monotonic(), time.monotonic() + 90
+        while "af2_requests" not in last or time.monotonic() < since + 12:
+            assert time.monotonic() < deadline, last
+            time.sleep(2)
+            now = told()
+            if now != last:
+                last, since = now, time.monotonic()
+        return last
+
+    ask(client, serve_toy.wav(15, hz=777), max_tokens=5, n=2)
+    before = settled()
+    assert before["af2_windows_asked"] >= before["af2_windows_encoded"] >= 2, before
+    tokens = ask(client, serve_toy.wav(15, hz=777), max_tokens=5, n=2).usage.completion_tokens
+    after = settled()
+    assert after["af2_requests"] == before["af2_requests"] + 2
+    assert after["af2_new_tokens"] == before["af2_new_tokens"] + tokens
+    assert after["af2_windows_encoded"] == before["af2_windows_encoded"], "heard before"
+    assert after["af2_running"] == after["af2_waiting"] == 0
+
+
+def test_expositions_of_several_nodes_become_one() -> None:
+    head = "# HELP ray_af2_requests x\n# TYPE ray_af2_requests counter\n"
+    one = head + 'ray_af2_requests{node="a"} 1\n# TYPE python_gc gauge\npython_gc 3\n'
+    assert merged([one, "", head + 'ray_af2_requests{node="b"} 2\n']) == (
+        head + 'ray_af2_requests{node="a"} 1\nray_af2_requests{node="b"} 2\n'
+    )

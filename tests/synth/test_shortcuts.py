@@ -6,35 +6,17 @@ import itertools
 from collections import defaultdict
 
 import numpy as np
-import pytest
+from composed import blocks, pool_of
 from numpy.typing import NDArray
 
-from af2_ray.config import Corpus, SceneSet
-from af2_ray.synth import corpus as corpus_module
+from af2_ray.config import SceneSet
 from af2_ray.synth.bank import Bank
 from af2_ray.synth.captions import make_captions
-from af2_ray.synth.corpus import make_corpus
-from af2_ray.synth.scenes import Scene, compose_block
+from af2_ray.synth.scenes import Scene
 from af2_ray.synth.skills import Question, make_questions
 
 TRAIN = SceneSet(name="text", split="train", num_scenes=1200, duration_s=(5, 30), num_events=(1, 4))
 TEST = SceneSet(name="text", split="test", num_scenes=1200, duration_s=(5, 30), num_events=(1, 4))
-
-
-@pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    folder = tmp_path_factory.mktemp("bank")
-    tiny = SceneSet(name="x", split="train", num_scenes=4, duration_s=(5, 6), num_events=(1, 1))
-    make_corpus(Corpus(dir=str(folder), sources="rendered", sets=[tiny]), num_processes=1)
-    return Bank(folder / "sources")
-
-
-def blocks(scenes: SceneSet, bank: Bank) -> list[list[Scene]]:
-    return [compose_block(scenes, bank, index, seed=0) for index in range(scenes.num_scenes // corpus_module.BLOCK)]
-
-
-def pool_of(block: list[Scene], bank: Bank) -> list[str]:
-    return [label for label in bank.labels if not (block[0].bed_kind == "music" and bank.musical[label])]
 
 
 def hashed(rows: list[list[str]], size: int = 2048) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ that two ranks' counts differ tenfold. Optionally one clip is set aside, with it
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from af2_ray.config import Optimizer
+from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.data.collate import LmBatch
 from af2_ray.data.quarantine import Failure
 from af2_ray.text import IGNORE
@@ -156,15 +157,32 @@ def run_rank(rank: int, cut: tuple[int, int], folder: str, with_fault: bool, zer
 def _deepspeed_step(
     rank: int, num_ranks: int, rows: list[LmBatch], zero_stage: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    from af2_ray.config import DeepSpeedSettings
+    settings = DeepSpeedSettings(zero_stage=zero_stage, precision="fp32")  # type: ignore[arg-type]
+    watched = DeepSpeedGradients(_start(rank, num_ranks, settings, num_steps=1, accumulation=len(rows)))
+    metrics = Step(watched, TASK)(rows)
+    return watched.gradients, metrics
+
+
+def _start(rank: int, num_ranks: int, settings: DeepSpeedSettings, *, num_steps: int, accumulation: int) -> Any:
+    """A DeepSpeed engine of the model, as `torchrun` would start it."""
     from af2_ray.train.engine import start_engine
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    settings = DeepSpeedSettings(zero_stage=zero_stage, precision="fp32")  # type: ignore[arg-type]
-    engine = start_engine(make_model(torch.float32), settings, TASK.optimizer, num_steps=1, accumulation=len(rows))
-    watched = DeepSpeedGradients(engine)
-    metrics = Step(watched, TASK)(rows)
-    return watched.gradients, metrics
+    model = make_model(torch.float32)
+    return start_engine(model, settings, TASK.optimizer, num_steps=num_steps, accumulation=accumulation)
+
+
+def run_curve(rank: int, folder: str, settings: DeepSpeedSettings, num_steps: int) -> None:
+    """One of two ranks of `num_steps` steps on the samples of (2, 2): rank 0 saves the losses."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
+    rows = my_rows((2, 2), rank, with_fault=False)
+    step = Step(_start(rank, 2, settings, num_steps=num_steps, accumulation=len(rows)), TASK)
+    losses = [step(rows)["loss"] for _ in range(num_steps)]
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def relative_l2(one: Tensor, two: Tensor) -> float:

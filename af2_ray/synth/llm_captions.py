@@ -1,0 +1,277 @@
+"""Paraphrases and wrong captions by a large language model, behind any OpenAI-compatible endpoint, each one checked.
+
+A model writes more freely than the grammar, and sometimes what was not asked for: a paraphrase that adds a sound, a
+wrong caption that says the same in other words. So nothing of it is believed: `faults` compares the words of what came
+back with what each relation may change, and a second request asks which of the wrong captions could still be true.
+What fails is told to the model, which may try again; what fails to the end is an error that names the caption.
+
+Answers are kept on disk by the SHA-256 of all that decides them, so a run that was stopped pays for nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from af2_ray.synth.captions import Captions
+
+RELATIONS = ("order", "binding", "count", "position", "loudness", "class")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.lower())
+
+
+_NUMBERS = _words("a an once twice one two three four five six several many few times time again")
+_PLACES = _words("beginning start middle end at in the first last finally early late")
+_LOUDNESS = _words("loud soft louder softer quiet quieter loudly softly quietly faint getting becoming growing")
+_JOINS = _words("and then while with as before after followed preceded by later it is there are of we hear sound")
+_MAY_CHANGE = {
+    "order": set(_JOINS),
+    "binding": set[str](),
+    "count": set(_NUMBERS),
+    "position": set(_PLACES),
+    "loudness": set(_LOUDNESS),
+}
+_VERSION = 1  # of the request: another one is another answer
+
+_TASK = """You write captions of recordings. Given a caption, write {positives} paraphrases of it that name the same
+sounds in the same order with the same attributes, and for the caption and for each paraphrase {negatives} wrong
+captions. A wrong caption keeps the wording of the one it belongs to and changes exactly one relation: the order of
+sounds, which sound an attribute belongs to (binding), a count, a position in time, a change of loudness, or one sound
+for another (class; only where nothing else can be changed). A wrong caption must be false of every recording that the
+caption is true of. Never add what the caption does not say."""
+_JUDGE = """For each of the numbered texts: could it be true of a recording of which the caption is true? Answer with
+one boolean a text, in order."""
+
+
+class CaptionError(ValueError):
+    """A caption for which no usable set came back; `reason` says what was wrong with the last one."""
+
+    def __init__(self, caption: str, reason: str) -> None:
+        super().__init__(f"no usable captions for {caption!r}: {reason}")
+        self.caption, self.reason = caption, reason
+
+    def __reduce__(self) -> tuple[type[CaptionError], tuple[str, str]]:
+        return type(self), (self.caption, self.reason)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the model is, and what its tokens cost (a million, in any one currency)."""
+
+    model: str
+    base_url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    price_prompt: float = 0.0
+    price_completion: float = 0.0
+    timeout_s: float = 60.0
+    max_retries: int = 5
+
+
+@dataclass
+class Spent:
+    """What the requests of an engine have cost."""
+
+    requests: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def cost(self, endpoint: Endpoint) -> float:
+        """In the currency of the endpoint's prices."""
+        tokens = self.prompt_tokens * endpoint.price_prompt + self.completion_tokens * endpoint.price_completion
+        return tokens / 1e6
+
+
+@dataclass
+class LlmCaptions:
+    """Captions of captions.
+
+    Args:
+        endpoint: the model.
+        num_positives, num_negatives: M and N of AF-CLAP (PAPER 1): caption and M - 1 paraphrases, N wrong ones each.
+        cache: folder of answers; none: every caption is asked for anew.
+        attempts: how often the model may write a set before it is given up.
+        judge: ask which wrong captions could still be true.
+    """
+
+    endpoint: Endpoint
+    num_positives: int = 3
+    num_negatives: int = 3
+    cache: Path | None = None
+    attempts: int = 3
+    judge: bool = True
+    spent: Spent = field(default_factory=Spent)
+
+    def __call__(self, caption: str) -> Captions:
+        """The set of a caption.
+
+        Raises:
+            CaptionError: the model wrote none that holds, or the endpoint refused; the message has the reason.
+        """
+        path = self._path(caption)
+        if path and path.is_file():
+            self.spent.cached += 1
+            return _captions(caption, json.loads(path.read_text()))
+        reason = ""
+        told: list[dict[str, str]] = []
+        for _ in range(self.attempts):
+            sets = self._write(caption, told)
+            reason = faults(caption, sets, self.num_positives, self.num_negatives) or self._still_true(caption, sets)
+            if not reason:
+                if path:
+                    _keep(path, sets)
+                return _captions(caption, sets)
+            told = [
+                {"role": "assistant", "content": json.dumps({"sets": sets})},
+                {"role": "user", "content": f"That does not do: {reason}. Write all of it again."},
+            ]
+        raise CaptionError(caption, reason)
+
+    def _path(self, caption: str) -> Path | None:
+        decides = [_VERSION, _TASK, self.judge, self.endpoint.model, caption, self.num_positives, self.num_negatives]
+        name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+        return self.cache / name[:2] / f"{name}.json" if self.cache else None
+
+    def _write(self, caption: str, told: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+        task = _TASK.format(positives=self.num_positives - 1, negatives=self.num_negatives)
+        asked = f"Caption: {caption}\nThe first set is the caption itself, unchanged."
+        schema = _schema(self.num_positives, self.num_negatives)
+        found = self._ask(caption, [_message("system", task), _message("user", asked), *told], "sets", schema)
+        return found if isinstance(found, list) else []
+
+    def _still_true(self, caption: str, sets: Sequence[dict[str, Any]]) -> str:
+        """The first wrong caption that could be true, as a reason; empty: none."""
+        if not self.judge:
+            return ""
+        texts = [each["text"] for one in sets for each in one["negatives"]]
+        if not texts:
+            return ""
+        listed = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
+        asked = f"Caption: {caption}\nTexts:\n{listed}"
+        schema = {"type": "array", "items": {"type": "boolean"}, "minItems": len(texts), "maxItems": len(texts)}
+        verdicts = self._ask(caption, [_message("system", _JUDGE), _message("user", asked)], "verdicts", schema)
+        if not isinstance(verdicts, list) or len(verdicts) != len(texts):
+            return "the check of the wrong captions came back incomplete"
+        true = [text for text, verdict in zip(texts, verdicts, strict=True) if verdict]
+        return f"{true[0]!r} could be true too" if true else ""
+
+    def _ask(self, caption: str, messages: Any, key: str, schema: dict[str, Any]) -> Any:
+        """The value of one key of a JSON answer."""
+        import openai
+
+        whole = {"type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}
+        client = openai.OpenAI(
+            base_url=self.endpoint.base_url,
+            api_key=os.environ.get(self.endpoint.key_variable, "none"),
+            timeout=self.endpoint.timeout_s,
+            max_retries=self.endpoint.max_retries,
+        )
+        form: Any = {"type": "json_schema", "json_schema": {"name": key, "strict": True, "schema": whole}}
+        try:
+            made = client.chat.completions.create(
+                model=self.endpoint.model,
+                messages=messages,
+                response_format=form,
+            )
+        except openai.OpenAIError as error:
+            raise CaptionError(caption, f"the endpoint failed: {error}") from error
+        self.spent.requests += 1
+        if made.usage:
+            self.spent.prompt_tokens += made.usage.prompt_tokens
+            self.spent.completion_tokens += made.usage.completion_tokens
+        try:
+            return json.loads(made.choices[0].message.content or "")[key]
+        except (ValueError, KeyError, TypeError, IndexError):
+            return None
+
+
+def faults(caption: str, sets: Any, num_positives: int, num_negatives: int) -> str:
+    """What is wrong with a set by its words alone; empty: nothing.
+
+    A wrong caption may differ from its own text in the words of the relation it names: in order, joins aside, by the
+    same words in another order; in binding by the same words; in a count, a place, a loudness by such words; in class
+    by what it names. So a paraphrase sold as a wrong caption, or one wrong in two ways, is found.
+    """
+    try:
+        texts = [str(one["text"]) for one in sets]
+        negatives = [[(str(each["relation"]), str(each["text"])) for each in one["negatives"]] for one in sets]
+    except (KeyError, TypeError):
+        return "it is not of the form that was asked for"
+    if len(texts) != num_positives or any(len(group) != num_negatives for group in negatives):
+        return f"there must be {num_positives} sets of {num_negatives} wrong captions each"
+    if _plain(texts[0]) != _plain(caption):
+        return "the first set must be of the caption itself, unchanged"
+    if len({_plain(text) for text in texts}) < len(texts):
+        return "two of the paraphrases are the same"
+    numbers = {word for word in _words(caption) if word.isdigit()}
+    for text, group in zip(texts, negatives, strict=True):
+        if {word for word in _words(text) if word.isdigit()} != numbers:
+            return f"{text!r} has other numbers than the caption"
+        if len({_plain(wrong) for _, wrong in group}) < len(group):
+            return f"two wrong captions of {text!r} are the same"
+        for relation, wrong in group:
+            if reason := _wrongly_wrong(texts, text, relation, wrong):
+                return reason
+    return ""
+
+
+def _wrongly_wrong(texts: Sequence[str], text: str, relation: str, wrong: str) -> str:
+    if relation not in RELATIONS:
+        return f"{relation!r} is none of the relations: {', '.join(RELATIONS)}"
+    if _plain(wrong) in {_plain(each) for each in texts}:
+        return f"{wrong!r} is one of the true captions"
+    before, after = Counter(_words(text)), Counter(_words(wrong))
+    changed = set(before - after) | set(after - before)
+    if relation == "class":
+        return "" if after - before else f"{wrong!r} names no other sound"
+    if extra := {word for word in changed if not word.isdigit()} - _MAY_CHANGE[relation]:
+        return f"{wrong!r} is to be wrong in {relation} alone, and changes {sorted(extra)[0]!r} too"
+    if relation in ("count", "position", "loudness") and not changed:
+        return f"{wrong!r} changes no word of {relation}"
+    return ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(_words(text))
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _schema(num_positives: int, num_negatives: int) -> dict[str, Any]:
+    wrong = {
+        "type": "object",
+        "properties": {"relation": {"enum": list(RELATIONS)}, "text": {"type": "string"}},
+        "required": ["relation", "text"],
+        "additionalProperties": False,
+    }
+    group = {"type": "array", "items": wrong, "minItems": num_negatives, "maxItems": num_negatives}
+    one = {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "negatives": group},
+        "required": ["text", "negatives"],
+        "additionalProperties": False,
+    }
+    return {"type": "array", "items": one, "minItems": num_positives, "maxItems": num_positives}
+
+
+def _captions(caption: str, sets: Sequence[dict[str, Any]]) -> Captions:
+    negatives = tuple(tuple(each["text"] for each in one["negatives"]) for one in sets)
+    return Captions(caption, tuple(one["text"] for one in sets[1:]), negatives)
+
+
+def _keep(path: Path, sets: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(sets))
+    temporary.replace(path)

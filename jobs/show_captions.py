@@ -1,0 +1,82 @@
+"""Caption sets to be judged by ear: a page with a play button, what is said to be true, and what is said to be wrong.
+
+    python jobs/show_captions.py data/demo/clap/test.captions.jsonl --num 100 --out build/captions.html
+
+The page is one file: recordings are in it (OGG, the first 30 s). A judge ticks what is wrong; the page counts, and
+`copy the verdict` gives the ticked captions as JSON. A clip that cannot be read is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
+
+from af2_ray.audio.decode import AudioError, decode
+from af2_ray.audio.windows import SAMPLE_RATE
+from af2_ray.data.manifest import CaptionSet, read_captions
+
+MOST_AUDIO_S = 30.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: written, 2: input that cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("captions", help="caption sets, as AF-CLAP trains on them")
+    parser.add_argument("--num", type=int, default=100, help="clips to show (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which are drawn (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("captions.html"), help="the page (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        sets = read_captions(args.captions)
+    except (ValueError, OSError) as error:
+        print(f"show_captions: {error}", file=sys.stderr)
+        return 2
+    drawn = np.random.default_rng(args.seed).permutation(len(sets))[: args.num]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    page, num_shown = page_of([sets[place] for place in drawn], args.captions, len(sets))
+    args.out.write_text(page, encoding="utf-8")
+    size_mb = args.out.stat().st_size / 1e6
+    Console(soft_wrap=True).print(f"{num_shown} clips in {args.out} ({size_mb:.1f} MB): open it in a browser")
+    return 0
+
+
+def page_of(sets: Sequence[CaptionSet], source: str, total: int) -> tuple[str, int]:
+    """The page, and how many clips are on it."""
+    clips, lost = [], []
+    for each in sets:
+        try:
+            audio = _ogg(each)
+        except AudioError as error:
+            lost.append(str(error))
+            continue
+        wrong = [text for negatives in each.negatives for text in negatives]
+        true = [each.caption, *each.positives]
+        relations = ", ".join(each.relations)
+        clips.append({"id": each.id, "relations": relations, "audio": audio, "true": true, "wrong": wrong})
+    loader = PackageLoader("af2_ray.evaluate", ".")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    template = environment.get_template("captions.html")
+    return template.render(clips=clips, lost=lost, source=source, total=total), len(clips)
+
+
+def _ogg(each: CaptionSet) -> str:
+    """The clip as base64 of OGG, a tenth of its samples."""
+    mono = decode(each.uri, each.offset_s, min(each.duration_s, MOST_AUDIO_S))
+    file = io.BytesIO()
+    with sf.SoundFile(file, "w", SAMPLE_RATE, 1, format="OGG", subtype="VORBIS") as ogg:
+        for start in range(0, len(mono), SAMPLE_RATE):  # the encoder falls over a minute in one call
+            ogg.write(mono[start : start + SAMPLE_RATE])
+    return base64.b64encode(file.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Scenes composed as a corpus composes them, without their sound."""
+
+from __future__ import annotations
+
+from af2_ray.config import SceneSet
+from af2_ray.synth import corpus as corpus_module
+from af2_ray.synth.bank import Bank
+from af2_ray.synth.scenes import Scene, compose_block
+
+
+def blocks(scenes: SceneSet, bank: Bank) -> list[list[Scene]]:
+    return [compose_block(scenes, bank, index, seed=0) for index in range(scenes.num_scenes // corpus_module.BLOCK)]
+
+
+def pool_of(block: list[Scene], bank: Bank) -> list[str]:
+    return [label for label in bank.labels if not (block[0].bed_kind == "music" and bank.musical[label])]

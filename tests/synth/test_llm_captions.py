@@ -1,0 +1,129 @@
+"""The LLM's captions: asked for over HTTP, checked, tried again, kept, and paid for once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from af2_ray.synth.llm_captions import CaptionError, Endpoint, LlmCaptions, faults
+
+CAPTION = "a dog followed by a bell"
+
+
+def one(text: str, *wrong: tuple[str, str]) -> dict[str, Any]:
+    return {"text": text, "negatives": [{"relation": relation, "text": words} for relation, words in wrong]}
+
+
+GOOD = [
+    one(CAPTION, ("order", "a bell followed by a dog"), ("class", "a cat followed by a bell")),
+    one("a bell after a dog", ("order", "a dog after a bell"), ("class", "a bell after a cow")),
+]
+
+
+class Scripted:
+    """An endpoint that answers from a list, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+        self.asked: list[dict[str, Any]] = []
+        scripted = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                scripted.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                answer = scripted.answers.pop(0)
+                status = answer if isinstance(answer, int) else 200
+                message = {"role": "assistant", "content": json.dumps(answer)}
+                choice = {"index": 0, "finish_reason": "stop", "message": message}
+                usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+                body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                data = json.dumps(body | {"usage": usage}).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("retry-after-ms", "1")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        return Endpoint("m", url, price_prompt=2.0, price_completion=10.0, max_retries=2)
+
+
+@pytest.fixture
+def llm() -> Iterator[Scripted]:
+    scripted = Scripted()
+    yield scripted
+    scripted.server.shutdown()
+
+
+def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, tmp_path: Path) -> None:
+    llm.answers = [{"sets": GOOD}, {"verdicts": [False] * 4}]
+    engine = LlmCaptions(llm.endpoint, 2, 2, cache=tmp_path)
+    made = engine(CAPTION)
+    assert made.caption == CAPTION
+    assert made.paraphrases == ("a bell after a dog",)
+    assert made.negatives[1] == ("a dog after a bell", "a bell after a cow")
+    form = llm.asked[0]["response_format"]
+    assert form["type"] == "json_schema"
+    assert form["json_schema"]["schema"]["properties"]["sets"]["minItems"] == 2
+    assert "1. a bell followed by a dog" in llm.asked[1]["messages"][1]["content"]
+    assert (engine.spent.requests, engine.spent.prompt_tokens, engine.spent.completion_tokens) == (2, 200, 20)
+    assert engine.spent.cost(llm.endpoint) == pytest.approx(600e-6)
+    again = LlmCaptions(llm.endpoint, 2, 2, cache=tmp_path)
+    assert again(CAPTION) == made
+    assert (again.spent.requests, again.spent.cached) == (0, 1)
+
+
+def test_what_does_not_hold_is_told_and_tried_again(llm: Scripted) -> None:
+    bad = [GOOD[0], one(CAPTION.upper(), *(("order", "a"), ("class", "b")))]
+    llm.answers = [{"sets": bad}, {"sets": GOOD}, {"verdicts": [False, True, False, False]}, 503, {"sets": GOOD}]
+    llm.answers.append({"verdicts": [False] * 4})
+    engine = LlmCaptions(llm.endpoint, 2, 2)
+    assert engine(CAPTION).paraphrases == ("a bell after a dog",)
+    told = [asked["messages"][-1]["content"] for asked in llm.asked]
+    assert "two of the paraphrases are the same" in told[1]
+    assert "'a cat followed by a bell' could be true too" in told[3]
+    assert told[3] == told[4], "a busy endpoint is asked the same again"
+
+
+def test_a_caption_that_never_works_is_an_error_with_the_last_reason(llm: Scripted) -> None:
+    llm.answers = [{"sets": []}, "nonsense"]
+    with pytest.raises(CaptionError, match=r"no usable captions for 'a dog.*there must be 2 sets"):
+        LlmCaptions(llm.endpoint, 2, 2, attempts=2)(CAPTION)
+    llm.answers = [401]
+    with pytest.raises(CaptionError, match="the endpoint failed"):
+        LlmCaptions(llm.endpoint, 2, 2)(CAPTION)
+
+
+@pytest.mark.parametrize(
+    ("text", "relation", "wrong", "message"),
+    [
+        ("a dog then a bell", "order", "a bell then a cat", "changes 'cat' too"),
+        ("a loud dog then a soft bell", "binding", "a loud bell then a soft dog", ""),
+        ("a loud dog then a soft bell", "binding", "a loud dog then a loud bell", "in binding alone"),
+        ("a dog barks twice", "count", "a dog barks three times", ""),
+        ("a dog barks twice", "count", "a cat barks three times", "in count alone"),
+        ("a dog barks twice", "count", "barks a dog twice", "changes no word of count"),
+        ("rain getting louder", "loudness", "rain getting softer", ""),
+        ("rain at the end", "position", "rain in the middle", ""),
+        ("rain", "class", "wind", ""),
+        ("rain on a roof", "class", "rain on roof", "names no other sound"),
+        ("rain", "mood", "sad rain", "none of the relations"),
+    ],
+)
+def test_a_wrong_caption_is_wrong_in_what_it_says_alone(text: str, relation: str, wrong: str, message: str) -> None:
+    found = faults(text, [one(text, (relation, wrong))], 1, 1)
+    assert (message in found) if message else (found == ""), found
