@@ -242,7 +242,7 @@ def test_a_recording_is_asked_on_the_page(url: str, tmp_path: Path, width: int) 
                 status, answer = post(url, json.dumps({"model": MODEL, **body}).encode())
                 assert status == 200, answer
                 assert told == answer["choices"][0]["message"]["content"]
-            assert await page.value("document.documentElement.scrollWidth <= innerWidth")
+            assert await page.value("document.documentElement.scrollWidth") <= width
             if folder := os.environ.get("AF2_SCREENSHOTS"):
                 await page.screenshot(Path(folder) / f"page-{width}.png")
             assert page.errors == []
