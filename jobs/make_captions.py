@@ -72,7 +72,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-Engine = Callable[[int, str], tuple[Captions, Spent]]
+Engine = Callable[[int, str], tuple[Captions | str, Spent]]
+"""Number and text of a caption to its set, or to why there is none, and what that has cost."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,28 @@ class Grammar:
     num_negatives: int
     seed: int
 
-    def __call__(self, number: int, caption: str) -> tuple[Captions, Spent]:
+    def __call__(self, number: int, caption: str) -> tuple[Captions | str, Spent]:
         """The set of caption `number`, drawn anew for each."""
+        try:
+            return self._made(number, caption), Spent()
+        except ValueError as error:
+            return str(error), Spent()
+
+    def _made(self, number: int, caption: str) -> Captions:
         composition, phrases = read_caption(caption)
         rng = np.random.default_rng([self.seed, number])
         others = {label: (label, label) for label in self.pool}
         made = captions_of(composition, others | dict(phrases), self.pool, self.num_positives, self.num_negatives, rng)
-        return Captions(caption, made.paraphrases, made.negatives), Spent()
+        return Captions(caption, made.paraphrases, made.negatives)
 
 
-def by_llm(endpoint: Endpoint, options: dict[str, Any], number: int, caption: str) -> tuple[Captions, Spent]:
-    """The set of a caption, and what it cost."""
+def by_llm(endpoint: Endpoint, options: dict[str, Any], number: int, caption: str) -> tuple[Captions | str, Spent]:
+    """The set of a caption, and what it cost; one that is given up has cost something too."""
     engine = LlmCaptions(endpoint, **options)
-    return engine(caption), engine.spent
+    try:
+        return engine(caption), engine.spent
+    except CaptionError as error:
+        return str(error), engine.spent
 
 
 def _engine(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Engine:
@@ -122,12 +132,12 @@ def _endpoint(args: argparse.Namespace) -> Endpoint:
 def _one(item: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """A task: one caption. Rows travel as JSON, so that Arrow need not find a type for all of them."""
     number, row = int(item["number"]), json.loads(item["row"])
-    try:
-        made, spent = engine(number, row["caption"])
-    except (CaptionError, ValueError) as error:
-        return {"row": "", "failed": json.dumps({**row, "reason": str(error)}), "spent": json.dumps(asdict(Spent()))}
+    made, spent = engine(number, row["caption"])
+    cost = json.dumps(asdict(spent))
+    if isinstance(made, str):
+        return {"row": "", "failed": json.dumps({**row, "reason": made}, ensure_ascii=False), "spent": cost}
     told = row | {"positives": list(made.paraphrases), "negatives": [list(group) for group in made.negatives]}
-    return {"row": json.dumps(told, ensure_ascii=False), "failed": "", "spent": json.dumps(asdict(spent))}
+    return {"row": json.dumps(told, ensure_ascii=False), "failed": "", "spent": cost}
 
 
 def _made(rows: Sequence[dict[str, Any]], engine: Engine, concurrency: int) -> Iterable[dict[str, Any]]:

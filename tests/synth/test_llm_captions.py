@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -103,6 +104,11 @@ def test_a_caption_that_never_works_is_an_error_with_the_last_reason(llm: Script
     llm.answers = [{"sets": []}, "nonsense"]
     with pytest.raises(CaptionError, match=r"no usable captions for 'a dog.*there must be 2 sets"):
         LlmCaptions(llm.endpoint, 2, 2, attempts=2)(CAPTION)
+    llm.answers = [{"sets": []}] * 3
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "make_captions.py"))
+    made, spent = job["by_llm"](llm.endpoint, {"num_positives": 2, "num_negatives": 2}, 0, CAPTION)
+    assert "there must be 2 sets" in made
+    assert (spent.requests, spent.prompt_tokens) == (3, 300), "what is given up was paid for"
     llm.answers = [401]
     with pytest.raises(CaptionError, match="the endpoint failed"):
         LlmCaptions(llm.endpoint, 2, 2)(CAPTION)

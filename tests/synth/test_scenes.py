@@ -7,28 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from composed import blocks
 
-from af2_ray.config import Corpus, SceneSet
+from af2_ray.config import SceneSet
 from af2_ray.synth.bank import Bank
-from af2_ray.synth.corpus import make_corpus
 from af2_ray.synth.curate import frame_rms
-from af2_ray.synth.scenes import PARTS, Scene, compose_block, render_scene
-
-
-@pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    folder = tmp_path_factory.mktemp("bank")
-    tiny = SceneSet(name="x", split="train", num_scenes=4, duration_s=(5, 6), num_events=(1, 1))
-    make_corpus(Corpus(dir=str(folder), sources="rendered", sets=[tiny]), num_processes=1)
-    return Bank(folder / "sources")
-
+from af2_ray.synth.scenes import PARTS, compose_block, render_scene
 
 SHORT = SceneSet(name="s", split="test", num_scenes=400, duration_s=(5, 30), num_events=(1, 4))
 LONG = SceneSet(name="l", split="test", num_scenes=24, duration_s=(60, 300), num_events=(2, 4))
-
-
-def blocks(scenes: SceneSet, bank: Bank) -> list[list[Scene]]:
-    return [compose_block(scenes, bank, index, seed=0) for index in range(scenes.num_scenes // 4)]
 
 
 @pytest.mark.parametrize("scenes", [SHORT, LONG])
