@@ -51,9 +51,9 @@ def model_card(run: Run) -> str:
         *_recordings(recipe),
         "## How to use it",
         "```python\n"
-        "from transformers import AutoModel, AutoProcessor\n\n"
-        "import af2_ray.models  # makes the classes known to transformers\n\n"
-        'model, processor = AutoModel.from_pretrained("."), AutoProcessor.from_pretrained(".")\n'
+        "from transformers import AutoModelForCausalLM, AutoProcessor\n\n"
+        "from af2_ray.models import modeling_af2, processing_af2  # makes them known to transformers\n\n"
+        'model, processor = AutoModelForCausalLM.from_pretrained("."), AutoProcessor.from_pretrained(".")\n'
         "```",
         "`python jobs/ask.py MODEL FILE QUESTION` asks it one question, `jobs/evaluate.py MODEL MANIFEST` many, and "
         "`serve_apps/af2.py` serves it over HTTP.",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import serve_toy
 import yaml
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from af2_ray.config import load_recipe
+from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
 from af2_ray.train.card import model_card, write_card
 from af2_ray.train.run import Run, mark_finished
 from af2_ray.train.tracking import Tracker
@@ -84,3 +90,18 @@ def test_a_run_registers_its_model_once(run: Run) -> None:
     fetched = Path(download_artifacts(artifact_uri=version.source, dst_path=str(run.root / "fetched")))
     assert (fetched / "README.md").read_text() == model_card(run)
     assert (fetched / "config.json").is_file()
+
+
+def test_its_example_loads_the_model_beside_it(run: Run, tiny_tokenizer: Any) -> None:
+    """In a fresh process, where nothing has been imported before."""
+    model = serve_toy.build(tiny_tokenizer)
+    model.save_pretrained(run.model_dir)
+    extractor = AudioFlamingo2FeatureExtractor(model.config.max_windows)
+    AudioFlamingo2Processor(extractor, tiny_tokenizer).save_pretrained(run.model_dir)
+    example = model_card(run).split("```python\n")[1].split("```")[0] + "print(type(model), type(processor))"
+    command = [sys.executable, "-c", example]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=run.model_dir, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "AudioFlamingo2ForConditionalGeneration" in done.stdout
+    assert "AudioFlamingo2Processor" in done.stdout
