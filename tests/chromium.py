@@ -92,6 +92,7 @@ async def opened(url: str, *, width: int = 800, height: int = 900) -> AsyncItera
                     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
                     await page.call("Emulation.setDeviceMetricsOverride", **size)
                     await page.call("Page.navigate", url=url)
+                    await page.until("location.protocol !== 'about:' && document.readyState === 'complete'")
                     yield page
         finally:
             process.kill()
