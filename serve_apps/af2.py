@@ -65,6 +65,8 @@ def app(args: dict[str, Any]) -> serve.Application:
     if given.overrides and not given.recipe:
         raise ValueError("overrides need a recipe to override: pass recipe=NAME too")
     settings = load_recipe(given.recipe, given.overrides.split()).serve if given.recipe else Serve()
+    more = {name: _absolute(folder) for name, folder in settings.more_models.items()}
+    settings = settings.model_copy(update={"more_models": more})
     return build(_absolute(given.model), settings, _absolute(given.clap) if given.clap else None)
 
 

@@ -13,7 +13,8 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import resources
 from typing import TypeVar, cast
@@ -74,9 +75,10 @@ class Ingress:
         self._keys = Keys.from_environment(settings.requests_per_minute)
         self._timeout_s = settings.request_timeout_s
         self._page = (resources.files("serve_apps") / "page.html").read_text()
-        names = [self._limits.model_name, *([self._limits.embedder_name] if clap else [])]
+        embedders = [self._limits.embedder_name] if clap else []
+        names = [self._limits.model_name, *self._limits.more_models, *embedders]
         self._cards = {name: ModelCard(id=name, created=int(time.time())) for name in names}
-        self._heard: OrderedDict[str, float] = OrderedDict()
+        self._heard: OrderedDict[tuple[str, str], float] = OrderedDict()  # seconds, by model and recording
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> HTMLResponse:
@@ -96,7 +98,7 @@ class Ingress:
 
     @api.get("/v1/models")
     async def models(self, http: HttpRequest) -> ModelList:
-        """The model, and the one that embeds if there is one."""
+        """The models, and the one that embeds if there is one."""
         self._keys.check(http.headers.get("authorization"))
         return ModelList(data=list(self._cards.values()))
 
@@ -129,8 +131,9 @@ class Ingress:
     async def embeddings(self, http: HttpRequest) -> EmbeddingList:
         """Unit vectors of texts and recordings in one space."""
         self._keys.take(http.headers.get("authorization"))
-        request = self._limits.read_embedding(await body_of(http, self._limits))
-        embedded, usage = await self._embedded(request.input, request_id_of(http))
+        with about_input():
+            request = self._limits.read_embedding(await body_of(http, self._limits))
+            embedded, usage = await self._embedded(request.input, request_id_of(http))
         as_base64 = request.encoding_format == "base64"
         return EmbeddingList.of(embedded.vectors, as_base64=as_base64, model=request.model, usage=usage)
 
@@ -138,9 +141,10 @@ class Ingress:
     async def labels(self, http: HttpRequest) -> LabelList:
         """How well each label fits a recording, the best first: zero-shot, by AF-CLAP."""
         self._keys.take(http.headers.get("authorization"))
-        request = self._limits.read_labels(await body_of(http, self._limits))
-        texts = [TextPart(type="text", text=text) for text in request.texts()]
-        embedded, usage = await self._embedded([request.input, *texts], request_id_of(http))
+        with about_input():
+            request = self._limits.read_labels(await body_of(http, self._limits))
+            texts = [TextPart(type="text", text=text) for text in request.texts()]
+            embedded, usage = await self._embedded([request.input, *texts], request_id_of(http))
         fit = embedded.scale * embedded.vectors[1:] @ embedded.vectors[0]
         scores = np.exp(fit - fit.max())
         ranked = sorted(zip((scores / scores.sum()).tolist(), request.candidate_labels, strict=True), reverse=True)
@@ -176,7 +180,8 @@ class Ingress:
 
     async def _whole(self, chat: ChatRequest, files: list[bytes], request_id: str, start: float) -> Response:
         async def ask(requests: list[Request]) -> list[Answer | Failure]:
-            return list(await asyncio.gather(*(self._model.answer.remote(request) for request in requests)))
+            model = self._named(chat.model)
+            return list(await asyncio.gather(*(model.answer.remote(request) for request in requests)))
 
         requests, results = await self._asked(chat, files, request_id, ask)
         answers = [result for result in results if isinstance(result, Answer)]
@@ -205,7 +210,8 @@ class Ingress:
         """Wait for the first piece, while an error can still be a status and another replica can still be asked."""
 
         async def ask(requests: list[Request]) -> list[tuple[AsyncIterator[Event], Event]]:
-            streams = [self._model.options(stream=True).stream.remote(request) for request in requests]
+            model = self._named(chat.model).options(stream=True)
+            streams = [model.stream.remote(request) for request in requests]
             firsts = await asyncio.gather(*(anext(stream) for stream in streams))
             return list(zip(cast(list[AsyncIterator[Event]], streams), firsts, strict=True))
 
@@ -233,7 +239,7 @@ class Ingress:
         ask: Callable[[list[Request]], Awaitable[list[ResultT]]],
     ) -> tuple[list[Request], list[ResultT]]:
         """Ask the model: recordings it has heard go by their keys, and once more whole if it has forgotten them."""
-        heard = dict(self._heard)
+        heard = {key: seconds for (model, key), seconds in self._heard.items() if model == chat.model}
         for _ in range(2):
             requests = await asyncio.to_thread(self._limits.to_engine, chat, request_id, files, heard)
             results = await self._retried(lambda requests=requests: ask(requests))  # type: ignore[misc]
@@ -242,11 +248,15 @@ class Ingress:
                 break
             heard = {}
         for clip in requests[0].clips:
-            self._heard[clip.key] = clip.duration_s
-            self._heard.move_to_end(clip.key)
+            self._heard[chat.model, clip.key] = clip.duration_s
+            self._heard.move_to_end((chat.model, clip.key))
         while len(self._heard) > _HEARD:
             self._heard.popitem(last=False)
         return requests, results
+
+    def _named(self, name: str) -> DeploymentHandle:
+        """The model's replicas, those first that have this one of its models loaded."""
+        return self._model if name == self._limits.model_name else self._model.options(multiplexed_model_id=name)
 
     async def _retried(self, ask: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Ask, once more if the replica died under it; time and pressure become API errors."""
@@ -303,6 +313,17 @@ async def body_of(http: HttpRequest, limits: Limits) -> bytes:
         limits.check_size(len(body) + len(chunk))
         body += chunk
     return bytes(body)
+
+
+@contextmanager
+def about_input() -> Iterator[None]:
+    """Within the block, what is wrong with a text or a recording is so with `input`, not with a chat's `messages`."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param == "messages":
+            error.param = "input"
+        raise
 
 
 def request_id_of(http: HttpRequest) -> str:

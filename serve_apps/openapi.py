@@ -55,7 +55,7 @@ def describe(api: FastAPI) -> dict[str, Any]:
     whole = {"schema": _named(ChatCompletion, schemas)}
     document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"] = {
         "application/json": whole,
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": {"description": "events whose data is a chat.completion.chunk, then [DONE]"}},
     }
     told = {"description": "what to mend", "content": {"application/json": {"schema": _ref("Error")}}}
     for operations in document["paths"].values():

@@ -12,6 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
+import nodes
 import numpy as np
 import pytest
 import soundfile as sf
@@ -70,44 +71,10 @@ def tiny_tokenizer() -> Any:
 
 
 @pytest.fixture
-def ray_head(tmp_path: Path) -> Iterator[str]:
-    """The address of a `ray start --head` of its own, with a dashboard that takes jobs; ended by its pid."""
-    import contextlib
-    import socket
-    import subprocess
-    import sys
-    import time
-    import urllib.request
-
-    with contextlib.ExitStack() as stack:  # a port for everything: another cluster of this machine has the defaults
-        sockets = [stack.enter_context(socket.socket()) for _ in range(5)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        port, dashboard, listen, grpc, metrics = (each.getsockname()[1] for each in sockets)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment["RAY_AUTH_MODE"] = "disabled"  # a token would have to reach the job's client too
-    command = [
-        *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"),
-        *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
-        *(f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}"),
-        f"--metrics-export-port={metrics}",
-        *("--disable-usage-stats", f"--temp-dir=/tmp/ray_{os.getpid()}"),
-    ]
-    with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{dashboard}"
+def ray_head(tmp_path: Path) -> Iterator[nodes.Nodes]:
+    """A `ray start --head` of its own, with a dashboard that takes jobs."""
+    head = nodes.Nodes(tmp_path, head_cpus=4)
     try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/api/version", timeout=2)
-                break
-            except OSError:
-                assert head.poll() is None, (tmp_path / "head.log").read_text()[-2000:]
-                time.sleep(0.5)
-        yield address
+        yield head
     finally:
-        head.terminate()  # it ends what it started; on a busy machine that takes a while
-        try:
-            head.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            head.kill()
+        head.stop()

@@ -28,30 +28,35 @@ def num_windows_for(duration_s: float, max_windows: int | None = None) -> int:
     return num_windows(round(duration_s * SAMPLE_RATE), max_windows)
 
 
-def peak_normalise(x: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Scale `x` [T] so that its largest magnitude is 1; silence stays silence.
+def peak_normalise(x: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Scale `x` [T] so that its largest magnitude is 1, in float64; silence stays silence.
 
     As in the reference, a waveform that never goes below 0 is stretched to [-1, 1] instead.
     """
     low, high = float(x.min()), float(x.max())
-    peak = max(abs(low), abs(high))
+    peak = max(-low, high)
     if peak == 0.0:
-        return x
-    return 2 * x / high - 1 if low >= 0 else x / peak
+        return x.astype(np.float64)
+    if low >= 0:
+        return 2 * x.astype(np.float64) / high - 1
+    return np.divide(x, peak, dtype=np.float64)
 
 
 def to_windows(mono: NDArray[np.floating], max_windows: int | None = None) -> NDArray[np.int16]:
     """Cut `mono` [T] (16 kHz, any float type) into int16 windows [W, 160000], the last one zero-padded.
 
     What lies beyond `max_windows` is dropped first, so that it does not enter the peak. The arithmetic is float64, as
-    in the reference: one rounding less than float32 before the truncation.
+    in the reference: one rounding less than float32 before the truncation. A quotient by the peak is never above 1, so
+    nothing needs clipping.
     """
     if mono.ndim != 1 or mono.size == 0:
         raise ValueError(f"need a mono waveform [T] with at least one sample, got shape {mono.shape}")
     count = num_windows(mono.size, max_windows)
-    x = mono[: count * WINDOW_SAMPLES].astype(np.float64)
-    if not np.isfinite(x).all():
+    x = mono[: count * WINDOW_SAMPLES]
+    if not np.isfinite([x.min(), x.max()]).all():
         raise ValueError("the waveform has NaN or infinite samples: set the file aside or repair it")
     windows = np.zeros((count, WINDOW_SAMPLES), np.int16)
-    windows.reshape(-1)[: x.size] = (np.clip(peak_normalise(x), -1.0, 1.0) * INT16_SCALE).astype(np.int16)
+    scaled = peak_normalise(x)
+    scaled *= INT16_SCALE
+    windows.reshape(-1)[: x.size] = scaled
     return windows

@@ -27,6 +27,10 @@ class Serve(Strict):
     """The server's size: replicas, GPUs a replica, autoscaling bounds and limits of a request."""
 
     model_name: str = "af2"
+    more_models: dict[str, str] = Field(
+        {}, description="further models by name: their export folders, loaded by the replicas that are asked for them"
+    )
+    more_models_per_replica: int = Field(1, ge=1, description="of these at a time; the longest unused one makes room")
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(4, gt=0, strict=False)
@@ -55,6 +59,8 @@ class Serve(Strict):
     def _bounds(self) -> Serve:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}")
+        if taken := {self.model_name, f"{self.model_name}-clap"} & set(self.more_models):
+            raise ValueError(f"more_models has {sorted(taken)}, which is taken already: choose other names")
         return self
 
 

@@ -46,11 +46,15 @@ class Limits:
     max_body_bytes: int
     max_audio_s: float
     max_new_tokens: int
+    more_models: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, serve: Serve) -> Limits:
         """The limits a recipe's `serve` block sets."""
-        return cls(serve.model_name, serve.max_body_mb * 2**20, serve.max_audio_s, serve.max_new_tokens)
+        return cls(
+            *(serve.model_name, serve.max_body_mb * 2**20, serve.max_audio_s, serve.max_new_tokens),
+            more_models=tuple(serve.more_models),
+        )
 
     def check_size(self, num_bytes: int) -> None:
         """`ApiError` 413 if a body of `num_bytes` is too large."""
@@ -67,7 +71,7 @@ class Limits:
         Raises:
             ApiError: 413 too large, 400 not what the API takes, 404 another model.
         """
-        request = self._parsed(body, ChatRequest, self.model_name)
+        request = self._parsed(body, ChatRequest, self.model_name, *self.more_models)
         wanted = request.max_completion_tokens or request.max_tokens
         if wanted and wanted > self.max_new_tokens:
             raise ApiError(
@@ -99,14 +103,13 @@ class Limits:
         """What the model behind embeddings is called."""
         return f"{self.model_name}-clap"
 
-    def _parsed(self, body: bytes, kind: type[RequestT], name: str) -> RequestT:
+    def _parsed(self, body: bytes, kind: type[RequestT], *names: str) -> RequestT:
         self.check_size(len(body))
         request = parse_request(body, kind)
         asked = getattr(request, "model")  # noqa: B009
-        if asked != name:
-            raise ApiError(
-                404, f"no model {asked!r} here; this server has {name!r}", code="model_not_found", param="model"
-            )
+        if asked not in names:
+            message = f"no model {asked!r} here; this server has {', '.join(map(repr, names))}"
+            raise ApiError(404, message, code="model_not_found", param="model")
         return request
 
     @staticmethod
@@ -212,7 +215,7 @@ def decode_base64(text: str, name: str) -> bytes:
             param="messages",
         ) from error
     if not data:
-        raise _bad_audio(f"{name}: empty file")
+        raise _bad_audio(f"{name}: empty file; send a whole recording")
     return data
 
 

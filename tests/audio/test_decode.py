@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
+import soxr
 
 from af2_ray.audio.decode import SAMPLE_RATE, AudioError, decode, decode_bytes, probe
 
@@ -37,6 +38,18 @@ def test_rates_and_channels(make_sound: Callable[..., str], rate: int, channels:
     assert abs(spectrum.argmax() / 1.5 - 440) < 1
     share = np.mean([1 / (c + 1) for c in range(channels)])
     np.testing.assert_allclose(mixed, share * first, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype"), [("wav", "PCM_16"), ("flac", "PCM_16"), ("wav", "PCM_24"), ("ogg", None)]
+)
+def test_samples_are_libsndfile_s_to_the_bit(make_sound: Callable[..., str], suffix: str, subtype: str | None) -> None:
+    """In any format, over the borders of blocks: what one whole read as floats, resampled at once, would be."""
+    path = make_sound(f"clip.{suffix}", 4.0, rate=44_100, channels=2, peak=0.9, subtype=subtype)
+    whole, rate = sf.read(path, dtype="float32")
+    np.testing.assert_array_equal(decode(path), soxr.resample(whole[:, 0], rate, SAMPLE_RATE))
+    mixed = whole.mean(axis=1, dtype=np.float32)
+    np.testing.assert_array_equal(decode(path, channel="mix"), soxr.resample(mixed, rate, SAMPLE_RATE))
 
 
 def test_a_stretch_is_the_same_as_a_slice(make_sound: Callable[..., str]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import json
 import os
+import re
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -14,12 +17,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import chromium
+import hostile
+import hypothesis
 import numpy as np
 import openai
+import psutil
 import pytest
+import schemathesis
 import serve_toy
+from hypothesis import HealthCheck
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks as openapi_checks
 
 from af2_ray.config import Serve
 from af2_ray.serve.schemas import ApiError
@@ -188,11 +198,13 @@ def test_embeddings_of_texts_and_recordings_and_labels(client: openai.OpenAI, ur
         ({"input": "a", "dimensions": 4}, "not shortened"),
         ({"input": "words " * 400}, "more than the 77 of this model"),
         ({"input": " "}, "a text is empty"),
+        ({"input": [serve_toy.audio_part(b"none")]}, "not an audio file"),
         ({"input": "a", "model": MODEL}, "no model"),
     ):
         status, told = post(url, json.dumps({"model": model, **wrong}).encode(), "/embeddings")
         assert 400 <= status < 500, told
         assert message in told["error"]["message"]
+        assert told["error"]["param"] in {"input", "dimensions", "model"}, told
 
 
 def test_bad_requests_are_told_so_and_harm_nobody(client: openai.OpenAI, url: str) -> None:
@@ -211,6 +223,81 @@ def test_bad_requests_are_told_so_and_harm_nobody(client: openai.OpenAI, url: st
     assert post(url, b"{")[1]["error"]["code"] == "invalid_json"
     assert post(url, b"{}", "/nothing")[0] == 404
     assert ask(client, serve_toy.wav(2)).choices[0].message.content
+
+
+def test_the_curl_commands_of_the_readme(url: str, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall(r"```bash\n(curl .*?)```", readme, re.DOTALL)
+    assert len(commands) == 2
+    (tmp_path / "a.wav").write_bytes(serve_toy.wav(20))  # more than fits into an argument of a command
+    for command in commands:
+        here = command.replace("localhost:8000", url.removeprefix("http://").removesuffix("/v1"))
+        done = subprocess.run(["bash", "-c", here], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+        told = json.loads(done.stdout)
+        assert told["usage"]["prompt_tokens_details"]["audio_seconds"] == 20, told
+
+
+def test_hostile_requests_leave_no_memory_behind(client: openai.OpenAI, url: str) -> None:
+    """Each a 4xx over HTTP too, again and again: eight hours of silence in 100 KB, 1000 channels and the like."""
+    made = [serve_toy.chat(make(), model=MODEL) for make, _, _ in hostile.RECORDINGS]
+    made += [serve_toy.chat(text="x" * 10**6, model=MODEL), serve_toy.chat(b"x", model="../../etc/passwd")]
+    link = {"type": "audio_url", "audio_url": {"url": "https://2130706433/a.wav"}}  # 127.0.0.1, written as one number
+    made.append({"model": MODEL, "messages": [{"role": "user", "content": [link, {"type": "text", "text": "what?"}]}]})
+    bodies = [json.dumps(each).encode() for each in made]
+
+    def memory_after(rounds: int) -> float:
+        for body in bodies * rounds:
+            status, told = post(url, body)
+            assert 400 <= status < 500, told
+            assert len(told["error"]["message"]) > 20
+        pids = serve_toy.pids("Ingress") + serve_toy.pids("Model")
+        assert len(pids) == 2
+        return sum(psutil.Process(pid).memory_info().rss for pid in pids) / 2**20
+
+    before = memory_after(3)
+    assert memory_after(10) < before + 30
+    assert ask(client, serve_toy.wav(2)).choices[0].message.content
+
+
+@pytest.fixture(scope="module")
+def openapi(url: str) -> Any:
+    """What the server says of itself, with names and recordings that it has: a random one would never get far."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/openapi.json", timeout=30) as response:
+        document = json.load(response)
+    schemas = document["components"]["schemas"]
+    for name in ("ChatRequest", "EmbeddingRequest", "LabelRequest"):
+        schemas[name]["properties"]["model"] = {"enum": [MODEL if name == "ChatRequest" else f"{MODEL}-clap"]}
+    sounds = [serve_toy.wav(1), serve_toy.wav(11, rate=8000), b"", b"RIFF and nothing else"]
+    schemas["InputAudio"]["properties"]["data"] = {"enum": [base64.b64encode(sound).decode() for sound in sounds]}
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.update(base_url=url.removesuffix("/v1"))
+    return schema
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings", "/v1/audio/labels"])
+def test_whatever_is_sent_is_answered_as_documented(openapi: Any, path: str, mode: GenerationMode) -> None:
+    """Requests made from the OpenAPI document, right and wrong ones: no 500, no hang, answers of the stated shape."""
+
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @hypothesis.given(case=next(iter(openapi[path].values())).as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        response = case.call(timeout=30)
+        statuses.append(response.status_code)
+        case.validate_response(
+            response,
+            checks=[
+                schemathesis.checks.not_a_server_error,
+                openapi_checks.status_code_conformance,
+                openapi_checks.content_type_conformance,
+                openapi_checks.response_schema_conformance,
+            ],
+        )
+
+    statuses: list[int] = []
+    check()
+    assert any(status >= 400 for status in statuses)
+    assert any(status == 200 for status in statuses) == (mode is GenerationMode.POSITIVE)
 
 
 @pytest.mark.skipif(chromium.BINARY is None, reason="needs Chromium")

@@ -48,16 +48,8 @@ def _steps(run: Path) -> list[int]:
 def test_a_submitted_job_trains_every_step_of_a_recipe(ray_head, tmp_path):
     """`ray job submit --working-dir . -- python jobs/train.py tiny` against a local `ray start --head`."""
     corpus = toy.make(tmp_path)
-    command = [
-        *(str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", ray_head, "--working-dir", str(ROOT)),
-        *("--", sys.executable, "jobs/train.py", "tiny", *_overrides(tmp_path / "runs", 4, corpus)),
-    ]
-    deadline = time.monotonic() + 120
-    while True:
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=500, check=False)
-        if "No available agent" not in done.stderr or time.monotonic() > deadline:
-            break  # a node's agent comes up some seconds after the head answers
-        time.sleep(2)
+    settings = _overrides(tmp_path / "runs", 4, corpus)
+    done = ray_head.submit(sys.executable, "jobs/train.py", "tiny", *settings, environment=_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     run = tmp_path / "runs" / "tiny"
     assert _steps(run) == [1, 2, 3, 4]

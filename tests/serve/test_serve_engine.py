@@ -82,12 +82,13 @@ def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Piece))
 
 
-def test_greedy_answers_under_load_equal_generate(engine: Engine) -> None:
+@pytest.mark.parametrize("num", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_greedy_answers_under_load_equal_generate(engine: Engine, num: int) -> None:
     """Three slots, clips of unlike length shared and not, requests that come while others are being answered."""
     rng = np.random.default_rng(0)
     clips = [SHORT, LONG, OTHER, clip(31, 2500), clip(7, 5000)]
     requests = []
-    for number in range(24):
+    for number in range(num):
         heard = tuple(clips[index] for index in rng.integers(0, len(clips), rng.integers(0, 3)))
         length = int(rng.integers(1, 24))
         least = length if number % 3 else 0

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
 import serve_toy
-import soundfile as sf
 
 from af2_ray.config import Serve
 from af2_ray.serve.fetch import Fetcher
@@ -47,25 +45,6 @@ def refused(body: bytes | dict[str, Any]) -> ApiError:
         take(body)
     assert len(caught.value.message) < 300
     return caught.value
-
-
-def zip_file() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("clip.wav", serve_toy.wav())
-    return file.getvalue()
-
-
-def hours_of_silence() -> bytes:
-    file = io.BytesIO()
-    sf.write(file, np.zeros(3600 * 8_000, np.int16), 8_000, format="FLAC")
-    return file.getvalue()
-
-
-def with_nan() -> bytes:
-    samples = np.zeros(16_000, np.float32)
-    samples[777] = np.nan
-    return serve_toy.encoded(samples, subtype="FLOAT")
 
 
 def with_raw(data: str, **part: Any) -> dict[str, Any]:
@@ -139,22 +118,7 @@ def test_base64_with_line_breaks_or_a_data_prefix() -> None:
     assert take(with_raw(text)).audio_s == take(with_raw("data:audio/wav;base64," + text)).audio_s == 1.0
 
 
-@pytest.mark.parametrize(
-    ("audio", "status", "words"),
-    [
-        (zip_file, 400, "not an audio file"),
-        (with_nan, 400, "NaN"),
-        (hours_of_silence, 413, "more than 20 s"),
-        (lambda: serve_toy.wav(20.5), 413, "send a shorter stretch"),
-        (lambda: serve_toy.wav()[:20_000], 400, "truncated"),
-        (lambda: serve_toy.wav(0.0), 400, "no samples"),
-        (lambda: b"", 400, "empty file"),
-        (lambda: b"\0" * 1000, 400, "not an audio file"),
-        (lambda: serve_toy.wav(100, hz=0.1, rate=1), 400, "sample rate 1 Hz"),
-        (lambda: serve_toy.wav(0.01, rate=10_000_000), 400, "sample rate 10000000 Hz"),
-        (lambda: serve_toy.encoded(np.zeros((50, 1000))), 400, "1000 channels"),
-    ],
-)
+@pytest.mark.parametrize(("audio", "status", "words"), hostile.RECORDINGS)
 def test_hostile_audio(audio: Callable[[], bytes], status: int, words: str) -> None:
     error = refused(serve_toy.chat(audio()))
     assert error.status == status
