@@ -85,13 +85,18 @@ class AudioTower(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, waveforms: Tensor) -> Tensor:
-        """Dense features [S, 64, D] of windows, int16 or float in [-1, 1], [S, 160000]."""
+    def forward(self, waveforms: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """Dense features [S, 64, D] of windows, int16 or float in [-1, 1], [S, 160000].
+
+        `anchor` is a zero that is added to the spectrograms: whoever must know when the whole backward pass is over
+        sees it in the gradient of an input, and waveforms have none (`train.engine`).
+        """
         if self.training and not self.trains:
             self.eval()
         parts = waveforms.split(WINDOWS_PER_PART.get(waveforms.device.type, 32))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
-            return torch.cat([self.encode(self.log_mel(part)) for part in parts])
+            mels = (self.log_mel(part) for part in parts)
+            return torch.cat([self.encode(mel if anchor is None else mel + anchor) for mel in mels])
 
     @torch.no_grad()
     def calibrate(self, waveforms: Tensor) -> None:

@@ -183,7 +183,8 @@ def start_engine(
     if settings.zero_stage == 3:
         # The tower takes windows in parts, of which ranks have unlike numbers, and uses some weights outside their own
         # module's forward: it is gathered as a whole, once a call.
-        deepspeed.utils.set_z3_leaf_modules(model, [AudioTower], raise_if_not_found=False)
+        for tower in deepspeed.utils.set_z3_leaf_modules(model, [AudioTower], raise_if_not_found=False):
+            tower.register_forward_pre_hook(_anchored)
     if optimizer.muon_lr is not None and (bf16 or settings.zero_stage):
         raise ValueError(
             "optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: set deepspeed.zero_stage=0 "
@@ -202,6 +203,16 @@ def start_engine(
         dist_init_required=False,
     )
     return engine
+
+
+def _anchored(tower: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A tower's inputs, and a zero with a gradient.
+
+    DeepSpeed releases the weights of a module that is gathered as a whole once its inputs have their gradients. Where
+    no input has any, PyTorch tells it so before the module's backward pass has begun.
+    """
+    grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
+    return (*args, torch.zeros((), device=args[0].device, requires_grad=grad))
 
 
 def checkpoint_activations(model: nn.Module, *, layers: bool, tower: bool) -> None:
