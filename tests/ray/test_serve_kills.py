@@ -67,11 +67,14 @@ class Clients:
         answer = self._client.chat.completions.create(**self._asked[number], max_tokens=48, stream=stream)
         if not stream:
             return str(answer.choices[0].message.content)
-        # The status is there and so is the first piece: from here on a fault can only be an event.
+        # The status is there and so is the first piece: from here on a fault can only be an event, or a cut connection.
         text, ended = "", False
-        for chunk in answer:
-            text += chunk.choices[0].delta.content or ""
-            ended |= chunk.choices[0].finish_reason is not None
+        try:
+            for chunk in answer:
+                text += chunk.choices[0].delta.content or ""
+                ended |= chunk.choices[0].finish_reason is not None
+        except openai.APIConnectionError as error:
+            raise httpx.RemoteProtocolError("the stream was cut") from error
         if not ended:
             raise httpx.RemoteProtocolError("the stream ended without a reason")
         return text
