@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from botocore.config import Config
 
 WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 KEY, SECRET = "reader", "reader-secret"
+GRPC = 10_000  # SeaweedFS takes this port above each for gRPC
+PORTS = range(20_001, 22_700)  # with the ports above them, neither Ray's workers' nor any a connection is given
 
 
 class Server:
@@ -25,11 +27,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
-            for each in sockets:
-                each.bind(("127.0.0.1", 0))
-            self._ports = [20_000 + each.getsockname()[1] % 20_000 for each in sockets]  # +10000 is taken for gRPC
+        self._ports = _free_ports(4)
         self.url = f"http://127.0.0.1:{self._ports[3]}"
         identity = {"name": KEY, "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
         identity["actions"] = ["Admin", "Read", "Write", "List"]  # type: ignore[assignment]
@@ -66,3 +64,23 @@ class Server:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free, and whose gRPC ports are."""
+    free: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if all(_is_free(each) for each in (port, port + GRPC)):
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise RuntimeError(f"no {count} free ports in {PORTS}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

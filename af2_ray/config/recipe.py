@@ -54,7 +54,7 @@ class Recipe(Strict):
             ):
                 raise ValueError(
                     f"stages.{stage.name}.optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: "
-                    "set deepspeed.zero_stage=0 and deepspeed.precision=fp32, or leave muon_lr out"
+                    "set deepspeed.zero_stage=0 and deepspeed.precision=fp32 (or mixed), or leave muon_lr out"
                 )
         if self.clap and self.clap.optimizer.muon_lr is not None:
             raise ValueError("clap.optimizer.muon_lr: Muon is for the fusion of the stages; leave it out here")

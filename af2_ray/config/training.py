@@ -26,7 +26,7 @@ class Optimizer(Strict):
         None,
         gt=0,
         description="rate of Muon for the matrices of `transform` and `xattn` (lr_scale is not applied to it); needs "
-        "deepspeed.zero_stage=0 and fp32. None: AdamW for all, as in the paper",
+        "deepspeed.zero_stage=0 and fp32 (or mixed). None: AdamW for all, as in the paper",
     )
     batch_rule: Literal["none", "sqrt", "linear"] = Field(
         "none", description="how the rate of a step follows its number of answer tokens, from `batch_labels` on"
@@ -45,7 +45,11 @@ class DeepSpeedSettings(Strict):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "mixed"] = Field(
+        "auto",
+        description="auto: bf16 on GPUs, fp32 on CPUs; mixed: fp32 with products in bf16, on a CPU only if it has "
+        "instructions for them",
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute transformer layers in the backward pass (the tower: model.audio)"
     )

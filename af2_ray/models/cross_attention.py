@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from af2_ray.models.attention import attend
 from af2_ray.models.audio_states import Heard, to_rectangle
 
 
@@ -98,7 +99,7 @@ class AudioContext:
     def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
         """Queries [B, H, T, d] of a layer to the audio, [B, H, T, d]."""
         keys, values = layer._keys_values(self)
-        return nnf.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
+        return attend(q, keys, values, self.mask)
 
 
 class GatedCrossAttention(GradientCheckpointingLayer):

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import ClapAudioConfig, ClapAudioModel
 
 from af2_ray.audio.mel import LogMel
+from af2_ray.models.attention import attend
 
 WINDOWS_PER_PART = {"cpu": 8, "cuda": 128}
 """How many windows are taken at a time without gradients; bounds memory, and stays in a CPU's cache."""
@@ -202,7 +203,7 @@ class AudioTower(nn.Module):
         else:
             q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         dropout = inner.dropout.p if self.training else 0.0
-        y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], dropout_p=dropout)
+        y = attend(q, k, v, mask[None], dropout)
         y = y.reshape(num, across * across, heads, area, width // heads).transpose(2, 3)
         y = attention.output(y.reshape(num, across, across, size, size, width), None)
         return y.transpose(2, 3).reshape(num, rows, rows, width)

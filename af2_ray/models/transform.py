@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from af2_ray.models.attention import attend
 
 LAYER_NORM_EPS = 1e-6
 MIN_ROTARY_DIMS = 32
@@ -60,7 +61,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, i
     parts = []
     for (num, length), *qkv in zip(groups, *(t.split([num * length for num, length in groups]) for t in (q, k, v))):
         q, k, v = (t.view(num, length, *t.shape[1:]).transpose(1, 2) for t in qkv)
-        parts.append(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(num * length, -1))
+        parts.append(attend(q, k, v).transpose(1, 2).reshape(num * length, -1))
     return torch.cat(parts)
 
 

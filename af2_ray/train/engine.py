@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.models.htsat import AudioTower
+from af2_ray.train.precision import Precision, resolve
 
 NO_DECAY_GROUPS = {"tokens"}
 MUON_GROUPS = {"transform", "xattn"}  # what starts at random beside trained parts
@@ -141,7 +142,7 @@ def batch_factor(settings: Optimizer, num_labels: int) -> float:
 
 
 def deepspeed_config(
-    settings: DeepSpeedSettings, optimizer: Optimizer, *, accumulation: int, bf16: bool
+    settings: DeepSpeedSettings, optimizer: Optimizer, *, accumulation: int, precision: Precision
 ) -> dict[str, Any]:
     """The DeepSpeed JSON of a start. `settings.raw` is merged last, key by key."""
     zero: dict[str, Any] = {"stage": settings.zero_stage}
@@ -154,9 +155,12 @@ def deepspeed_config(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": precision == "bf16"},
         "steps_per_print": 10**9,
     }
+    if precision == "mixed":  # no module's gradients travel in bf16
+        cast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        config["torch_autocast"] = cast
     return _merge(config, settings.raw)
 
 
@@ -179,20 +183,22 @@ def start_engine(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # after DS_ACCELERATOR is set: DeepSpeed picks its device at import
 
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
+    precision = resolve(settings.precision)
+    if precision == "mixed" and not on_gpu and hasattr(model, "language_model"):
+        model.language_model.set_attn_implementation("eager")  # by products, as `models.attention` does
     if settings.zero_stage == 3:
         # The tower takes windows in parts, of which ranks have unlike numbers, and uses some weights outside their own
         # module's forward: it is gathered as a whole, once a call.
         for tower in deepspeed.utils.set_z3_leaf_modules(model, [AudioTower], raise_if_not_found=False):
             tower.register_forward_pre_hook(_anchored)
-    if optimizer.muon_lr is not None and (bf16 or settings.zero_stage):
+    if optimizer.muon_lr is not None and (precision == "bf16" or settings.zero_stage):
         raise ValueError(
             "optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: set deepspeed.zero_stage=0 "
-            f"(it is {settings.zero_stage}) and deepspeed.precision=fp32, or leave muon_lr out"
+            f"(it is {settings.zero_stage}) and deepspeed.precision=fp32 (or mixed), or leave muon_lr out"
         )
     made = make_optimizer(model, optimizer)
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule(optimizer, num_steps, step))
-    config = deepspeed_config(settings, optimizer, accumulation=accumulation, bf16=bf16)
+    config = deepspeed_config(settings, optimizer, accumulation=accumulation, precision=precision)
     if universal and config["zero_optimization"]["stage"]:
         config = _merge(config, {"checkpoint": {"load_universal": True}})
     engine, *_ = deepspeed.initialize(

@@ -36,6 +36,7 @@ from af2_ray.data.features import Clip, FeatureStore, open_folder, stamps, write
 from af2_ray.data.manifest import Sample
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import AudioTower
+from af2_ray.train.precision import resolve
 from af2_ray.train.resources import scaling
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def make_encoding(
     """The encoding by the tower of a model folder, its cache folder made or checked."""
     on_gpu = torch.cuda.is_available() or _ray_has_gpus()
     if dtype == "auto":
-        dtype = "bf16" if deepspeed.precision == "bf16" or (deepspeed.precision == "auto" and on_gpu) else "fp32"
+        dtype = "bf16" if resolve(deepspeed.precision, on_gpu=on_gpu) == "bf16" else "fp32"
     mark = tower_mark(start)
     folder = root.absolute() / f"{mark}-{dtype}"
     open_folder(folder, {"weights": mark, "dtype": dtype})

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from af2_ray.config import LanguageModelPretrain, LanguageModelSettings, Optimizer
 from af2_ray.text import IGNORE, add_special_tokens, encode, train_tokenizer
 from af2_ray.train.engine import MuonAdamW, schedule
+from af2_ray.train.precision import Precision, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def prepare_lm(
     *,
     seed: int,
     max_text_tokens: int,
+    precision: Precision = "fp32",
     log: Log | None = None,
 ) -> dict[str, Any]:
     """Put the recipe's LM and its tokenizer into `folder` (Hugging Face layout).
@@ -57,13 +59,14 @@ def prepare_lm(
         settings: which LM.
         pairs: (prompt, answer) of the training split; used only by a small LM that is trained here.
         folder: an empty folder.
+        precision: `mixed` for products in bf16; a small LM is trained in fp32 otherwise.
         log: called with (step, loss) of the pre-training.
 
     Returns:
         Facts of the step: `steps`, `loss_first`, `loss_last`, `parameters`.
     """
     if settings.pretrain is not None:
-        return _pretrain(settings, settings.pretrain, pairs, folder, seed, max_text_tokens, log)
+        return _pretrain(settings, settings.pretrain, pairs, folder, seed, max_text_tokens, precision, log)
     model, tokenizer = _from_package(settings.package) if settings.package else _from_hub(str(settings.path))
     add_special_tokens(tokenizer)
     model.save_pretrained(folder)
@@ -100,6 +103,7 @@ def _pretrain(
     folder: Path,
     seed: int,
     max_text_tokens: int,
+    precision: Precision,
     log: Log | None,
 ) -> dict[str, Any]:
     if not pairs:
@@ -112,6 +116,8 @@ def _pretrain(
     tokenizer = train_tokenizer([text for pair in (*pairs, *readings, *drills) for text in pair], recipe.vocab_size)
     add_special_tokens(tokenizer)
     model = Qwen2ForCausalLM(_qwen2(settings, tokenizer, max_text_tokens))
+    if precision == "mixed":
+        model.set_attn_implementation("eager")  # by products, as `models.attention` does
     texts = [_encoded(tokenizer, found, max_text_tokens) if found else () for found in (pairs, readings, drills)]
     told, drilled = recipe.reading_share if readings else 0.0, recipe.drill_share if drills else 0.0
     shares = [1 - told - drilled, told, drilled]
@@ -124,8 +130,9 @@ def _pretrain(
     for step in range(recipe.steps):
         kind = DRILLS if drills and step < recipe.drill_steps else int(random.choice(len(texts), p=shares))
         batch, attention, answers = _draw(texts[kind], recipe.batch_size * (2 if kind == DRILLS else 1), random)
-        logits = model(input_ids=batch, attention_mask=attention).logits
-        loss = text_loss(logits, batch, attention, answers, recipe.prompt_weight)
+        with autocast("cpu", precision):
+            logits = model(input_ids=batch, attention_mask=attention).logits
+        loss = text_loss(logits.float(), batch, attention, answers, recipe.prompt_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -27,6 +27,7 @@ from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.text import IGNORE
 from af2_ray.train import costs
 from af2_ray.train.engine import checkpoint_activations, freeze_except
+from af2_ray.train.precision import autocast, resolve
 from af2_ray.train.sizes import recipe_config
 from af2_ray.train.task import LmTask
 
@@ -149,8 +150,8 @@ def _measure(recipe: Recipe, stage: Stage, shape: Shape, windows: int, text_toke
     checkpoint_activations(
         model, layers=recipe.deepspeed.activation_checkpointing, tower=recipe.model.audio.gradient_checkpointing
     )
-    in_bf16 = recipe.deepspeed.precision == "bf16" or (recipe.deepspeed.precision == "auto" and device == "cuda")
-    model.to(device, torch.bfloat16 if in_bf16 else torch.float32)
+    precision = resolve(recipe.deepspeed.precision)
+    model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     max_text = recipe.model.max_text_tokens
     row = made_up_row(stage, shape, windows, text_tokens, max_text, config.audio_token_id)
     if stage.features == "cached":
@@ -162,7 +163,9 @@ def _measure(recipe: Recipe, stage: Stage, shape: Shape, windows: int, text_toke
         for _ in range(2):
             started = time.perf_counter()
             batch = row.to(device)
-            task.loss(model, batch, task.count(batch)).backward()
+            with autocast(device, precision):
+                loss = task.loss(model, batch, task.count(batch))
+            loss.backward()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started

@@ -36,6 +36,7 @@ from af2_ray.train.card import write_card
 from af2_ray.train.clap import train_clap
 from af2_ray.train.features import cache_features
 from af2_ray.train.language_model import prepare_lm
+from af2_ray.train.precision import resolve
 from af2_ray.train.run import Run, finished, mark_finished, read_metrics, replacing
 from af2_ray.train.task import LmTask
 from af2_ray.train.tracking import Tracker
@@ -233,6 +234,7 @@ def prepare_language_model(run: Run, tracker: Tracker, watch: Watch = lambda *_:
             temporary,
             seed=run.recipe.seed,
             max_text_tokens=run.recipe.model.max_text_tokens,
+            precision=resolve(run.recipe.deepspeed.precision, on_gpu=False),
             log=log,
         )
     tracker.log_history(child, read_metrics(folder))

@@ -73,7 +73,7 @@ def test_the_schedule_warms_up_then_holds_or_falls():
 
 def test_raw_deepspeed_settings_are_merged_last():
     settings = DeepSpeedSettings(zero_stage=2, raw={"zero_optimization": {"overlap_comm": True}, "wall_clock": 1})
-    config = deepspeed_config(settings, Optimizer(grad_clip=0.5), accumulation=3, bf16=False)
+    config = deepspeed_config(settings, Optimizer(grad_clip=0.5), accumulation=3, precision="fp32")
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert (config["gradient_accumulation_steps"], config["gradient_clipping"], config["wall_clock"]) == (3, 0.5, 1)
 
