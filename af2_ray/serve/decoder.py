@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.serve.graph import StepGraph
 from af2_ray.serve.hearing import Heard, Projection, RowsAudio
 from af2_ray.serve.slots import SlotCache
 
@@ -42,6 +43,8 @@ class Decoder:
         self._heard: list[Heard | None] = []
         self._hearing: RowsAudio | None = None
         self._changed = True
+        on_gpu = model.device.type == "cuda"
+        self._graph = StepGraph(self._step, model.device, self._cache.max_length) if on_gpu else None
 
     @property
     def num_rows(self) -> int:
@@ -83,15 +86,25 @@ class Decoder:
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Add a token to every running row; logits [B, V] of the next."""
-        device = self._model.device
+        device, lengths = self._model.device, self._cache.lengths
         if self._changed:
             self._hearing = RowsAudio.of_running(self._heard, self._projection.places, device)
             self._changed = False
-        embeds = self._model.embed_tokens(torch.tensor(tokens, device=device)[:, None])  # [B, 1, D]
-        positions, mask = self._cache.before_decode(embeds.dtype)
-        logits = self._model.compute_logits(self._forward(embeds, mask, positions, self._hearing)[:, -1])
+            if self._graph is not None:
+                self._graph.forget()
+        if self._graph is not None:
+            logits = self._graph(tokens, lengths)
+        else:
+            now, places = (torch.tensor(values, device=device) for values in (tokens, lengths))
+            logits = self._step(now, places, max(lengths) + 1)
         self._cache.after_decode()
         return logits
+
+    def _step(self, tokens: Tensor, places: Tensor, longest: int) -> Tensor:
+        """Logits [B, V] after tokens [B] at places [B] of their rows (`SlotCache.before_decode`)."""
+        embeds = self._model.embed_tokens(tokens[:, None])  # [B, 1, D]
+        positions, mask = self._cache.before_decode(places, longest, embeds.dtype)
+        return self._model.compute_logits(self._forward(embeds, mask, positions, self._hearing)[:, -1])
 
     def remove(self, row: int) -> None:
         """End a row; the last row takes its number."""

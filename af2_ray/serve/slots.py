@@ -101,12 +101,16 @@ class SlotCache(Cache):
         self.prefilling = False
         self.lengths += lengths
 
-    def before_decode(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Get ready for one more token of every row; positions [B, 1] and the additive mask [B, 1, 1, longest]."""
+    def before_decode(self, places: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Get ready for one more token of every row; positions [B, 1] and the additive mask [B, 1, 1, longest].
+
+        Args:
+            places: [B], where each row's token goes: `lengths`, on the device.
+            longest: places that are attended to, more than any row has tokens; those behind a row's own are masked.
+        """
         self.prefilling = False
         self.rows = torch.arange(self.num_rows, device=self.device)
-        self.places = torch.tensor(self.lengths, device=self.device)
-        self.longest = max(self.lengths) + 1
+        self.places, self.longest = places, longest
         behind = torch.arange(self.longest, device=self.device) > self.places[:, None]
         mask = torch.zeros(behind.shape, dtype=dtype, device=self.device).masked_fill_(behind, torch.finfo(dtype).min)
         return self.places[:, None], mask[:, None, None]

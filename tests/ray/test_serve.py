@@ -37,7 +37,10 @@ from serve_apps import af2
 from serve_apps.ingress import Ingress
 from serve_apps.telemetry import merged
 
-OVERRIDES = ("serve.max_new_tokens=24", "serve.max_body_mb=4", "serve.max_audio_s=60")
+OVERRIDES = (
+    *("serve.max_new_tokens=24", "serve.max_body_mb=4", "serve.max_audio_s=60"),
+    "serve.audio_url_hosts=['*']",
+)
 MODEL = "af2-tiny"  # as recipe `tiny` calls it
 
 
@@ -239,11 +242,8 @@ def test_the_curl_commands_of_the_readme(url: str, tmp_path: Path) -> None:
 
 def test_hostile_requests_leave_no_memory_behind(client: openai.OpenAI, url: str) -> None:
     """Each a 4xx over HTTP too, again and again: eight hours of silence in 100 KB, 1000 channels and the like."""
-    made = [serve_toy.chat(make(), model=MODEL) for make, _, _ in hostile.RECORDINGS]
-    made += [serve_toy.chat(text="x" * 10**6, model=MODEL), serve_toy.chat(b"x", model="../../etc/passwd")]
-    link = {"type": "audio_url", "audio_url": {"url": "https://2130706433/a.wav"}}  # 127.0.0.1, written as one number
-    made.append({"model": MODEL, "messages": [{"role": "user", "content": [link, {"type": "text", "text": "what?"}]}]})
-    bodies = [json.dumps(each).encode() for each in made]
+    bodies = hostile.bodies(MODEL)
+    assert len(bodies) >= 30
 
     def memory_after(rounds: int) -> float:
         for body in bodies * rounds:

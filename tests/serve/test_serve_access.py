@@ -151,6 +151,29 @@ def test_a_name_that_leads_inside_is_not_connected_to() -> None:
     assert [found["host"] for found in asyncio.run(resolver.resolve("good", 443))] == ["8.8.8.8"]
 
 
+@pytest.mark.parametrize(
+    "location",
+    ["https://127.0.0.1/a.wav", "https://2130706433/", "http://good.org/a.wav", "file:///etc/passwd", "//in/"],
+)
+def test_a_redirect_is_checked_as_the_first_address_was(monkeypatch: pytest.MonkeyPatch, location: str) -> None:
+    asked = []
+
+    class Elsewhere:
+        status, headers = 302, {"location": location}
+
+        async def __aenter__(self) -> Elsewhere:
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            return None
+
+    monkeypatch.setattr("aiohttp.ClientSession.get", lambda _, url, **__: asked.append(url) or Elsewhere())
+    with pytest.raises(ApiError) as caught:
+        read(Fetcher(["good.org"], [], 1000), "https://good.org/a.wav")
+    assert (caught.value.status, caught.value.code) == (400, "audio_url_not_allowed")
+    assert asked == ["https://good.org/a.wav"]
+
+
 def test_what_is_in_the_request_or_in_an_allowed_store() -> None:
     fetcher = Fetcher([], ["memory://public"], 1000)
     text = base64.b64encode(b"audio").decode()
