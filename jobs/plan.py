@@ -40,7 +40,12 @@ def main() -> None:
     parser = console.parser(__doc__ or "", epilog="example:\n  python jobs/plan.py af2-3b --gpus 128 --gpu a100")
     parser.add_argument("--gpus", type=int, default=128, help="GPUs in all (default: %(default)s)")
     parser.add_argument("--gpu", choices=sorted(costs.PEAK_FLOPS), default="a100")
-    parser.add_argument("--mfu", type=float, default=0.3, help="share of the peak reached (default: %(default)s)")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.1,
+        help="share of the peak reached; 0.08 to 0.11 by benchmarks/gpu.py on one H100 (default: %(default)s)",
+    )
     parser.add_argument("--price", type=float, default=2.0, help="of a GPU hour (default: %(default)s)")
     parser.add_argument("--fill", type=float, default=0.8, help="of a row's budget (default: %(default)s)")
     arguments = parser.parse_args()

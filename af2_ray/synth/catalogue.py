@@ -2,7 +2,9 @@
 
 A class is worth having when it sounds unlike the others and when there are enough recordings of it to hold some back:
 a small encoder trained from scratch must know it again on recordings that it never heard. Classes are listed in
-order of preference; a corpus takes the first `num_classes` that have enough distinct recordings.
+order of preference; a corpus takes the first `num_classes` that have enough distinct recordings. Shaker and snare stand
+before water and door because a classifier on log-mel statistics, trained and tested on training clips of unlike groups,
+knows sixteen classes with them better than with those (0.81 against 0.76; door alone 0.57).
 """
 
 from __future__ import annotations
@@ -176,6 +178,39 @@ CLASSES: tuple[SoundClass, ...] = (
         drums=(41, 45, 48),
     ),
     SoundClass(
+        "piano",
+        ("a piano", "piano notes"),
+        musical=True,
+        files=(
+            (LMMS, r"instruments/(e_piano_accord|piano)\d+"),
+            (GCOMPRIS, r"instruments/.*/piano\.ogg"),
+        ),
+        programs=(0, 1, 2, 3),
+    ),
+    SoundClass(
+        "shaker",
+        ("a shaker", "a shaken rattle"),
+        musical=False,
+        files=(
+            (LMMS, r"drums/shaker"),
+            (SCRATCH, r"/(Shaker|Rattle)"),
+            (GCOMPRIS, r"/(maracas|tambourine)\.ogg"),
+        ),
+        drums=(54, 69, 70, 82),
+    ),
+    SoundClass(
+        "snare",
+        ("a snare drum", "a rattling snare"),
+        musical=True,
+        files=(
+            (HYDROGEN, r"/(808_)?Snare[-_]"),
+            (LMMS, r"drums/(snare|nasty_snare)"),
+            (SONIC, r"/(sn_|drum_snare|elec_(filt|hi|lo|mid)?_?snare)"),
+            (GCOMPRIS, r"/snare_drum\.ogg"),
+        ),
+        drums=(38, 40),
+    ),
+    SoundClass(
         "water",
         ("water", "splashing water"),
         musical=False,
@@ -198,16 +233,6 @@ CLASSES: tuple[SoundClass, ...] = (
         ),
     ),
     SoundClass(
-        "piano",
-        ("a piano", "piano notes"),
-        musical=True,
-        files=(
-            (LMMS, r"instruments/(e_piano_accord|piano)\d+"),
-            (GCOMPRIS, r"instruments/.*/piano\.ogg"),
-        ),
-        programs=(0, 1, 2, 3),
-    ),
-    SoundClass(
         "hi-hat",
         ("a hi-hat", "a ticking hi-hat"),
         musical=True,
@@ -228,18 +253,6 @@ CLASSES: tuple[SoundClass, ...] = (
             (SCRATCH, r"/Trumpet\d"),
         ),
         programs=(56, 57, 59, 61),
-    ),
-    SoundClass(
-        "snare",
-        ("a snare drum", "a rattling snare"),
-        musical=True,
-        files=(
-            (HYDROGEN, r"/(808_)?Snare[-_]"),
-            (LMMS, r"drums/(snare|nasty_snare)"),
-            (SONIC, r"/(sn_|drum_snare|elec_(filt|hi|lo|mid)?_?snare)"),
-            (GCOMPRIS, r"/snare_drum\.ogg"),
-        ),
-        drums=(38, 40),
     ),
     SoundClass(
         "choir",
@@ -313,17 +326,6 @@ CLASSES: tuple[SoundClass, ...] = (
         ),
         programs=(9, 14),
         register=(67, 91),
-    ),
-    SoundClass(
-        "shaker",
-        ("a shaker", "a shaken rattle"),
-        musical=False,
-        files=(
-            (LMMS, r"drums/shaker"),
-            (SCRATCH, r"/(Shaker|Rattle)"),
-            (GCOMPRIS, r"/(maracas|tambourine)\.ogg"),
-        ),
-        drums=(54, 69, 70, 82),
     ),
     SoundClass(
         "guitar",

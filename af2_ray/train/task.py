@@ -81,7 +81,7 @@ class LmTask:
 
     def tokens(self, batch: LmBatch) -> int:
         """Tokens of prompts and answers."""
-        return int(batch.attention_mask.sum())
+        return int((batch.attention_mask > 0).sum())
 
     def loss(self, model: nn.Module, batch: LmBatch, total: int) -> Tensor:
         """Summed cross-entropy over answer tokens, divided by the step's global number of them."""

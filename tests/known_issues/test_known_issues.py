@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
+from dataclasses import replace
 
+import cuts
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from af2_ray import console
@@ -88,3 +91,10 @@ def test_options_stand_anywhere_among_overrides(line: str) -> None:
     parser.add_argument("--run")
     found = parser.parse_args(line.split())
     assert (found.recipe, found.run, found.overrides) == ("tiny", "runs/x", ["seed=1"])
+
+
+def test_tokens_of_a_row_of_several_texts_are_counted_once() -> None:
+    """The mask of texts that stand end to end numbers them: its sum told 2.5 times as many tokens a second."""
+    row = cuts.row_of(0, [0], with_fault=False)
+    numbered = replace(row, attention_mask=torch.tensor([[1, 1, 2, 2, 2, 3, 0]]))
+    assert cuts.TASK.tokens(numbered) == 6
