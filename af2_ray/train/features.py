@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,22 +36,21 @@ from af2_ray.data.features import Clip, FeatureStore, open_folder, stamps, write
 from af2_ray.data.manifest import Sample
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import AudioTower
-from af2_ray.train.precision import resolve
+from af2_ray.train.precision import Precision, autocast, resolve
 from af2_ray.train.resources import scaling
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "audio_tower."
-Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a cache is made: by which tower, in which type, for clips of at most how many windows, into which folder."""
+    """How a cache is made: by which tower, in which numbers, for clips of how many windows at most, where."""
 
     start: Path
     folder: Path
-    dtype: Dtype
+    dtype: Precision
     max_windows: int
     threads: int = 1
 
@@ -100,11 +99,11 @@ def make_encoding(
     """The encoding by the tower of a model folder, its cache folder made or checked."""
     on_gpu = torch.cuda.is_available() or _ray_has_gpus()
     if dtype == "auto":
-        dtype = "bf16" if resolve(deepspeed.precision, on_gpu=on_gpu) == "bf16" else "fp32"
+        dtype = resolve(deepspeed.precision, on_gpu=on_gpu)
     mark = tower_mark(start)
     folder = root.absolute() / f"{mark}-{dtype}"
     open_folder(folder, {"weights": mark, "dtype": dtype})
-    return Encoding(start, folder, "bf16" if dtype == "bf16" else "fp32", max_windows, threads)
+    return Encoding(start, folder, cast(Precision, dtype), max_windows, threads)
 
 
 def clips_of(plan: Plan[Sample], max_windows: int) -> list[Clip]:
@@ -180,6 +179,7 @@ class Encoder:
     def __init__(self, encoding: Encoding) -> None:
         torch.set_num_threads(encoding.threads)
         self._folder, self._device = encoding.folder, "cuda" if torch.cuda.is_available() else "cpu"
+        self._precision = encoding.dtype
         dtype = torch.bfloat16 if encoding.dtype == "bf16" else torch.float32
         self._tower = load_tower(encoding.start).to(self._device, dtype)
 
@@ -190,7 +190,8 @@ class Encoder:
         if not good:
             return
         joined = torch.from_numpy(np.concatenate([part for _, part in good])).to(self._device)
-        features = self._tower(joined).cpu()
+        with autocast(self._device, self._precision):
+            features = self._tower(joined).cpu()
         if features.dtype == torch.bfloat16:
             features = features.view(torch.int16)
         parts = features.split([len(part) for _, part in good])

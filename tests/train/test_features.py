@@ -20,6 +20,7 @@ from af2_ray.data.collate import LmBatch, LmCollator, read_windows
 from af2_ray.data.features import Clip, FeatureStore, open_folder, stamps
 from af2_ray.data.manifest import Sample
 from af2_ray.text import AUDIO
+from af2_ray.train import precision
 from af2_ray.train.features import Encoder, Encoding, decode_clips, load_tower, make_encoding, shards_of, tower_mark
 from af2_ray.train.task import LmTask
 
@@ -98,6 +99,23 @@ def test_losses_and_gradients_are_those_with_audio(
     torch.testing.assert_close(gradients["fp32"], gradients["audio"], rtol=1e-3, atol=1e-6)
     assert losses["bf16"] == pytest.approx(losses["audio"], abs=0.05)  # what half the disk costs
     assert losses["bf16"] != losses["audio"]
+
+
+@pytest.mark.skipif(not precision.multiplies_bf16(), reason="needs a CPU that multiplies bf16")
+def test_mixed_losses_are_those_with_audio(
+    tmp_path: Path, start: Path, samples: list[Sample], tiny_tokenizer: Any
+) -> None:
+    """As near as bf16 allows: products are rounded in the cache too, of other numbers of windows at a time."""
+    encoding = make_encoding(start, tmp_path, "auto", DeepSpeedSettings(precision="mixed"), max_windows=MAX_WINDOWS)
+    assert encoding.dtype == "mixed"
+    store, _ = encode_all(start, tmp_path / "cache", samples, "mixed")
+    task = LmTask(start, Optimizer(), ("transform", "xattn", "tokens"))
+    losses = []
+    for batch in batches(samples, tiny_tokenizer, store):
+        with precision.autocast("cpu", "mixed"):
+            losses.append(task.loss(task.build(), batch, task.count(batch)).item())
+    assert store.dtype == "float32"
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
 
 
 def test_a_clip_is_what_the_tower_makes_of_its_windows(tmp_path: Path, start: Path, samples: list[Sample]) -> None:
