@@ -163,7 +163,8 @@ class AudioTower(nn.Module):
             eps=norm.eps,
         )
         image = encoder.reshape_mel2img(x.view(num, 1, frames, bins)).to(embed.proj.weight.dtype)
-        return embed.norm(embed.proj(image).permute(0, 2, 3, 1))
+        # Under autocast the convolution gives bf16; what the blocks add to stays in the weights' type.
+        return embed.norm(embed.proj(image).permute(0, 2, 3, 1).to(image.dtype))
 
     def _run(self, block: Any, x: Tensor, shifted: bool) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
