@@ -142,7 +142,8 @@ class AudioTower(nn.Module):
                 x = self._run(block, x, shifted=index % 2 == 1)
             if stage.downsample is not None:
                 num, rows, columns, _ = x.shape
-                x = stage.downsample(x.flatten(1, 2), (rows, columns)).view(num, rows // 2, columns // 2, -1)
+                merged = stage.downsample(x.flatten(1, 2), (rows, columns)).to(x.dtype)
+                x = merged.view(num, rows // 2, columns // 2, -1)
         x = encoder.norm(x)
         num, rows, columns, width = x.shape
         x = x.view(num, encoder.freq_ratio, rows // encoder.freq_ratio, columns, width)  # [S, time, band, step, D]
@@ -163,7 +164,7 @@ class AudioTower(nn.Module):
             eps=norm.eps,
         )
         image = encoder.reshape_mel2img(x.view(num, 1, frames, bins)).to(embed.proj.weight.dtype)
-        # Under autocast the convolution gives bf16; what the blocks add to stays in the weights' type.
+        # Under autocast products are bf16; what the blocks add to stays in the weights' type, here and after merging.
         return embed.norm(embed.proj(image).permute(0, 2, 3, 1).to(image.dtype))
 
     def _run(self, block: Any, x: Tensor, shifted: bool) -> Tensor:
