@@ -49,7 +49,8 @@ def _steps(recipe: Recipe) -> list[tuple[str, str, str]]:
     told = recipe.model_dump(mode="json")
     data = [stage["data"] for stage in told["stages"]]  # the small LM is trained on the text of all stages
     model = told["model"]
-    reads = (told["seed"], told["corpus"], model["lm"], model["max_text_tokens"], data)
+    precision = told["deepspeed"]["precision"]
+    reads = (told["seed"], told["corpus"], model["lm"], model["max_text_tokens"], data, precision)
     steps: list[tuple[str, Any, str]] = [("lm", reads, "lm")]
     if recipe.clap is not None:
         steps.append(("clap", (told["clap"], model["audio"], told["deepspeed"]), "clap"))

@@ -31,6 +31,7 @@ def done(tmp_path: Path) -> Run:
         ("stages.pretrain.steps=7", ["lm", "clap", "start"]),
         ("model.cross_attention.every=3", ["lm", "clap"]),
         ("clap.steps=901", ["lm"]),
+        ("deepspeed.precision=fp32", []),
         ("seed=1", []),
         ("cluster.num_workers=1", ["lm", "clap", "start", "pretrain", "finetune"]),
     ],
