@@ -47,10 +47,11 @@ def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, lis
 def _steps(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Name, fingerprint of all that decides it (what came before included) and folder of each step in order."""
     told = recipe.model_dump(mode="json")
-    data = [stage["data"] for stage in told["stages"]]  # the small LM is trained on the text of all stages
+    texts = {(data["manifest"], data["root"]): None for stage in told["stages"] for data in stage["data"]}
     model = told["model"]
     precision = told["deepspeed"]["precision"]
-    reads = (told["seed"], told["corpus"], model["lm"], model["max_text_tokens"], data, precision)
+    # The small LM is trained on the text of all stages, whatever their weights.
+    reads = (told["seed"], told["corpus"], model["lm"], model["max_text_tokens"], list(texts), precision)
     steps: list[tuple[str, Any, str]] = [("lm", reads, "lm")]
     if recipe.clap is not None:
         steps.append(("clap", (told["clap"], model["audio"], told["deepspeed"]), "clap"))

@@ -30,6 +30,11 @@ def done(tmp_path: Path) -> Run:
         ("stages.finetune.trainable=[transform, xattn, tokens]", ["lm", "clap", "start", "pretrain"]),
         ("stages.pretrain.steps=7", ["lm", "clap", "start"]),
         ("model.cross_attention.every=3", ["lm", "clap"]),
+        (
+            "stages.finetune.data=[{manifest: data/demo/short/train.json, weight: 3}]",
+            ["lm", "clap", "start", "pretrain"],
+        ),
+        ("stages.long.data=[{manifest: data/demo/short/train.json}]", []),  # less text for the LM
         ("clap.steps=901", ["lm"]),
         ("deepspeed.precision=fp32", []),
         ("seed=1", []),
