@@ -9,12 +9,13 @@ from af2_ray.text import IGNORE
 from af2_ray.train.probe import Shape, Trial, largest_budget, made_up_row
 
 STAGE = load_recipe("tiny").stage("finetune")
+RATIO = STAGE.budget.text_tokens_per_row / STAGE.budget.windows_per_row
 
 
 @pytest.mark.parametrize("capacity", [9, 30, 100, 333])
 def test_the_largest_that_fits_is_found_to_an_eighth(capacity: int) -> None:
     def trial(shape: Shape, windows: int, text_tokens: int) -> Trial:
-        assert text_tokens == pytest.approx(80 * windows, rel=0.01), "the stage's own proportion"
+        assert text_tokens == pytest.approx(RATIO * windows, rel=0.01), "the stage's own proportion"
         return Trial(shape, windows, text_tokens, windows if shape == "longest" else windows / 2, 1.0)
 
     found = largest_budget(STAGE, capacity, trial)
