@@ -160,15 +160,18 @@ def serve(recipe: Recipe) -> dict[str, float]:
     return found
 
 
-def measure(name: str, stage: str | None) -> dict[str, float]:
-    """A stage of a recipe, or without one encoding and answering, in this process."""
+def measure(name: str, stage_name: str | None, rows: int) -> dict[str, float]:
+    """A stage of a recipe with rows `rows` times as large, or without one encoding and answering, in this process."""
     recipe = load_recipe(name)
-    if stage is None:
+    if stage_name is None:
         return serve(recipe)
+    stage = recipe.stage(stage_name)
+    size = {key: rows * getattr(stage.budget, key) for key in ("windows_per_row", "text_tokens_per_row")}
+    stage = stage.model_copy(update={"budget": stage.budget.model_copy(update=size)})
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore(), device_id=torch.device("cuda:0"))
     try:
-        return train(recipe, next(each for each in recipe.stages if each.name == stage))
+        return train(recipe, stage)
     except torch.cuda.OutOfMemoryError:
         return {"step_s": float("inf")}
     finally:
@@ -180,15 +183,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="af2-0.5b alone")
     parser.add_argument("--recipes", nargs="+", default=["af2-0.5b", "af2-3b"])
+    parser.add_argument("--rows", type=int, metavar="N", help="training alone, rows N times as large as the recipe's")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(json.dumps({"gpu": None}))
         return
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
     for name in ["af2-0.5b"] if args.quick else args.recipes:
-        for stage in [*load_recipe(name).stages, None]:
+        stages = load_recipe(name).stages
+        for stage in stages if args.rows else [*stages, None]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # its end frees the memory
-                found = pool.submit(measure, name, stage.name if stage else None).result()
+                found = pool.submit(measure, name, stage.name if stage else None, args.rows or 1).result()
             print(name, stage.name if stage else "", {key: round(value, 3) for key, value in found.items()}, flush=True)
             prefix = f"{name}/{stage.name}" if stage else name
             result |= {f"{prefix}/{key}": value for key, value in found.items()}

@@ -33,14 +33,21 @@ class Sweep(Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     recipe: str = Field(description="the base: a shipped recipe or a .yaml file")
     overrides: list[str] = Field([], description="of the base, for all trials: key=value")
-    keys: dict[str, list[Any]] = Field(min_length=1, description="dotted recipe key -> its values, the baseline first")
+    keys: dict[str, list[Any]] = Field(
+        min_length=1,
+        description="dotted recipe key -> its values, the baseline first; the key `recipe` varies the base itself",
+    )
     samples: int | None = Field(None, ge=1, description="combinations drawn at random; none: all of them")
     seeds: list[int] = Field([0, 1, 2], min_length=1)
-    metric: Literal["accuracy", "loss"] = Field(
-        "accuracy", description="accuracy on evaluation.manifests, or last loss"
+    metric: Literal["accuracy", "composition", "loss"] = Field(
+        "accuracy",
+        description="accuracy on evaluation.manifests; composition: of AF-CLAP alone, mirrored pairs of "
+        "evaluation.captions of which both captions are found; loss: the last one",
     )
-    share: list[Literal["lm", "clap"]] = Field(
-        [], description="steps done once for all trials (they vary nothing in it)"
+    share: list[Literal["lm", "clap", "features"]] = Field(
+        [],
+        description="done once for all trials (they vary nothing in it); features: what the frozen tower makes of the "
+        "clips of stages with `features: cached`",
     )
     asha: Asha | None = None
     max_concurrent_trials: int | None = Field(None, ge=1, description="none: as many as the cluster holds")
@@ -52,11 +59,19 @@ class Sweep(Strict):
                 raise ValueError(f"keys.{name}: give each value once, and at least one")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: each once, got {self.seeds}")
+        if "features" in self.share and not {"lm", "clap"} <= set(self.share):
+            raise ValueError("share: features are made by the tower of a shared AF-CLAP: share lm and clap, too")
         for step, prefixes in {"lm": ("model.lm",), "clap": ("clap", "model.audio", "model.lm")}.items():
             varied = [key for key in self.keys if key.startswith(prefixes)]
             if step in self.share and varied and varied != ["model.audio.features"]:
                 raise ValueError(f"share: {step} is made once, but the sweep varies {varied[0]!r} in it")
         return self
+
+    def num_steps(self, recipe: Recipe) -> int:
+        """Optimiser steps of a trial, shared ones left out."""
+        if self.metric == "composition":
+            return recipe.clap.steps if recipe.clap else 0
+        return sum(stage.steps for stage in recipe.stages)
 
     def trials(self, overrides: Sequence[str] = ()) -> list[Trial]:
         """All trials, checked before any starts; `overrides` come after the sweep's own.
@@ -72,13 +87,18 @@ class Sweep(Strict):
         for place, values in enumerate(combinations):
             point = dict(zip(self.keys, values, strict=True))
             for seed in self.seeds:
-                given = [f"{key}={_yaml(value)}" for key, value in point.items()]
+                given = [f"{key}={_yaml(value)}" for key, value in point.items() if key != "recipe"]
+                base = str(point.get("recipe", self.recipe))
                 try:
-                    recipe = load_recipe(self.recipe, [*self.overrides, *overrides, *given, f"seed={seed}"])
+                    recipe = load_recipe(base, [*self.overrides, *overrides, *given, f"seed={seed}"])
                 except ValueError as error:
-                    raise ValueError(f"sweep {self.name}, {', '.join(given)}: {error}") from error
+                    raise ValueError(f"sweep {self.name}, {', '.join([base, *given])}: {error}") from error
                 if self.metric == "accuracy" and not recipe.evaluation.manifests:
                     raise ValueError(f"sweep {self.name}: metric `accuracy` needs evaluation.manifests in the recipe")
+                if self.metric == "composition" and not (recipe.clap and recipe.evaluation.captions):
+                    raise ValueError(
+                        f"sweep {self.name}: metric `composition` needs clap and evaluation.captions in the recipe"
+                    )
                 trials.append(Trial(f"{place:03d}-seed{seed}", place, point, seed, recipe))
         return trials
 

@@ -25,8 +25,9 @@ from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.audio.windows import WINDOW_S, to_windows
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
 from af2_ray.data.quarantine import Failure
-from af2_ray.evaluate.contrast import Vectors, alignment, retrieval, uniformity, zero_shot
+from af2_ray.evaluate.contrast import Vectors, alignment, first_hits, retrieval, uniformity, zero_shot
 from af2_ray.evaluate.layouts import Labelled, Table, read_csv
+from af2_ray.evaluate.marks import Mark
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.processing_afclap import repeated
 
@@ -157,12 +158,17 @@ def evaluate_clap(
     gallery: int | None = 200,
     max_windows: int = 1,
     batch_windows: int = 32,
+    marks: list[Mark] | None = None,
 ) -> dict[str, Any]:
     """`score_captions` of an exported AF-CLAP folder on captions, with the scenes' truth if it lies beside them."""
     model, tokenizer = load_clap(clap_dir)
     table = read_benchmark(captions_uri, root)
     return score_captions(
-        model, tokenizer, captions_uri, table, gallery=gallery, max_windows=max_windows, batch_windows=batch_windows
+        *(model, tokenizer, captions_uri, table),
+        gallery=gallery,
+        max_windows=max_windows,
+        batch_windows=batch_windows,
+        marks=marks,
     )
 
 
@@ -183,6 +189,7 @@ def score_captions(
     gallery: int | None = None,
     max_windows: int = 1,
     batch_windows: int = 32,
+    marks: list[Mark] | None = None,
 ) -> dict[str, Any]:
     """Retrieval both ways, composition, alignment and uniformity on caption sets.
 
@@ -190,6 +197,8 @@ def score_captions(
         uri: of the captions; if the scenes' truth lies beside them (`scenes_uri_of`), it chooses the gallery and the
             mirrored pairs, and names the classes.
         gallery: clips in the retrieval; none: all. Without truth each of them is asked for by all its captions.
+        marks: takes the items of `composition` (a mirrored pair, right if both its captions are found), `t2a_r1`,
+            `a2t_r1` and `zero_shot`.
 
     Returns:
         gallery; r1, r5, r10 and map10 of `t2a_` and `a2t_`; t2a_r1_chance; alignment; uniformity (audio, text);
@@ -214,19 +223,31 @@ def score_captions(
     if not heard:
         raise ValueError(f"{uri}: no clip could be read; the first fault: {[*failures, *unread][:1]}")
 
-    result = _retrieval(model, tokenizer, captions, heard, audio, all_captions=scenes is None)
+    marks = [] if marks is None else marks
+    result = _retrieval(model, tokenizer, captions, heard, audio, marks, all_captions=scenes is None)
     texts = dict(zip(needed, embed_texts(model, tokenizer, [captions[i].caption for i in needed]), strict=True))
     choice = {}
     for kind, members in pairs.items():
         if readable := [pair for pair in members if pair[0] in audio and pair[1] in audio]:
-            choice[kind] = _choices(readable, audio, texts)
+            told = _choices(readable, audio, texts)
+            choice[kind] = {
+                "pairs": len(told),
+                "accuracy": round(float(told.mean()), 4),
+                "both": round(float(told.all(axis=1).mean()), 4),
+            }
+            for (first, _), found_both in zip(readable, told, strict=True):
+                uri = captions[first].uri
+                marks.append(Mark("composition", uri, uri, float(found_both.all()), (kind,)))
     order = choice.get("order", {"accuracy": None, "pairs": 0})
     result |= {"order_accuracy": order["accuracy"], "order_pairs": order["pairs"], "choice": choice}
     if negatives := _against_negatives(model, tokenizer, captions, heard, audio):
         result["negatives"] = negatives
     if scenes is not None:
         labels = [sorted(event_labels(scenes[index])) for index in heard]
-        result["zero_shot"] = _zero_shot(model, tokenizer, np.stack([audio[i] for i in heard]), labels, TEMPLATES)
+        nearest = _class_similarity(model, tokenizer, np.stack([audio[i] for i in heard]), labels, TEMPLATES)
+        result["zero_shot"] = zero_shot(*nearest)
+        hits = first_hits(nearest[0], np.array([[name in own for name in nearest[2]] for own in labels]))
+        marks += [Mark("zero_shot", captions[i].uri, captions[i].uri, hit) for i, hit in zip(heard, hits, strict=True)]
     return result | {"failures": failures + unread}
 
 
@@ -244,7 +265,7 @@ def score_labels(
     if not found:
         raise ValueError(f"no clip could be read; the first fault: {[*table.failures, *unread][:1]}")
     labels = [table.labelled[index].labels for index in found]
-    result = _zero_shot(model, tokenizer, np.stack(list(found.values())), labels, templates)
+    result = zero_shot(*_class_similarity(model, tokenizer, np.stack(list(found.values())), labels, templates))
     return result | {"failures": table.failures + unread}
 
 
@@ -254,6 +275,7 @@ def _retrieval(
     captions: Sequence[CaptionSet],
     clips: Sequence[int],
     audio: dict[int, Any],
+    marks: list[Mark],
     *,
     all_captions: bool,
 ) -> dict[str, Any]:
@@ -270,6 +292,9 @@ def _retrieval(
     result: dict[str, Any] = {"gallery": len(clips), "captions": len(texts), "t2a_r1_chance": round(chance, 5)}
     for name, table, right in (("t2a", similarity, relevant), ("a2t", similarity.T, relevant.T)):
         result |= {f"{name}_{key}": round(value, 4) for key, value in retrieval(table, right).items()}
+        queries = texts if name == "t2a" else [captions[i].uri for i in clips]
+        hits = first_hits(table, right)
+        marks += [Mark(f"{name}_r1", query, query, hit) for query, hit in zip(queries, hits, strict=True)]
     spread = {"audio": uniformity(heard), "text": uniformity(text)}
     first = text[[place[group[0]] for group in own]]
     return result | {
@@ -278,16 +303,11 @@ def _retrieval(
     }
 
 
-def _choices(pairs: Sequence[tuple[int, int]], audio: dict[int, Any], texts: dict[int, Any]) -> dict[str, Any]:
-    """Of the captions of two mirrored clips, is each clip's own the nearer one? `both`: of both clips (chance 1/4)."""
-    told = np.array(
+def _choices(pairs: Sequence[tuple[int, int]], audio: dict[int, Any], texts: dict[int, Any]) -> NDArray[np.bool_]:
+    """Of the captions of two mirrored clips, is each clip's own the nearer one? [pairs, 2]; chance of both 1/4."""
+    return np.array(
         [[audio[own] @ texts[own] > audio[own] @ texts[other] for own, other in (pair, pair[::-1])] for pair in pairs]
     )
-    return {
-        "pairs": len(pairs),
-        "accuracy": round(float(told.mean()), 4),
-        "both": round(float(told.all(axis=1).mean()), 4),
-    }
 
 
 def _against_negatives(
@@ -331,19 +351,20 @@ def _against_negatives(
     }
 
 
-def _zero_shot(
+def _class_similarity(
     model: AfClapModel,
     tokenizer: PreTrainedTokenizerBase,
     audio: Vectors,
     labels: Sequence[Sequence[str]],
     templates: Sequence[str],
-) -> dict[str, Any]:
+) -> tuple[Vectors, Sequence[Sequence[str]], list[str]]:
+    """Similarity of clips and classes [C, classes], the clips' labels, and the names of the classes."""
     names = sorted({label for own in labels for label in own})
     classes = np.zeros((len(names), audio.shape[1]), np.float32)
     for template in templates:
         classes += embed_texts(model, tokenizer, [template.format(name) for name in names])
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-    return zero_shot(audio @ classes.T, labels, names)
+    return audio @ classes.T, labels, names
 
 
 def _scenes_beside(uri: str, captions: Sequence[CaptionSet]) -> list[Scene] | None:

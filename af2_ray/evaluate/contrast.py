@@ -25,14 +25,24 @@ def retrieval(similarity: Vectors, relevant: NDArray[np.bool_]) -> dict[str, flo
         relevant: [Q, K]; every query has at least one. Recall asks for any relevant item among the first k; average
             precision for all of them.
     """
-    if not relevant.any(axis=1).all():
-        raise ValueError("a query without a relevant item cannot be scored")
-    best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
-    before = ((similarity >= best) & ~relevant).sum(axis=1)
+    before = num_before(similarity, relevant)
     found = {f"r{k}": float((before < k).mean()) for k in RECALLS}
     pairs = zip(similarity, relevant, strict=True)
     found["map10"] = float(np.mean([average_precision(row, right, MAP_CUT) for row, right in pairs]))
     return found
+
+
+def num_before(similarity: Vectors, relevant: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Irrelevant items that each query [Q] finds before its first relevant one; 0: it is found at once."""
+    if not relevant.any(axis=1).all():
+        raise ValueError("a query without a relevant item cannot be scored")
+    best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+    return np.asarray(((similarity >= best) & ~relevant).sum(axis=1), np.int64)
+
+
+def first_hits(similarity: Vectors, relevant: NDArray[np.bool_]) -> list[float]:
+    """1.0 for each query whose nearest item is relevant, else 0.0."""
+    return [float(hit) for hit in num_before(similarity, relevant) == 0]
 
 
 def average_precision(scores: NDArray[Any], relevant: NDArray[np.bool_], cut: int | None = None) -> float:
@@ -58,7 +68,7 @@ def zero_shot(similarity: Vectors, labels: Sequence[Sequence[str]], names: Seque
         occur of the average precision over clips), `by_class` (top1 of the clips of each class).
     """
     right = np.array([[name in own for name in names] for own in labels])
-    taken = np.where(right, -np.inf, similarity).max(axis=1) < np.where(right, similarity, -np.inf).max(axis=1)
+    taken = num_before(similarity, right) == 0
     occurring = np.flatnonzero(right.any(axis=0)).tolist()
     return {
         "clips": len(labels),

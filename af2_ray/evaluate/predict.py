@@ -78,8 +78,10 @@ def encode_clips(
 ) -> tuple[States, list[Failure]]:
     """Audio states of each clip (its first `max_windows` windows), and the clips that failed.
 
-    `batch_windows` are encoded at a time; a clip of more goes alone.
+    `batch_windows` are encoded at a time; a clip of more goes alone. Clips may be longer than any that the model was
+    trained on: what it makes of them is what an evaluation asks.
     """
+    model.config.max_windows = max(model.config.max_windows, max_windows)
     states: States = {}
     failures: list[Failure] = []
     batch: dict[Clip, NDArray[np.int16]] = {}

@@ -58,6 +58,7 @@ def evaluate_run(
     gpus_per_shard: float = 0.0,
     clap_max_windows: int = 1,
     wordings: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    deaf: bool = True,
 ) -> EvaluationResult:
     """Evaluate an exported model, and an AF-CLAP folder if one is given.
 
@@ -70,6 +71,7 @@ def evaluate_run(
         num_shards: actors on the connected Ray cluster; 0: this process alone.
         clap_max_windows: windows of a clip that AF-CLAP hears (the recipe's `clap.max_windows`).
         wordings: label -> how captions may word it, for their event F1; the label itself always counts.
+        deaf: also ask each question over another clip: a control, at twice the cost.
 
     Raises:
         ValueError: nothing to evaluate, no model there, or a manifest that cannot be read.
@@ -83,7 +85,7 @@ def evaluate_run(
         "max_new_tokens": evaluation.max_new_tokens,
     }
     # The seen questions travel in the same pass but have no deaf answer.
-    deaf_of = deaf_pairs(samples)
+    deaf_of = deaf_pairs(samples) if deaf else {}
     if num_shards:
         limits |= {"cpus_per_shard": cpus_per_shard, "gpus_per_shard": gpus_per_shard}
         found, failures = predict_on_ray(model_dir, samples + seen, num_shards=num_shards, deaf_of=deaf_of, **limits)

@@ -31,7 +31,13 @@ SHIFT_PENALTY = -100.0
 
 
 def tower_config(
-    embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], *, window_size: int = 8, **settings: Any
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    *,
+    window_size: int = 8,
+    mlp_ratio: float = 4.0,
+    **settings: Any,
 ) -> ClapAudioConfig:
     """A tower configuration of the given size; dropout and drop-path are 0 unless named in `settings`."""
     if len(depths) != len(num_heads):
@@ -43,6 +49,7 @@ def tower_config(
         depths=list(depths),
         num_attention_heads=list(num_heads),
         window_size=window_size,
+        mlp_ratio=float(mlp_ratio),  # transformers checks the type
         **settings,
     )
 

@@ -99,6 +99,17 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     return fit(run, job, tracker)
 
 
+def cache_stages(run: Run) -> None:
+    """Make the features of all stages that take them from the run's first tower, before any of them is trained."""
+    start = assemble(run)
+    tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
+    for stage in run.recipe.stages:
+        if "clap" in stage.trainable:
+            return  # what follows hears through another tower
+        if stage.features == "cached":
+            _features(run, stage, start, plan_stage(run, stage, tokenizer))
+
+
 def _features(run: Run, stage: Stage, start: Path, made: Plan[Sample]) -> FeatureStore:
     """What the tower that a stage starts from makes of the stage's clips, kept in the run."""
     recipe = run.recipe

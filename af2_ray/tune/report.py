@@ -1,5 +1,6 @@
 """What a sweep says: a table of points with intervals, plots, and the best recipe.
 
+Beside the metric stand its parts (skills, lengths of clip, kinds of relation) and the evaluation's other measures.
 Intervals are a paired bootstrap over seeds and questions: each draw takes seeds and question pairs with replacement,
 the same ones for every point, so that a difference between two points is free of what their seeds and questions share.
 With three seeds the interval is wide, as it should be. Trials that were stopped early have no score and only appear in
@@ -11,7 +12,7 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from af2_ray.config import Sweep
-from af2_ray.tune.trial import Result
+from af2_ray.evaluate.marks import Mark, read_marks
+from af2_ray.tune.trial import Result, marks_path
 
 DRAWS = 2000
 INK, MODEL, FAINT = "#26323b", "#1f6f78", "#c3ccd1"
@@ -50,19 +52,6 @@ class Point:
     ci95: tuple[float, float] | None
     above: float | None
     above_ci95: tuple[float, float] | None
-
-
-def read_scores(trial_folder: Path) -> dict[str, tuple[str, float]]:
-    """Question id -> (pair, right), from a trial's predictions; empty if it wrote none."""
-    path = trial_folder / "evaluation" / "predictions.jsonl"
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {
-        f"{row['uri']}#{row['id']}": (str(row["pair"] or row["id"]), float(row["right"]))
-        for row in rows
-        if row["right"] is not None
-    }
 
 
 def bootstrap(
@@ -93,11 +82,19 @@ def bootstrap(
     return {point: np.array(values) for point, values in found.items()}
 
 
-def summarise(results: Sequence[Result], folders: Mapping[str, Path], metric: str) -> list[Point]:
-    """The points of a sweep in order, with intervals."""
+def summarise(
+    results: Sequence[Result], marks: Mapping[str, Sequence[Mark]], metric: str, group: str | None = None
+) -> list[Point]:
+    """The points of a sweep in order, with intervals.
+
+    Args:
+        marks: of each trial's evaluation, by its id.
+        metric: the sweep's, or another measure of the marks.
+        group: only marks of this group.
+    """
     order = sorted({result.point for result in results})
     done = [result for result in results if result.status == "done" and result.metric is not None]
-    scores, units = _scores(done, folders, metric)
+    scores, units = _scores(done, marks, metric, group)
     draws = bootstrap(scores, units) if scores else {}
     means = {point: float(np.mean([values.mean() for values in by_seed.values()])) for point, by_seed in scores.items()}
     base = order[0] if order and order[0] in means else None
@@ -120,17 +117,40 @@ def summarise(results: Sequence[Result], folders: Mapping[str, Path], metric: st
 
 
 def _scores(
-    done: Sequence[Result], folders: Mapping[str, Path], metric: str
+    done: Sequence[Result], marks: Mapping[str, Sequence[Mark]], metric: str, group: str | None
 ) -> tuple[dict[int, dict[int, NDArray[np.float64]]], NDArray[np.int64]]:
+    """Point -> seed -> values of the items that all trials have, and what is resampled together."""
+    found = {
+        result.id: {
+            mark.item: mark
+            for mark in marks.get(result.id, ())
+            if mark.measure == metric and (group is None or group in mark.groups)
+        }
+        for result in done
+    }
+    common = sorted(set.intersection(*(set(each) for each in found.values()))) if found else []
     scores: dict[int, dict[int, NDArray[np.float64]]] = {}
-    answered = {result.id: read_scores(folders[result.id]) if metric == "accuracy" else {} for result in done}
-    common = sorted(set.intersection(*(set(each) for each in answered.values()))) if answered else []
     for result in done:
         assert result.metric is not None, "a trial that is done has its metric"
-        values = np.array([answered[result.id][question][1] for question in common] or [result.metric])
+        values = np.array([found[result.id][item].right for item in common] or [result.metric])
         scores.setdefault(result.point, {})[result.seed] = values
-    pairs = [answered[done[0].id][question][0] for question in common] if common else ["one"]
-    return scores, np.unique(pairs, return_inverse=True)[1]
+    units = [found[done[0].id][item].unit for item in common] if common else ["one"]
+    return scores, np.unique(units, return_inverse=True)[1]
+
+
+def parts_of(marks: Mapping[str, Sequence[Mark]], metric: str) -> list[tuple[str, str | None]]:
+    """What there is beside the metric itself: its groups, then the other measures, as (measure, group)."""
+    every = [mark for each in marks.values() for mark in each]
+    groups = {(metric, group): None for mark in every if mark.measure == metric for group in mark.groups}
+    others = {(mark.measure, None): None for mark in every if mark.measure != metric}
+    return [*sorted(groups, key=_by_number), *others]
+
+
+def _by_number(part: tuple[str, str]) -> tuple[bool, int, str]:
+    """Lengths from short to long, then names."""
+    number = re.search(r"\d+", part[1])
+    starts = 0 if part[1].startswith("<") or number is None else int(number[0])
+    return (number is None, starts, part[1])
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -154,7 +174,9 @@ def best(results: Sequence[Result], points: Sequence[Point], metric: str) -> Res
 
 def write_report(root: Path, sweep: Sweep, results: Sequence[Result], folders: Mapping[str, Path]) -> Path:
     """Write `trials.csv`, `points.csv`, `best.yaml` and `report.html`; returns the page."""
-    points = summarise(results, folders, sweep.metric)
+    marks = {result.id: read_marks(marks_path(folders[result.id])) for result in results}
+    points = summarise(results, marks, sweep.metric)
+    parts_found = [(part, summarise(results, marks, *part)) for part in parts_of(marks, sweep.metric)]
     keys = list(sweep.keys)
     _csv(root / "trials.csv", [{**asdict(r), **r.values} for r in results], drop=("values",))
     _csv(root / "points.csv", [{**asdict(p), **p.values} for p in points], drop=("values",))
@@ -167,6 +189,8 @@ def write_report(root: Path, sweep: Sweep, results: Sequence[Result], folders: M
         f"<h1>Sweep {sweep.name}</h1><p>{html.escape(verdict(points, sweep.metric))}</p>",
         _points_table(points, keys),
     ]
+    if parts_found:
+        parts += ["<h2>By part, and other measures</h2>", _parts_table(points, parts_found)]
     parts += [_key_plot(points, key, sweep.metric) for key in keys]
     parts += [f"<h2>All trials</h2>{_parallel(results, keys, sweep.metric)}{_trials_table(results, keys)}"]
     if winner is not None:
@@ -211,6 +235,19 @@ def _points_table(points: Sequence[Point], keys: Sequence[str]) -> str:
         for p in points
     ]  # fmt: skip
     return _table([*keys, "seeds done", "mean", "95 %", "above the first", "95 %"], rows)
+
+
+def _parts_table(points: Sequence[Point], parts: Sequence[tuple[tuple[str, str | None], Sequence[Point]]]) -> str:
+    """A row a part: the first point's mean, then each other point's and how far it is above, with its interval."""
+    rows = []
+    for (measure, group), found in parts:
+        cells = [group or measure]
+        for point in found:
+            cells.append(_number(point.mean))
+            if point.above_ci95:
+                cells[-1] += f" ({_number(point.above, '+')}; {_range(point.above_ci95)})"
+        rows.append(cells)
+    return _table(["", *(_name(point.values) for point in points)], rows)
 
 
 def _trials_table(results: Sequence[Result], keys: Sequence[str]) -> str:

@@ -20,12 +20,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from pydantic import ValidationError
 
 from af2_ray import resources
 from af2_ray.config import Recipe, Sweep, Trial
 from af2_ray.train.clap import train_clap
 from af2_ray.train.run import Run, finished, write_atomic
-from af2_ray.train.stages import prepare_language_model
+from af2_ray.train.stages import cache_stages, prepare_language_model
 from af2_ray.train.tracking import Tracker
 from af2_ray.tune.trial import Result, link_shared, progress, read_result, run_trial, write_result
 
@@ -41,6 +42,8 @@ class SweepRun:
         self.root = root.absolute()
         uri = f"tracking.uri=sqlite:///{self.root}/mlflow.db"
         overrides = [*overrides, "tracking.register_model=false"]  # a trial is to be compared, not to be served
+        if "features" in sweep.share:
+            overrides.append(f"feature_cache.dir={self.root}/shared/features")
         self.trials = sweep.trials(overrides)
         if self.trials[0].recipe.tracking.uri is None:
             self.trials = sweep.trials([*overrides, uri])
@@ -71,7 +74,7 @@ class SweepRun:
         left = [trial for trial in self.trials if read_result(self.folder(trial)) is None]
         for trial in left:
             folder = self.folder(trial)
-            link_shared(folder, self.root / "shared", list(self.sweep.share))
+            link_shared(folder, self.root / "shared", [step for step in self.sweep.share if step != "features"])
             Run.open(trial.recipe, folder)
             tracking.begin(trial)
         failed = self._tune(left, tracking, notify) if left else []
@@ -80,6 +83,13 @@ class SweepRun:
         return results
 
     def _share(self, recipe: Recipe) -> None:
+        """Make what trials share, with as many workers as the trials would have together."""
+        workers = recipe.cluster.num_workers * resources.max_trials(recipe.cluster)
+        cluster = recipe.cluster.model_copy(update={"num_workers": workers})
+        try:
+            recipe = Recipe.model_validate({**recipe.model_dump(), "cluster": cluster.model_dump()})
+        except ValidationError as error:  # so many do not divide a batch, for instance
+            logger.info("shared steps have %d workers: %s", recipe.cluster.num_workers, error)
         run = Run.open(recipe, self.root / "shared")
         with run.lock():
             tracker = Tracker(run)
@@ -87,8 +97,10 @@ class SweepRun:
             if "clap" in self.sweep.share and recipe.clap is not None:
                 train_clap(run, tracker)
             tracker.finish("parent")
+            if "features" in self.sweep.share:
+                cache_stages(run)
         for step in self.sweep.share:
-            if not finished(self.root / "shared" / step):
+            if step != "features" and not finished(self.root / "shared" / step):
                 raise ValueError(f"share: recipe {recipe.name!r} has no {step} step")
 
     def _tune(self, left: list[Trial], tracking: _Tracking, notify: Callable[[str], None]) -> list[Result]:
@@ -96,7 +108,7 @@ class SweepRun:
         from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
         asha, by_id = self.sweep.asha, {trial.id: trial for trial in left}
-        most = max(sum(stage.steps for stage in trial.recipe.stages) for trial in left)
+        most = max(self.sweep.num_steps(trial.recipe) for trial in left)
         scheduler = (
             ASHAScheduler(
                 time_attr="step",
@@ -150,7 +162,7 @@ def _watcher(run: SweepRun, by_id: dict[str, Trial], tracking: _Tracking, notify
 
         def _close(self, trial: Trial, error: str) -> None:
             folder = run.folder(trial)
-            steps, loss, seconds = progress(folder, trial.recipe)
+            steps, loss, seconds = progress(folder, trial.recipe, run.sweep.metric)
             whole = folder / "metric.json"
             metric = json.loads(whole.read_text())["metric"] if whole.is_file() else None
             status = "failed" if error else "done" if metric is not None else "stopped"

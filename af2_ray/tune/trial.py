@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from af2_ray.config import Dataset, Recipe, load_recipe
-from af2_ray.train.run import Run, finished, read_metrics, write_atomic
+from af2_ray.evaluate.marks import Mark, mean, of_predictions, read_marks, write_marks
+from af2_ray.train.run import Run, finished, mark_finished, read_metrics, write_atomic
 
 POLL_S = 1.0
 LOSS_WINDOW = 10
@@ -55,9 +56,10 @@ def write_result(folder: Path, result: Result) -> None:
     write_atomic(result_path(folder), json.dumps(asdict(result), indent=1))
 
 
-def progress(folder: Path, recipe: Recipe) -> tuple[int, float | None, float]:
-    """Optimiser steps over all stages so far, mean of the last losses, seconds in steps."""
-    history = [row for stage in recipe.stages for row in read_metrics(folder / "stages" / stage.name)]
+def progress(folder: Path, recipe: Recipe, metric: str) -> tuple[int, float | None, float]:
+    """Optimiser steps over what the trial trains so far, mean of the last losses, seconds in steps."""
+    parts = ["clap"] if metric == "composition" else [f"stages/{stage.name}" for stage in recipe.stages]
+    history = [row for part in parts for row in read_metrics(folder / part)]
     losses = [row["loss"] for row in history[-LOSS_WINDOW:]]
     return len(history), float(np.mean(losses)) if losses else None, sum(row["step_s"] for row in history)
 
@@ -78,41 +80,64 @@ def run_trial(config: dict[str, Any]) -> None:
     """
     from ray import tune
 
+    from af2_ray.train.clap import train_clap
     from af2_ray.train.stages import train_run
+    from af2_ray.train.tracking import Tracker
 
     os.chdir(config["cwd"])  # a recipe's paths mean the same as in the sweep's own process
-    folder = Path(config["folder"])
+    folder, metric = Path(config["folder"]), config["metric"]
     run = Run.open(load_recipe(folder / "recipe.yaml"), folder)
-    with run.lock(), _reporting(run, tune.report):
-        train_run(run)
-    steps, loss, _ = progress(folder, run.recipe)
-    metric = loss if config["metric"] == "loss" else evaluate(run)
-    write_atomic(folder / "metric.json", json.dumps({"metric": metric}))
+    with run.lock(), _reporting(run, metric, tune.report):
+        if metric == "composition":
+            train_clap(run, Tracker(run))
+        else:
+            train_run(run)
+    steps, loss, _ = progress(folder, run.recipe, metric)
+    found = loss if metric == "loss" else mean(evaluate(run, metric), metric)
+    write_atomic(folder / "metric.json", json.dumps({"metric": found}))
     tune.report({"step": steps, "loss": loss})
 
 
-def evaluate(run: Run) -> float:
-    """Accuracy on the recipe's evaluation manifests; every prediction goes to `<run>/evaluation/predictions.jsonl`."""
+def marks_path(folder: Path) -> Path:
+    return folder / "evaluation" / "marks.jsonl"
+
+
+def evaluate(run: Run, metric: str) -> list[Mark]:
+    """What the trial got right, item by item; kept in `<run>/evaluation`."""
+    from af2_ray.evaluate.clap import evaluate_clap
     from af2_ray.evaluate.run import evaluate_run
 
-    folder = run.root / "evaluation"
-    if done := finished(folder):
-        return float(done["accuracy"])
-    evaluation = run.recipe.evaluation.model_copy(update={"seen_manifests": list[Dataset](), "captions": None})
-    result = evaluate_run(run.model_dir, evaluation, out_dir=folder)
-    write_atomic(folder / "done.json", json.dumps({"accuracy": result.accuracy["all"]}))
-    return float(result.accuracy["all"])
+    path, evaluation = marks_path(run.root), run.recipe.evaluation
+    if finished(path.parent):
+        return read_marks(path)
+    marks: list[Mark] = []
+    if metric == "composition":
+        assert run.recipe.clap is not None, "checked with the sweep"
+        assert evaluation.captions is not None, "checked with the sweep"
+        evaluate_clap(
+            *(run.clap_dir / "model", evaluation.captions),
+            gallery=evaluation.gallery,
+            max_windows=run.recipe.clap.max_windows,
+            batch_windows=evaluation.batch_windows,
+            marks=marks,
+        )
+    else:
+        evaluation = evaluation.model_copy(update={"seen_manifests": list[Dataset](), "captions": None})
+        marks = of_predictions(evaluate_run(run.model_dir, evaluation, out_dir=path.parent, deaf=False).predictions)
+    write_marks(path, marks)
+    mark_finished(path.parent, {metric: mean(marks, metric)})
+    return marks
 
 
 @contextmanager
-def _reporting(run: Run, report: Any) -> Iterator[None]:
+def _reporting(run: Run, metric: str, report: Any) -> Iterator[None]:
     """Report steps and loss while the block trains: the loop runs elsewhere, its metrics.jsonl is what grows here."""
     over = threading.Event()
 
     def follow() -> None:
         last = 0
         while not over.wait(POLL_S):
-            steps, loss, _ = progress(run.root, run.recipe)
+            steps, loss, _ = progress(run.root, run.recipe, metric)
             if steps > last and loss is not None:
                 report({"step": steps, "loss": loss})
                 last = steps

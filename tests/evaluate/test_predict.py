@@ -14,7 +14,7 @@ from quiz import write_corpus
 from af2_ray.config import Dataset, Evaluation
 from af2_ray.data.manifest import Sample, read_samples
 from af2_ray.evaluate.controls import deaf_pairs
-from af2_ray.evaluate.predict import answer_one, load_model, plan_asks, predict, predict_on_ray
+from af2_ray.evaluate.predict import answer_one, encode_clips, load_model, plan_asks, predict, predict_on_ray
 from af2_ray.evaluate.run import evaluate_run
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -54,6 +54,17 @@ def test_batched_answers_are_those_of_one_question_alone(model_dir: Path, sample
         other = samples[deaf_of[index]].uri
         assert prediction.deaf_text == answer_one(model, tokenizer, other, samples[index].prompt, **alone)
         assert prediction.deaf_uri == other
+
+
+def test_a_clip_longer_than_any_in_training_is_heard_whole(model_dir: Path, tmp_path: Path) -> None:
+    model, _ = load_model(model_dir)
+    model.config.max_windows = 1
+    sound = tmp_path / "long.flac"
+    sf.write(sound, np.random.default_rng(0).uniform(-0.1, 0.1, 25 * 16_000), 16_000)
+    clip = (str(sound), 0.0, 25.0)
+    states, failures = encode_clips(model, [clip], max_windows=3, batch_windows=4)
+    assert failures == []
+    assert len(states[clip]) == 3 * 64
 
 
 def test_plan_keeps_batches_small_and_whole(samples: list[Sample]) -> None:

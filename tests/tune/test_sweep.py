@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 
 import numpy as np
 import pytest
 import yaml
 
 from af2_ray.config import load_recipe, load_sweep, sweep_names
-from af2_ray.tune.report import bootstrap, summarise, verdict, write_report
-from af2_ray.tune.trial import Result
+from af2_ray.evaluate.marks import Mark, read_marks, write_marks
+from af2_ray.tune.report import bootstrap, parts_of, summarise, verdict, write_report
+from af2_ray.tune.trial import Result, marks_path
 
 
 def write(tmp_path, **changed):
@@ -38,6 +38,11 @@ def test_keys_and_seeds_reach_the_recipe(tmp_path):
     assert all(trial.recipe.corpus is None for trial in trials)
 
 
+def test_the_base_itself_can_vary(tmp_path):
+    trials = load_sweep(write(tmp_path, keys={"recipe": ["mini", "mini-one-stage"]}, seeds=[3])).trials()
+    assert [(len(trial.recipe.stages), trial.recipe.seed) for trial in trials] == [(3, 3), (1, 3)]
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -49,6 +54,9 @@ def test_keys_and_seeds_reach_the_recipe(tmp_path):
         ({"share": ["lm"], "keys": {"model.lm.hidden_size": [128, 64]}}, "lm is made once"),
         ({"recipe": "tinny"}, "did you mean 'tiny'"),
         ({"overrides": ["evaluation.manifests=[]"]}, "needs evaluation.manifests"),
+        ({"overrides": ["evaluation.captions=null"], "metric": "composition"}, "needs clap and evaluation.captions"),
+        ({"share": ["features"]}, "share lm and clap, too"),
+        ({"keys": {"recipe": ["tiny", "tinny"]}}, "did you mean 'tiny'"),
     ],
 )
 def test_a_bad_sweep_is_an_error_before_anything_runs(tmp_path, changed, told):
@@ -68,6 +76,13 @@ def test_the_paired_interval_is_free_of_what_points_share():
     assert np.ptp(draws[0]) > 0.1
 
 
+BANDS = ("<=30 s", "30-90 s", "90-300 s")
+
+
+def read_all(folders):
+    return {name: read_marks(marks_path(folder)) for name, folder in folders.items()}
+
+
 def make_results(tmp_path, right):
     """Three seeds of two points, each with `right[point]` of 40 questions right; and one trial stopped early."""
     results, folders = [], {}
@@ -75,11 +90,12 @@ def make_results(tmp_path, right):
         for seed in range(3):
             name = f"{point:03d}-seed{seed}"
             folders[name] = tmp_path / name
-            (folders[name] / "evaluation").mkdir(parents=True)
+            folders[name].mkdir()
             (folders[name] / "recipe.yaml").write_text(load_recipe("tiny").to_yaml())
-            rows = [{"uri": "a", "id": str(q), "pair": str(q // 2), "right": q < share} for q in range(40)]
-            lines = "\n".join(json.dumps(row) for row in rows)
-            (folders[name] / "evaluation" / "predictions.jsonl").write_text(lines)
+            marks = [
+                Mark("accuracy", str(q), str(q // 2), float(q < share), (BANDS[q % 3], "order")) for q in range(40)
+            ]
+            write_marks(marks_path(folders[name]), [*marks, Mark("t2a_r1", "q", "q", float(point))])
             values = {"model.cross_attention.every": point + 1}
             results.append(Result(name, point, values, seed, "done", share / 40, 1.0, 5))
     stopped = Result("002-seed0", 2, {"model.cross_attention.every": 3}, 0, "stopped", None, 2.0, 3)
@@ -96,7 +112,8 @@ def test_the_report_has_every_trial_and_the_best_recipe_runs(tmp_path):
     assert [row["status"] for row in rows] == ["done"] * 6 + ["stopped"]
     assert load_recipe(tmp_path / "best.yaml").name == "tiny"
     assert "'model.cross_attention.every': 2" in (tmp_path / "best.yaml").read_text()
-    points = summarise(results, folders, "accuracy")
+    assert "<td>90-300 s</td>" in page
+    points = summarise(results, read_all(folders), "accuracy")
     assert points[1].above == pytest.approx(0.5)
     assert points[2].mean is None
     assert "every=2 +0.500" in verdict(points, "accuracy")
@@ -104,4 +121,10 @@ def test_the_report_has_every_trial_and_the_best_recipe_runs(tmp_path):
 
 def test_equal_points_are_called_unresolved(tmp_path):
     results, folders = make_results(tmp_path, (20, 20))
-    assert "Not resolved" in verdict(summarise(results, folders, "accuracy"), "accuracy")
+    assert "Not resolved" in verdict(summarise(results, read_all(folders), "accuracy"), "accuracy")
+
+
+def test_parts_come_from_short_to_long_then_by_name_then_other_measures(tmp_path):
+    _, folders = make_results(tmp_path, (10, 30))
+    marks = read_all(folders)
+    assert parts_of(marks, "accuracy") == [*(("accuracy", name) for name in (*BANDS, "order")), ("t2a_r1", None)]

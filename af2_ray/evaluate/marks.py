@@ -1,0 +1,67 @@
+"""What an interval is drawn from: each item of an evaluation, whether it was right, and what it is resampled with.
+
+Written beside an evaluation as `marks.jsonl`, so that runs are compared item by item long after they have ended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from af2_ray.evaluate.answers import Prediction, duration_band, is_caption
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One item: a question, a mirrored pair of clips, a query.
+
+    Attributes:
+        measure: what it is an item of: `accuracy`, `composition`, `t2a_r1`, `a2t_r1`, `zero_shot`.
+        item: unique within its measure, the same in all runs on the same data.
+        unit: items of one unit are resampled together (the two questions of a pair).
+        right: 0 or 1.
+        groups: parts of the measure it belongs to: a skill, a duration band, a kind of relation.
+    """
+
+    measure: str
+    item: str
+    unit: str
+    right: float
+    groups: tuple[str, ...] = ()
+
+
+def of_predictions(predictions: Iterable[Prediction]) -> list[Mark]:
+    """Marks of the closed questions, grouped by duration band and skill."""
+    marks = []
+    for prediction in predictions:
+        sample = prediction.sample
+        if not is_caption(sample):
+            item = f"{sample.uri}#{sample.id}"
+            groups = (f"{duration_band(sample.duration_s)} s", sample.skill or "unnamed")
+            marks.append(Mark("accuracy", item, sample.pair or item, float(prediction.right), groups))
+    return marks
+
+
+def mean(marks: Sequence[Mark], measure: str) -> float:
+    """Share of right items of a measure; `ValueError` if there are none."""
+    rights = [mark.right for mark in marks if mark.measure == measure]
+    if not rights:
+        raise ValueError(f"nothing was evaluated of {measure!r}: the data hold no item of it")
+    return sum(rights) / len(rights)
+
+
+def write_marks(path: Path, marks: Sequence[Mark]) -> None:
+    """A line each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(mark)) + "\n" for mark in marks), encoding="utf-8")
+
+
+def read_marks(path: Path) -> list[Mark]:
+    """What `write_marks` wrote; empty if there is no such file."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Mark(**{**row, "groups": tuple(row["groups"])}) for row in rows]
