@@ -7,13 +7,14 @@ for all. The last line is one JSON object:
   most 0.1.
 - `vs_plain`: questions a second of the same stage against a plain PyTorch loop, two DDP processes over batches decoded
   and collated beforehand, products in bf16 too; goal: at least 0.85.
-- `mixed_share`: median time of a step of that stage, which is `mixed`, over the same in fp32 (not with --quick, where
-  all is fp32).
+- `mixed_share`: median time of a step of that stage, which is `mixed`, over the same in fp32.
 - `cached_stage_speedup`: stage 3 over 3 epochs, the time of its steps with `features: cached` and of building the cache
   against without; goal: above 1.3. Starting workers takes as long either way and is left out. `cached_loss_gap` is the
   largest difference of a step's loss. Both are in fp32: in bf16 rounding alone makes more.
 - `checkpoint_share`: size of a stage-3 checkpoint over a full one (all weights and an optimiser for them, 12 bytes a
   parameter), and `checkpoint_mb`.
+
+With --quick stage 2 alone runs, once, and the first two figures are all there is.
 
     python benchmarks/train_step.py [--quick] [--dir DIR]
 """
@@ -193,32 +194,35 @@ def checkpoint_sizes(run: Run) -> dict[str, float]:
 
 
 def measure(folder: Path, *, quick: bool) -> dict[str, float]:
-    """All figures."""
-    recipe = recipe_of(folder, quick=quick, precision="fp32" if quick else "mixed")
+    """All figures; with `quick` those of stage 2 alone."""
+    recipe = recipe_of(folder, quick=quick, precision="mixed")
     assert recipe.corpus is not None
     make_corpus(recipe.corpus)
     save_tower(recipe, folder / "tower")
+    runs: dict[str, Run] = {}
     with console.cluster(folder / "logs"):
         first = Run.open(recipe, folder / "first")
         tracker = Tracker(first)
         prepare_language_model(first, tracker)
         train_stage(first, recipe.stages[0], assemble(first), tracker)
-        runs: dict[str, Run] = {}
-        for features, origin in (("audio", first.root), ("cached", folder / "audio")):
+        for features, origin in (("audio", first.root), ("cached", folder / "audio")) if not quick else ():
             exact = steps_of(recipe_of(folder, quick=quick, features=features, precision="fp32"), first)
             runs[features] = fork(exact, origin, folder / features)[0]
             train_run(runs[features])
+    stage = first.stage_dir("finetune")
+    result = {
+        "outside_share": outside_share(stage),
+        "vs_plain": questions_per_s(stage) / plain_questions_per_s(first, folder),
+    }
+    if quick:
+        return result
     last = {name: run.stage_dir(run.recipe.stages[-1].name) for name, run in runs.items()}
     history = {name: read_metrics(path) for name, path in last.items()}
     seconds = {name: sum(row["step_s"] for row in rows) for name, rows in history.items()}
     facts: dict[str, Any] = finished(last["cached"]) or {}
     gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(history["audio"], history["cached"], strict=True)]
-    stage = first.stage_dir("finetune")
-    in_fp32 = runs["audio"].stage_dir("finetune")
-    return {
-        "outside_share": outside_share(stage),
-        "vs_plain": questions_per_s(stage) / plain_questions_per_s(first, folder),
-        **({} if quick else {"mixed_share": median_step_s(stage) / median_step_s(in_fp32)}),
+    return result | {
+        "mixed_share": median_step_s(stage) / median_step_s(runs["audio"].stage_dir("finetune")),
         "cached_stage_speedup": seconds["audio"] / (seconds["cached"] + facts["features_s"]),
         "cached_loss_gap": max(gaps),
         "features_s": facts["features_s"],
