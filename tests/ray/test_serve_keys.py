@@ -18,7 +18,7 @@ import ray
 from serve_apps import af2
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-asked = json.loads(sys.argv[2])
+asked = json.load(sys.stdin)
 with af2.run_app(sys.argv[1]) as url:
     for path, body, headers in asked:
         data = body and json.dumps(body).encode()
@@ -42,7 +42,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> list
     folder = serve_toy.export(tmp_path_factory.mktemp("locked"), tiny_tokenizer)
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", _SERVER, str(folder), json.dumps(asked())],
+        [sys.executable, "-c", _SERVER, str(folder)],
+        input=json.dumps(asked()),
         env={**os.environ, "AF2_API_KEYS": KEY, "PYTHONPATH": str(root)},
         cwd=root,
         capture_output=True,
