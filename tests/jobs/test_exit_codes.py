@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError, NoCredentialsError
@@ -71,3 +74,12 @@ def test_what_other_jobs_hold_is_a_failure_not_bad_input(monkeypatch):
 def test_yes_and_no_are_words_in_overrides():
     assert load_recipe("tiny", ["cluster.gpus=yes"]).cluster.gpus == "yes"
     assert load_recipe("tiny", ["cluster.gpus=no"]).cluster.gpus == "no"
+
+
+def test_a_sweep_into_an_object_store_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "frequency", "storage=s3://bucket/runs"])
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "sweep.py"))["main"]
+    with pytest.raises(ValueError, match="a sweep is written on a shared file system"):
+        job()
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import yaml
 from af2_ray.config import load_recipe, load_sweep, sweep_names
 from af2_ray.evaluate.marks import Mark, read_marks, write_marks
 from af2_ray.tune.report import bootstrap, parts_of, summarise, verdict, write_report
+from af2_ray.tune.run import SweepRun
 from af2_ray.tune.trial import Result, marks_path
 
 
@@ -74,6 +75,15 @@ def test_the_paired_interval_is_free_of_what_points_share():
     draws = bootstrap(scores, np.arange(400))
     assert np.allclose(draws[1] - draws[0], 0.05)
     assert np.ptp(draws[0]) > 0.1
+
+
+def test_shared_features_lie_with_the_sweep_and_are_every_trial_s(tmp_path):
+    share = ["lm", "clap", "features"]
+    sweep = load_sweep(write(tmp_path, recipe="mini", share=share, keys={"recipe": ["mini", "mini-one-stage"]}))
+    trials = SweepRun(sweep, tmp_path / "out").trials
+    assert {trial.recipe.feature_cache.dir for trial in trials} == {str(tmp_path / "out/shared/features")}
+    with pytest.raises(ValueError, match="holds another sweep"):
+        SweepRun(sweep, tmp_path / "out", ["clap.steps=600"])
 
 
 BANDS = ("<=30 s", "30-90 s", "90-300 s")
