@@ -25,11 +25,10 @@ def main() -> None:
         for trial in trials:
             console.console.print(f"{trial.id}  {trial.values}")
         return
-    if "://" in (arguments.out or recipe.storage):
-        raise ValueError(
-            f"{arguments.out or recipe.storage}: a sweep is written on a shared file system; give its path"
-        )
-    root = Path(arguments.out or Path(recipe.storage) / "sweeps" / sweep.name)
+    out = arguments.out or f"{recipe.storage}/sweeps/{sweep.name}"
+    if "://" in out:
+        raise ValueError(f"{out}: a sweep is written on a shared file system; give its path")
+    root = Path(out)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     from af2_ray.tune.report import write_report  # Ray Tune reads its environment when it is imported
     from af2_ray.tune.run import SweepRun
