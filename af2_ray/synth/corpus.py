@@ -260,7 +260,12 @@ def _blocks(
         yield from map(_make_block, jobs)
         return
     # fork: the workers need numpy and soundfile only, and do not import the caller's script (torch, ray) again
-    with multiprocessing.get_context("fork").Pool(num, _start_worker, (folder / "sources",)) as pool:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until a worker has put the handler back
+    try:
+        made = multiprocessing.get_context("fork").Pool(num, _start_worker, (folder / "sources",))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with made as pool:
         yield from pool.imap(_make_block, jobs, chunksize=max(1, min(16, len(jobs) // (4 * num))))
 
 
@@ -268,8 +273,12 @@ _bank: Bank  # of this process
 
 
 def _start_worker(folder: Path) -> None:
-    """A pool ends its workers by SIGTERM: a handler inherited from a job (`console.main`) would keep one of them."""
+    """A pool ends its workers by SIGTERM: a handler inherited from a job (`console.main`) would keep one of them.
+
+    Even one that is ended before it gets here: the signal waits until the handler is gone.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _open_bank(folder)
 
 
