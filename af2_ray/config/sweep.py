@@ -61,10 +61,6 @@ class Sweep(Strict):
             raise ValueError(f"seeds: each once, got {self.seeds}")
         if "features" in self.share and not {"lm", "clap"} <= set(self.share):
             raise ValueError("share: features are made by the tower of a shared AF-CLAP: share lm and clap, too")
-        for step, prefixes in {"lm": ("model.lm",), "clap": ("clap", "model.audio", "model.lm")}.items():
-            varied = [key for key in self.keys if key.startswith(prefixes)]
-            if step in self.share and varied and varied != ["model.audio.features"]:
-                raise ValueError(f"share: {step} is made once, but the sweep varies {varied[0]!r} in it")
         return self
 
     def num_steps(self, recipe: Recipe) -> int:
@@ -100,6 +96,11 @@ class Sweep(Strict):
                         f"sweep {self.name}: metric `composition` needs clap and evaluation.captions in the recipe"
                     )
                 trials.append(Trial(f"{place:03d}-seed{seed}", place, point, seed, recipe))
+        for trial, step in itertools.product(trials, self.share):
+            if _made_from(step, trial.recipe) != _made_from(step, trials[0].recipe):
+                raise ValueError(
+                    f"sweep {self.name}: share: {step} is made once, but {trial.values} changes what it is made from"
+                )
         return trials
 
 
@@ -112,6 +113,14 @@ class Trial:
     values: dict[str, Any]
     seed: int
     recipe: Recipe
+
+
+def _made_from(step: str, recipe: Recipe) -> tuple[Any, ...]:
+    """The settings that a shared step depends on, which must be those of all trials."""
+    language = (recipe.corpus, recipe.model.lm, recipe.model.max_text_tokens)
+    if step == "lm":
+        return language
+    return (*language, recipe.clap, recipe.model.audio.model_copy(update={"features": "dense"}))
 
 
 def sweep_names() -> list[str]:

@@ -236,8 +236,7 @@ def score_captions(
                 "both": round(float(told.all(axis=1).mean()), 4),
             }
             for (first, _), found_both in zip(readable, told, strict=True):
-                uri = captions[first].uri
-                marks.append(Mark("composition", uri, uri, float(found_both.all()), (kind,)))
+                marks.append(_mark("composition", captions[first], float(found_both.all()), kind))
     order = choice.get("order", {"accuracy": None, "pairs": 0})
     result |= {"order_accuracy": order["accuracy"], "order_pairs": order["pairs"], "choice": choice}
     if negatives := _against_negatives(model, tokenizer, captions, heard, audio):
@@ -247,7 +246,7 @@ def score_captions(
         nearest = _class_similarity(model, tokenizer, np.stack([audio[i] for i in heard]), labels, TEMPLATES)
         result["zero_shot"] = zero_shot(*nearest)
         hits = first_hits(nearest[0], np.array([[name in own for name in nearest[2]] for own in labels]))
-        marks += [Mark("zero_shot", captions[i].uri, captions[i].uri, hit) for i, hit in zip(heard, hits, strict=True)]
+        marks += [_mark("zero_shot", captions[i], hit) for i, hit in zip(heard, hits, strict=True)]
     return result | {"failures": failures + unread}
 
 
@@ -292,9 +291,11 @@ def _retrieval(
     result: dict[str, Any] = {"gallery": len(clips), "captions": len(texts), "t2a_r1_chance": round(chance, 5)}
     for name, table, right in (("t2a", similarity, relevant), ("a2t", similarity.T, relevant.T)):
         result |= {f"{name}_{key}": round(value, 4) for key, value in retrieval(table, right).items()}
-        queries = texts if name == "t2a" else [captions[i].uri for i in clips]
         hits = first_hits(table, right)
-        marks += [Mark(f"{name}_r1", query, query, hit) for query, hit in zip(queries, hits, strict=True)]
+        if name == "t2a":
+            marks += [Mark("t2a_r1", query, query, hit) for query, hit in zip(texts, hits, strict=True)]
+        else:
+            marks += [_mark("a2t_r1", captions[i], hit) for i, hit in zip(clips, hits, strict=True)]
     spread = {"audio": uniformity(heard), "text": uniformity(text)}
     first = text[[place[group[0]] for group in own]]
     return result | {
@@ -308,6 +309,12 @@ def _choices(pairs: Sequence[tuple[int, int]], audio: dict[int, Any], texts: dic
     return np.array(
         [[audio[own] @ texts[own] > audio[own] @ texts[other] for own, other in (pair, pair[::-1])] for pair in pairs]
     )
+
+
+def _mark(measure: str, clip: CaptionSet, right: float, *groups: str) -> Mark:
+    """The mark of a clip, which is a stretch of a file."""
+    item = f"{clip.uri}#{clip.offset_s}"
+    return Mark(measure, item, item, right, groups)
 
 
 def _against_negatives(

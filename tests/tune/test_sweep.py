@@ -56,6 +56,8 @@ def test_the_base_itself_can_vary(tmp_path):
         ({"recipe": "tinny"}, "did you mean 'tiny'"),
         ({"overrides": ["evaluation.manifests=[]"]}, "needs evaluation.manifests"),
         ({"overrides": ["evaluation.captions=null"], "metric": "composition"}, "needs clap and evaluation.captions"),
+        ({"share": ["lm"], "keys": {"recipe": ["mini", "tiny"]}}, "lm is made once"),
+        ({"share": ["lm", "clap"], "keys": {"clap.steps": [500, 600]}}, "clap is made once"),
         ({"share": ["features"]}, "share lm and clap, too"),
         ({"keys": {"recipe": ["tiny", "tinny"]}}, "did you mean 'tiny'"),
     ],
