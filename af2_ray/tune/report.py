@@ -190,7 +190,8 @@ def write_report(root: Path, sweep: Sweep, results: Sequence[Result], folders: M
         _points_table(points, keys),
     ]
     if parts_found:
-        parts += ["<h2>By part, and other measures</h2>", _parts_table(points, parts_found)]
+        told = "In brackets: above the first point, and its 95 % interval."
+        parts += [f"<h2>By part, and other measures</h2><p>{told}</p>", _parts_table(points, parts_found)]
     parts += [_key_plot(points, key, sweep.metric) for key in keys]
     parts += [f"<h2>All trials</h2>{_parallel(results, keys, sweep.metric)}{_trials_table(results, keys)}"]
     if winner is not None:
@@ -230,7 +231,7 @@ def _csv(path: Path, rows: list[dict[str, Any]], drop: Sequence[str]) -> None:
 
 def _points_table(points: Sequence[Point], keys: Sequence[str]) -> str:
     rows = [
-        [*(str(p.values[key]) for key in keys), f"{p.done} of {p.trials}", _number(p.mean), _range(p.ci95),
+        [*(str(p.values[key]) for key in keys), f"{p.done} of {p.trials}", _number(p.mean), _range(p.ci95, ""),
          _number(p.above, "+"), _range(p.above_ci95)]
         for p in points
     ]  # fmt: skip
@@ -276,8 +277,8 @@ def _number(value: float | None, sign: Literal["", "+"] = "") -> str:
     return "–" if value is None else f"{value:{sign}.4f}"
 
 
-def _range(pair: tuple[float, float] | None) -> str:
-    return "–" if pair is None else f"{pair[0]:+.4f} to {pair[1]:+.4f}"
+def _range(pair: tuple[float, float] | None, sign: Literal["", "+"] = "+") -> str:
+    return "–" if pair is None else f"{pair[0]:{sign}.4f} to {pair[1]:{sign}.4f}"
 
 
 def _svg(figure: Figure) -> str:
