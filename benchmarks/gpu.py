@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ def train(recipe: Recipe, stage: Stage) -> dict[str, float]:
     meta = costs.meta_model(model.config)
     counts = costs.parameters(meta)
     engine = start_engine(model, recipe.deepspeed, stage.optimizer, num_steps=100, accumulation=1)
-    step = Step(engine, LmTask(Path(), stage.optimizer, tuple(stage.trainable)))
+    step = Step(engine, LmTask("", stage.optimizer, tuple(stage.trainable)))
     for number in range(WARM + TIMED):
         if number == WARM:
             torch.cuda.synchronize()

@@ -143,7 +143,7 @@ def plain_loop(rank: int, rows_path: str, start: str, recipe: Recipe, result_pat
     store = dist.FileStore(f"{result_path}.store", WORKERS)
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS, store=store)
     stage = recipe.stages[0]
-    task = LmTask(Path(start), stage.optimizer, tuple(stage.trainable))
+    task = LmTask(start, stage.optimizer, tuple(stage.trainable))
     module = task.build()
     precision = resolve(recipe.deepspeed.precision, on_gpu=False)
     if precision == "mixed":

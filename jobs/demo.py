@@ -23,6 +23,7 @@ from af2_ray.evaluate.clap import read_scenes, scenes_uri_of
 from af2_ray.evaluate.report import licence_rows, write_report
 from af2_ray.evaluate.run import EvaluationResult, choose_examples, evaluate_run
 from af2_ray.memory import watch_memory
+from af2_ray.remote import is_remote
 from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import CorpusReport, make_corpus
 from af2_ray.train.run import Run, finished, mark_finished, read_metrics, write_atomic
@@ -43,6 +44,8 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.corpus is None or recipe.clap is None:
         raise ValueError(f"the demo needs a corpus and a clap block; recipe {recipe.name!r} has not both")
+    if is_remote(arguments.run) or is_remote(recipe.corpus.dir):
+        raise ValueError("the demo keeps run and data on this machine; with object storage use jobs/train.py")
     run = Run.open(recipe, arguments.run)
     clock = Clock(run.root / "timing.json")
     with run.lock(), watch_memory() as peak:

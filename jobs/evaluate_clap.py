@@ -25,9 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when scored, 2 for input that cannot be used."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if not (args.model / "config.json").is_file():
-        print(f"evaluate_clap: {args.model} is no model folder (it has no config.json)", file=sys.stderr)
-        return 2
     from transformers.utils.logging import disable_progress_bar  # heavy imports after the arguments are checked
 
     from af2_ray.evaluate import clap
@@ -91,7 +88,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jobs/evaluate_clap.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="AF-CLAP folder: a run's `clap/model`")
+    parser.add_argument("model", metavar="MODEL", help="AF-CLAP folder, local or s3://: a run's `clap/model`")
     parser.add_argument("data", metavar="DATA", nargs="+", help="captions or a CSV of labels")
     parser.add_argument("--root", help="folder of the audio (default: by the layout, or the file's own)")
     parser.add_argument("--gallery", type=int, help="clips in the retrieval (default: all)")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 
+import fsspec
 from rich.logging import RichHandler
 
 from af2_ray import console
@@ -30,7 +30,8 @@ def main() -> None:
     total = sum(scenes.num_scenes for scenes in recipe.corpus.sets)
     with console.bar("scenes", total) as update:
         report = make_corpus(recipe.corpus, progress=lambda done, _, what: update(done, what))
-    made = json.loads(Path(report.dir, "sources", "done.json").read_text())
+    with fsspec.open(f"{report.dir.rstrip('/')}/sources/done.json", "rt") as file:
+        made = json.load(file)
     console.console.print(
         f"{report.num_source_clips} source clips of {report.num_classes} classes ({', '.join(made['classes'])})"
     )

@@ -20,9 +20,12 @@ def main() -> None:
         __doc__ or "",
         epilog="examples:\n  python jobs/train.py tiny\n"
         "  python jobs/train.py tiny stages.pretrain.steps=20 --run runs/try\n"
-        "  ray job submit --working-dir . -- python jobs/train.py tiny storage=/shared/runs",
+        "  ray job submit --working-dir . -- python jobs/train.py tiny storage=/shared/runs\n"
+        "  python jobs/train.py tiny data=s3://bucket/data storage=s3://bucket/runs",
     )
-    parser.add_argument("--run", metavar="DIR", help="run directory; default: <storage>/<name> of the recipe")
+    parser.add_argument(
+        "--run", metavar="DIR", help="run directory, or its s3:// address; default: <storage>/<name> of the recipe"
+    )
     parser.add_argument(
         "--fork", metavar="DIR", help="start --run with the finished steps of this run that the recipe leaves valid"
     )
@@ -47,7 +50,7 @@ def main() -> None:
                 if "loss_last" in facts:
                     change = f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}"
                     console.console.print(f"{facts['name']:>10}  {facts['steps']} steps  {change}")
-    console.console.print(f"model: {run.model_dir}")
+    console.console.print(f"model: {run.address(run.model_dir)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from af2_ray.train.tracking import Tracker
 
 def main() -> None:
     parser = console.parser(__doc__ or "")
-    parser.add_argument("--run", metavar="DIR", help="run directory; default: <storage>/<name> of the recipe")
+    parser.add_argument(
+        "--run", metavar="DIR", help="run directory, or its s3:// address; default: <storage>/<name> of the recipe"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.clap is None:
@@ -38,7 +40,7 @@ def main() -> None:
             tracker.parent()
             facts = train_clap(run, tracker)
     console.console.print(f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}")
-    console.console.print(f"model: {run.clap_dir / 'model'}")
+    console.console.print(f"model: {run.address(run.clap_dir / 'model')}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import io
 import math
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Literal, TypeVar, cast
+from typing import IO, Any, Literal, cast
 
 import fsspec
 import numpy as np
@@ -28,18 +27,16 @@ from numpy.typing import NDArray
 
 from af2_ray.audio import shards
 from af2_ray.audio.windows import SAMPLE_RATE
+from af2_ray.remote import retried
 
 MAX_BYTES = 4 * 2**30
 MAX_DURATION_S = 3600.0
 
 Channel = Literal["first", "mix"]
-ResultT = TypeVar("ResultT")
 
 _BLOCK = 2**16  # frames read at a time: a header that claims a day costs nothing, and a block stays in the cache
 _WHOLE_BYTES = 8 * 2**20  # a remote object up to this size comes in one request
 _RANGE_BYTES = 2**20  # block of a ranged read of a larger one
-_RETRIES = 5  # of a remote open or read, with a pause that doubles from half a second: a server may be away for 15 s
-_CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs"}  # whose faults are not all OSErrors
 _INT16_STEP = 2.0**-15
 _SILENCE = _INT16_STEP  # a smaller peak, or a smaller swing around a constant, carries no sound
 _SHORT_SHARE, _SHORT_S = 0.05, 0.5  # a stretch may fall short of its stated length by this much (rounding, codec delay)
@@ -158,30 +155,14 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
 def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
     """Open an object or a shard's file: whole if it is small, else for ranged reads; a passing fault is tried again."""
     if shards.split_member(uri):
-        stream, size = _retried(lambda: shards.open_member(uri, min(_WHOLE_BYTES, max_bytes)))
+        stream, size = retried(lambda: shards.open_member(uri, min(_WHOLE_BYTES, max_bytes)))
         return (stream if isinstance(stream, io.BytesIO) else cast(IO[bytes], _Patient(stream))), size
     fs, path = fsspec.url_to_fs(uri)
-    size = int(_retried(lambda: fs.info(path)["size"]))
+    size = int(retried(lambda: fs.info(path)["size"]))
     if size <= min(_WHOLE_BYTES, max_bytes):
-        return io.BytesIO(_retried(lambda: fs.cat_file(path))), size
-    stream = _retried(lambda: fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"))
+        return io.BytesIO(retried(lambda: fs.cat_file(path))), size
+    stream = retried(lambda: fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"))
     return cast(IO[bytes], _Patient(stream)), size
-
-
-def _retried(call: Callable[[], ResultT]) -> ResultT:
-    """What `call` returns; a passing fault is tried again, any fault of a store's client is an `OSError`."""
-    for attempt in range(_RETRIES + 1):
-        try:
-            return call()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:
-            if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS):
-                raise
-            if attempt == _RETRIES:
-                raise OSError(f"{type(error).__name__}: {error}") from error
-            time.sleep(0.5 * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 class _Patient(io.RawIOBase):
@@ -209,7 +190,7 @@ class _Patient(io.RawIOBase):
             self._stream.seek(place)
             return self._stream.read(len(buffer))
 
-        data = _retried(read)
+        data = retried(read)
         buffer[: len(data)] = data
         return len(data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -22,6 +23,7 @@ class Recipe(Strict):
     name: str
     seed: int = 0
     storage: str = Field("runs", description="folder or s3:// prefix of run directories")
+    data: str = Field("data", description="folder or s3:// prefix of corpora: what `$data` means in other settings")
     model: ModelSettings
     corpus: Corpus | None = None
     clap: Clap | None = None
@@ -37,6 +39,13 @@ class Recipe(Strict):
     licences: dict[str, str] = Field(
         {}, description="of models and manifests that were brought along, by name or folder, for the model card"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, raw: Any) -> Any:
+        """The settings with `$data` replaced."""
+        data = raw.get("data", cls.model_fields["data"].default) if isinstance(raw, dict) else None
+        return _replaced(raw, "$data", data.rstrip("/")) if isinstance(data, str) else raw
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -95,6 +104,15 @@ class Recipe(Strict):
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of everything that decides the weights: the same after a change of workers."""
-        left_out = {"storage", "tracking", "serve", "evaluation", "cluster", "checkpoints", "licences"}
+        left_out = {"storage", "data", "tracking", "serve", "evaluation", "cluster", "checkpoints", "licences"}
         kept = self.model_dump(mode="json", exclude={**dict.fromkeys(left_out, True), "feature_cache": {"dir": True}})
         return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _replaced(value: Any, name: str, text: str) -> Any:
+    """A tree of settings with `text` wherever a string has `name`."""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, name, text) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, name, text) for inner in value]
+    return value.replace(name, text) if isinstance(value, str) else value

@@ -30,6 +30,7 @@ from af2_ray.evaluate.layouts import Labelled, Table, read_csv
 from af2_ray.evaluate.marks import Mark
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.processing_afclap import repeated
+from af2_ray.remote import local_model
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,11 @@ def embed_texts(
 
 
 def load_clap(clap_dir: str | Path) -> tuple[AfClapModel, PreTrainedTokenizerBase]:
-    """An exported AF-CLAP folder in evaluation mode, on the GPU where there is one, and its tokenizer."""
-    model = AfClapModel.from_pretrained(clap_dir).eval()
+    """An exported AF-CLAP folder, local or remote, in evaluation mode, on a GPU where there is one; its tokenizer."""
+    local = local_model(clap_dir)
+    model = AfClapModel.from_pretrained(local).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, AutoTokenizer.from_pretrained(clap_dir)
+    return model, AutoTokenizer.from_pretrained(local)
 
 
 def evaluate_clap(

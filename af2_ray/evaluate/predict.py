@@ -25,6 +25,7 @@ from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.answers import Clip, Prediction, clip_of
 from af2_ray.models.audio_states import AudioStates
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.remote import is_remote, local_model
 from af2_ray.text import END_OF_CHUNK, encode
 
 log = logging.getLogger(__name__)
@@ -57,17 +58,16 @@ def load_model(
     """An exported model in evaluation mode, and its tokenizer.
 
     Args:
-        model_dir: Hugging Face folder as a stage exports it.
+        model_dir: Hugging Face folder as a stage exports it, local or remote.
         device: none: the GPU where there is one.
 
     Raises:
         ValueError: no model folder.
     """
-    if not (Path(model_dir) / "config.json").is_file():
-        raise ValueError(f"{model_dir} is no exported model (it has no config.json); give a stage's `model` folder")
-    model = AudioFlamingo2ForConditionalGeneration.from_pretrained(model_dir)
+    local = local_model(model_dir)
+    model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(where).eval(), AutoTokenizer.from_pretrained(model_dir)
+    return model.to(where).eval(), AutoTokenizer.from_pretrained(local)
 
 
 # --- Encoding ------------------------------------------------------------------------------------------------------
@@ -289,8 +289,9 @@ def predict_on_ray(
 
     deaf_of = deaf_of or {}
     clips, failures = _clips(samples, max_windows)
+    place = str(model_dir if is_remote(model_dir) else Path(model_dir).absolute())
     actor_class = ray.remote(num_cpus=cpus_per_shard, num_gpus=gpus_per_shard)(Listener)
-    actors = [actor_class.remote(str(Path(model_dir).absolute()), threads_per_shard) for _ in range(num_shards)]
+    actors = [actor_class.remote(place, threads_per_shard) for _ in range(num_shards)]
     try:
         encoded = [
             actor.encode.options(num_returns=2).remote(clips[shard::num_shards], max_windows, batch_windows)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -18,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from af2_ray.audio.windows import INT16_SCALE, SAMPLE_RATE, to_windows
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
 from af2_ray.models.processing_afclap import AfClapProcessor, repeated
-from af2_ray.serve.folder import local_folder
+from af2_ray.remote import local_model
 from af2_ray.serve.request import Clip, Embedded, Failure
 
 Item = str | Clip
@@ -41,13 +39,12 @@ class Embedder:
             ValueError: there is no model, or it is another one.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        with tempfile.TemporaryDirectory() as scratch:
-            local = local_folder(folder, Path(scratch))
-            config = AutoConfig.from_pretrained(local)
-            if not isinstance(config, AfClapConfig):
-                raise ValueError(f"{folder} holds {config.model_type!r}; embeddings need an AF-CLAP export")
-            model = AfClapModel.from_pretrained(local, dtype=torch.float32).to(device).eval()
-            return cls(model, AfClapProcessor.of(model.config, AutoTokenizer.from_pretrained(local)))
+        local = local_model(folder)
+        config = AutoConfig.from_pretrained(local)
+        if not isinstance(config, AfClapConfig):
+            raise ValueError(f"{folder} holds {config.model_type!r}; embeddings need an AF-CLAP export")
+        model = AfClapModel.from_pretrained(local, dtype=torch.float32).to(device).eval()
+        return cls(model, AfClapProcessor.of(model.config, AutoTokenizer.from_pretrained(local)))
 
     def read(self, items: Sequence[Item]) -> int | Failure:
         """Text tokens of the items together, or what is wrong with one of them."""

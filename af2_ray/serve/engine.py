@@ -12,13 +12,11 @@ The life of a request: waiting (for memory) -> admitted (its clips are being enc
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,10 +26,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES
 from af2_ray.config import Serve
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.remote import local_model
 from af2_ray.serve.audio_memory import AudioMemory
 from af2_ray.serve.decoder import Decoder
 from af2_ray.serve.encoder import Encoder
-from af2_ray.serve.folder import local_folder
 from af2_ray.serve.hearing import Projection
 from af2_ray.serve.request import Answer, Clip, Event, Failure, Piece, Request
 from af2_ray.serve.sampling import choose
@@ -91,10 +89,9 @@ class Engine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        with tempfile.TemporaryDirectory() as scratch:
-            local = local_folder(folder, Path(scratch))
-            model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local, dtype=dtype).to(device)
-            tokenizer = AutoTokenizer.from_pretrained(local)
+        local = local_model(folder)
+        model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local, dtype=dtype).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(local)
         logger.info("loaded %s on %s as %s", folder, device, dtype)
         max_prompt_tokens = getattr(model.config, "max_text_tokens", None) or 512
         return cls(model, tokenizer, settings, max_prompt_tokens=max_prompt_tokens)

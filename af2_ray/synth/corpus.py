@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ import soundfile
 
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.config import Corpus, SceneSet
+from af2_ray.remote import fetch, is_remote, send
 from af2_ray.synth import packages, sources
 from af2_ray.synth.bank import Bank, Bed, write_bank
 from af2_ray.synth.captions import make_captions
@@ -66,14 +68,27 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
     """Make what is not there yet and report on the whole.
 
     Args:
-        corpus: the recipe's block.
+        corpus: the recipe's block; a `dir` in object storage is sent there when all of it has been made here.
         progress: called with (scenes done, scenes in all, what is being made).
         num_processes: processes that render; default: the CPUs of this process.
 
     Raises:
         ValueError: the sources give too few classes, or a setting cannot be met; the message names the fix.
     """
-    folder = Path(corpus.dir)
+    if not is_remote(corpus.dir):
+        return _make_all(corpus, Path(corpus.dir), progress, num_processes)
+    uri, folder = corpus.dir.rstrip("/"), Path(tempfile.gettempdir()) / f"af2_ray_corpus_{_fingerprint(corpus)[:16]}"
+    fetch(uri, folder, lambda name: name == "corpus.json")  # if the store has it, nothing else is needed here
+    was_sent = (folder / "corpus.json").is_file()
+    report = _make_all(corpus, folder, progress, num_processes)
+    if not was_sent:
+        names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+        send([str(name) for name in names if name.parts[0] != "packages"], folder, uri)
+    shutil.rmtree(folder)
+    return report
+
+
+def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
     report_path = folder / "corpus.json"
     fingerprint = _fingerprint(corpus)
     tell = progress or (lambda done, total, what: None)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import yaml
 
 import af2_ray
@@ -143,13 +144,13 @@ def _recordings(recipe: Recipe) -> Iterable[str]:
     """The recordings that a corpus was composed of, counted by package and licence; nothing without a corpus."""
     if recipe.corpus is None:
         return
-    folder = Path(recipe.corpus.dir)
-    if (folder / "corpus.json").is_file():
-        report = json.loads((folder / "corpus.json").read_text())["report"]
+    fs, folder = fsspec.url_to_fs(recipe.corpus.dir)
+    if fs.isfile(f"{folder}/corpus.json"):
+        report = json.loads(fs.cat_file(f"{folder}/corpus.json"))["report"]
         told = f"{report['hours']:.1f} hours composed from {report['num_source_clips']} recordings"
         yield f"The corpus `{recipe.corpus.dir}`: {told} (SHA-256 `{report['sha256'][:16]}`). Those of its training:"
-    if (folder / "sources.csv").is_file():
-        with (folder / "sources.csv").open(newline="") as file:
+    if fs.isfile(f"{folder}/sources.csv"):
+        with fs.open(f"{folder}/sources.csv", "rt", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
         counts = Counter((row["package"], row["licence"] or NOT_STATED) for row in rows)
         yield _table(

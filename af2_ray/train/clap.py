@@ -48,14 +48,15 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
     easy = usable_captions(run, recipe.warmup_captions)
     phases = [(easy, recipe.warmup_steps), (captions, recipe.steps - recipe.warmup_steps)]
     start = folder / "start"
-    if not start.exists():
+    if not (start / "config.json").exists():
         _make_start(run, recipe, captions)
+        run.keep()
     num_workers = run.recipe.cluster.num_workers
     job = Job(
         name="afclap",
         folder=folder,
         task=ClapTask(
-            start,
+            run.address(start),
             recipe.optimizer,
             recipe.num_positives,
             recipe.num_negatives,

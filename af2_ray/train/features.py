@@ -36,6 +36,7 @@ from af2_ray.data.features import Clip, FeatureStore, open_folder, stamps, write
 from af2_ray.data.manifest import Sample
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import AudioTower
+from af2_ray.remote import local_model
 from af2_ray.train.precision import Precision, autocast, resolve
 from af2_ray.train.resources import scaling
 
@@ -48,7 +49,7 @@ _PREFIX = "audio_tower."
 class Encoding:
     """How a cache is made: by which tower, in which numbers, for clips of how many windows at most, where."""
 
-    start: Path
+    start: str | Path
     folder: Path
     dtype: Precision
     max_windows: int
@@ -57,7 +58,7 @@ class Encoding:
 
 def cache_features(
     plan: Plan[Sample],
-    start: Path,
+    start: str | Path,
     root: Path,
     *,
     settings: FeatureCache,
@@ -68,7 +69,7 @@ def cache_features(
     """The features of all clips that a plan draws on, made as far as they are lacking.
 
     Args:
-        start: Hugging Face folder whose tower it is.
+        start: Hugging Face folder (or its address in object storage) whose tower it is.
         root: of all caches, where `settings.dir` names no other.
         max_windows: of a clip.
 
@@ -94,7 +95,7 @@ def cache_features(
 
 
 def make_encoding(
-    start: Path, root: Path, dtype: str, deepspeed: DeepSpeedSettings, *, max_windows: int, threads: int = 1
+    start: str | Path, root: Path, dtype: str, deepspeed: DeepSpeedSettings, *, max_windows: int, threads: int = 1
 ) -> Encoding:
     """The encoding by the tower of a model folder, its cache folder made or checked."""
     on_gpu = torch.cuda.is_available() or _ray_has_gpus()
@@ -127,7 +128,7 @@ def shards_of(clips: Sequence[Clip], max_windows: int, windows_per_shard: int) -
 # --- The tower ---------------------------------------------------------------------------------------------------
 
 
-def tower_mark(start: Path) -> str:
+def tower_mark(start: str | Path) -> str:
     """SHA-256 (first 16 hex digits) of a model folder's tower: its configuration, names, shapes and weights."""
     digest = hashlib.sha256(_tower_config(start).to_json_string(use_diff=False).encode())
     for name, tensor in sorted(_tower_tensors(start)):
@@ -136,19 +137,19 @@ def tower_mark(start: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_tower(start: Path) -> AudioTower:
+def load_tower(start: str | Path) -> AudioTower:
     """The tower of a model folder alone, frozen, without the LM being read."""
     tower = AudioTower(_tower_config(start))
     tower.load_state_dict(dict(_tower_tensors(start)))
     return tower.requires_grad_(False).eval()
 
 
-def _tower_config(start: Path) -> Any:
-    return AudioFlamingo2Config.from_pretrained(start).audio_config
+def _tower_config(start: str | Path) -> Any:
+    return AudioFlamingo2Config.from_pretrained(local_model(start)).audio_config
 
 
-def _tower_tensors(start: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    paths = sorted(start.glob("*.safetensors"))
+def _tower_tensors(start: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    paths = sorted(local_model(start).glob("*.safetensors"))
     if not paths:
         raise ValueError(f"{start} has no *.safetensors: a stage starts from a Hugging Face folder")
     for path in paths:

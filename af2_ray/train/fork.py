@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from af2_ray.config import Recipe
+from af2_ray.remote import is_remote
 from af2_ray.train.run import Run, finished, write_atomic
 
 
@@ -29,6 +30,8 @@ def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, lis
         ValueError: `source` is no run, or `root` holds one already.
     """
     old = Run.load(source)
+    if is_remote(root) or old.uri is not None:
+        raise ValueError("a fork links finished steps on one file system: give folders, not addresses of a store")
     target = Path(root).absolute()
     if (target / "recipe.yaml").exists():
         raise ValueError(f"{target} holds a run already: give a new --run for the fork")

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 import torch.nn.functional as nnf
@@ -185,7 +186,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     """(prompt, answer) of JSON lines. No such file, or a line without them (it is named), is a `ValueError`."""
     pairs = []
     try:
-        lines = Path(path).read_text().splitlines()
+        with fsspec.open(str(path), "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()
     except FileNotFoundError as error:
         raise ValueError(
             f"model.lm.pretrain: no file {path}; make the corpus (jobs/make_data.py), or set reading and drills to []"

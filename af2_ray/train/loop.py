@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -24,6 +23,7 @@ from torch import nn
 from af2_ray.config import DeepSpeedSettings
 from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
+from af2_ray.remote import local_model
 from af2_ray.train import checkpoint
 from af2_ray.train.accounts import Meter, gates, memory_gib
 from af2_ray.train.checkpoint import State
@@ -47,7 +47,7 @@ class LoopConfig:
 
     task: Task
     deepspeed: DeepSpeedSettings
-    folder: Path  # of the stage: the export goes to folder/model
+    export: str  # where the trained model goes: a folder, or an address in object storage
     num_steps: int
     step_batches: int  # plan rows of one optimiser step, over all ranks
     checkpoint_every: int
@@ -177,9 +177,9 @@ def _export(engine: Any, loop: LoopConfig, *, is_first: bool) -> None:
 def _write(module: Any, loop: LoopConfig) -> None:
     """The model, and beside it the processor (or tokenizer) that its start had: the folder is complete in itself."""
     merge_lora(module)
-    with replacing(loop.folder / "model") as temporary:
+    with replacing(loop.export) as temporary:
         module.save_pretrained(temporary)
-        for path in loop.task.start.iterdir():
+        for path in local_model(loop.task.start).iterdir():
             if path.is_file() and not (temporary / path.name).exists() and path.suffix != ".safetensors":
                 shutil.copy2(path, temporary)
 

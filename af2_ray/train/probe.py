@@ -15,7 +15,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -157,7 +156,7 @@ def _measure(recipe: Recipe, stage: Stage, shape: Shape, windows: int, text_toke
     if stage.features == "cached":
         features = torch.randn(len(row.waveforms), costs.TOKENS_PER_WINDOW, model.audio_tower.output_size)
         row = replace(row, waveforms=features)
-    task = LmTask(Path(), stage.optimizer, tuple(stage.trainable))
+    task = LmTask("", stage.optimizer, tuple(stage.trainable))
     seconds = 0.0
     try:
         for _ in range(2):

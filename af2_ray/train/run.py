@@ -11,30 +11,48 @@
 
 A step is finished when its folder has `done.json`; it is written last, so a kill never leaves half a step that looks
 whole. The price of plain files instead of a database: one writer at a time, which `lock` enforces.
+
+A run may live in object storage (`storage: s3://...`). Then `root` is a scratch folder of this process, filled from the
+store at the start (without weights, which are fetched where they are read) and sent to it at each finished step and
+with each checkpoint (`keep`). Workers read what they start from, and write what they export, by `address`. Nothing
+keeps two drivers on two machines out of one such run: object stores have no locks.
 """
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from af2_ray.config import Recipe, load_recipe
+from af2_ray.remote import fetch, is_remote, send
+
+_ELSEWHERE = {"train", "features"}  # folders of a run that its driver neither sends nor fetches
+_WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory and its recipe. Make it with `Run.open`, find it again with `Run.load`."""
+    """One run directory and its recipe. Make it with `Run.open`, find it again with `Run.load`.
+
+    Attributes:
+        root: the directory, on this machine.
+        uri: where object storage keeps it; none: it is in `root` and nowhere else.
+    """
 
     root: Path
     recipe: Recipe
+    uri: str | None = None
+    _kept: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)  # size, date as sent
 
     @classmethod
     def open(cls, recipe: Recipe, root: str | Path | None = None) -> Run:
@@ -42,35 +60,36 @@ class Run:
 
         Args:
             recipe: the resolved recipe.
-            root: the directory; none: `<recipe.storage>/<recipe.name>`.
+            root: the directory or its address; none: `<recipe.storage>/<recipe.name>`.
 
         Raises:
             ValueError: the directory holds a run whose recipe differs in something that decides the weights; the
                 message shows the difference.
         """
-        if root is None and "://" in recipe.storage:
-            raise ValueError(f"storage={recipe.storage!r}: run directories are on a shared file system; give its path")
-        path = Path(root or Path(recipe.storage) / recipe.name).absolute()
+        place = str(root or f"{recipe.storage.rstrip('/')}/{recipe.name}")
+        path, uri, kept = _working_copy(place)
         saved = path / "recipe.yaml"
         if saved.exists():
             before = load_recipe(saved)
             if before.fingerprint() != recipe.fingerprint():
                 difference = _difference(before.to_yaml(), recipe.to_yaml())
                 raise ValueError(
-                    f"{path} holds a run of another recipe; give its own recipe, or another --run (and --fork {path}, "
-                    f"to start from what this one has finished). It differs in:\n{difference}"
+                    f"{place} holds a run of another recipe; give its own recipe, or another --run (and "
+                    f"--fork {place}, to start from what this one has finished). It differs in:\n{difference}"
                 )
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(saved, recipe.to_yaml())
-        return cls(path, recipe)
+        run = cls(path, recipe, uri, kept)
+        run.keep()
+        return run
 
     @classmethod
     def load(cls, root: str | Path) -> Run:
         """The run in an existing directory; `ValueError` if there is none."""
-        path = Path(root).absolute()
+        path, uri, kept = _working_copy(str(root))
         if not (path / "recipe.yaml").is_file():
-            raise ValueError(f"{path} is not a run directory (it has no recipe.yaml)")
-        return cls(path, load_recipe(path / "recipe.yaml"))
+            raise ValueError(f"{uri or path} is not a run directory (it has no recipe.yaml)")
+        return cls(path, load_recipe(path / "recipe.yaml"), uri, kept)
 
     @property
     def lm_dir(self) -> Path:
@@ -96,6 +115,39 @@ class Run:
     def quarantine_path(self) -> Path:
         return self.root / "quarantine.jsonl"
 
+    def address(self, folder: Path) -> str:
+        """What every machine may call a folder of this run."""
+        return str(folder) if self.uri is None else f"{self.uri}/{folder.relative_to(self.root)}"
+
+    def fetched(self, folder: Path) -> Path:
+        """A folder of this run with all of its files, weights included, on this machine."""
+        if self.uri is not None:
+            names = fetch(self.address(folder), folder, lambda name: not (folder / name).exists())
+            self._remember(str((folder / name).relative_to(self.root)) for name in names)
+        return folder
+
+    def keep(self) -> None:
+        """Send what has changed here since the last call to the store that holds the run, if one does.
+
+        Raises:
+            OSError: the store cannot be reached for a minute, or refuses.
+        """
+        if self.uri is None:
+            return
+        changed = [name for name in _names(self.root) if _state(self.root / name) != self._kept.get(name)]
+        if changed:
+            send(changed, self.root, self.uri)
+            self._remember(changed)
+
+    def _remember(self, names: Iterable[str]) -> None:
+        self._kept.update((name, _state(self.root / name)) for name in names)
+
+    def finish(self, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        """`mark_finished` for a step of this run, which is then kept."""
+        mark_finished(folder, facts)
+        self.keep()
+        return facts
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; `RuntimeError` if another one has it. The system frees it at process end."""
@@ -105,6 +157,33 @@ class Run:
             except BlockingIOError as error:
                 raise RuntimeError(f"another process is working in {self.root}; wait for it or end it") from error
             yield
+
+
+def _working_copy(place: str) -> tuple[Path, str | None, dict[str, tuple[int, int]]]:
+    """A run's folder here, its address if it is in object storage, and what of it was fetched."""
+    if not is_remote(place):
+        return Path(place).absolute(), None, {}
+    uri = place.rstrip("/")
+    scratch = Path(tempfile.mkdtemp(prefix="af2_ray_run_"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    root = scratch / uri.rsplit("/", 1)[-1]
+    root.mkdir()
+    names = fetch(uri, root, lambda name: not (name.endswith(_WEIGHTS) or _ELSEWHERE & set(name.split("/"))))
+    return root, uri, {name: _state(root / name) for name in names}
+
+
+def _names(root: Path) -> list[str]:
+    """The files of a run that are kept, relative to it."""
+    found = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _ELSEWHERE and not name.startswith(".")]
+        found += [os.path.relpath(f"{folder}/{name}", root) for name in files if not name.startswith(".")]
+    return found
+
+
+def _state(path: Path) -> tuple[int, int]:
+    told = path.stat()
+    return told.st_size, told.st_mtime_ns
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -128,8 +207,14 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well."""
+def replacing(place: Path | str) -> Iterator[Path]:
+    """A temporary folder that takes the place of the folder or address `place` when the block ends well."""
+    if is_remote(place):
+        with tempfile.TemporaryDirectory(prefix="af2_ray_") as name:
+            yield Path(name)
+            send(_names(Path(name)), Path(name), str(place))
+        return
+    folder = Path(place)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -31,13 +31,14 @@ from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
+from af2_ray.remote import local_model
 from af2_ray.text import AUDIO, SPECIAL_TOKENS
 from af2_ray.train.card import write_card
 from af2_ray.train.clap import train_clap
 from af2_ray.train.features import cache_features
 from af2_ray.train.language_model import prepare_lm
 from af2_ray.train.precision import resolve
-from af2_ray.train.run import Run, finished, mark_finished, read_metrics, replacing
+from af2_ray.train.run import Run, finished, read_metrics, replacing
 from af2_ray.train.task import LmTask
 from af2_ray.train.tracking import Tracker
 from af2_ray.train.trainer import Job, fit
@@ -70,8 +71,9 @@ def train_run(run: Run, *, watch: Watch | None = None) -> list[dict[str, Any]]:
     if run.recipe.stages:
         write_card(run)
         if run.recipe.tracking.register_model:
-            tracker.register(run.recipe.serve.model_name, run.model_dir)
+            tracker.register(run.recipe.serve.model_name, run.fetched(run.model_dir))
     tracker.finish("parent")
+    run.keep()
     return facts
 
 
@@ -88,7 +90,14 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     job = Job(
         name=stage.name,
         folder=folder,
-        task=LmTask(start, stage.optimizer, tuple(stage.trainable), stage.lora, stage.label_smoothing, stage.z_loss),
+        task=LmTask(
+            run.address(start),
+            stage.optimizer,
+            tuple(stage.trainable),
+            stage.lora,
+            stage.label_smoothing,
+            stage.z_loss,
+        ),
         plan=made,
         collator=LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=max_tokens, source=source),
         num_steps=stage.steps,
@@ -113,9 +122,14 @@ def cache_stages(run: Run) -> None:
 def _features(run: Run, stage: Stage, start: Path, made: Plan[Sample]) -> FeatureStore:
     """What the tower that a stage starts from makes of the stage's clips, kept in the run."""
     recipe = run.recipe
+    if run.uri is not None and recipe.feature_cache.dir is None:
+        raise ValueError(
+            f"stages.{stage.name}.features=cached and storage={recipe.storage}: shards are read in place, so give "
+            "feature_cache.dir, a folder that all nodes share"
+        )
     return cache_features(
         made,
-        start,
+        run.address(start),
         run.root / "features",
         settings=recipe.feature_cache,
         max_windows=stage.max_windows,
@@ -178,10 +192,10 @@ def assemble(run: Run) -> Path:
         return target
     recipe = run.recipe.model
     torch.manual_seed(run.recipe.seed)
-    language_model = AutoModelForCausalLM.from_pretrained(run.lm_dir / "model", dtype=torch.float32)
+    language_model = AutoModelForCausalLM.from_pretrained(run.fetched(run.lm_dir / "model"), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
-    clap_folder = recipe.audio.weights or run.clap_dir / "model"
-    audio_tower = AfClapModel.from_pretrained(clap_folder, dtype=torch.float32).audio_tower
+    clap_folder = recipe.audio.weights or run.address(run.clap_dir / "model")
+    audio_tower = AfClapModel.from_pretrained(local_model(clap_folder), dtype=torch.float32).audio_tower
     audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO)
     config = model_config(run.recipe, audio_tower.config, language_model.config, audio_token_id)
     model = AudioFlamingo2ForConditionalGeneration.from_parts(config, language_model, audio_tower)
@@ -193,7 +207,7 @@ def assemble(run: Run) -> Path:
         AudioFlamingo2Processor(AudioFlamingo2FeatureExtractor(config.max_windows), tokenizer).save_pretrained(
             temporary
         )
-    mark_finished(run.start_dir, {"parameters": model.num_parameters()})
+    run.finish(run.start_dir, {"parameters": model.num_parameters()})
     return target
 
 
@@ -250,4 +264,4 @@ def prepare_language_model(run: Run, tracker: Tracker, watch: Watch = lambda *_:
         )
     tracker.log_history(child, read_metrics(folder))
     tracker.finish("lm")
-    return mark_finished(folder, {"name": "lm", **facts, "seconds": round(time.perf_counter() - started, 1)})
+    return run.finish(folder, {"name": "lm", **facts, "seconds": round(time.perf_counter() - started, 1)})

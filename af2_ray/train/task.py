@@ -19,6 +19,7 @@ from af2_ray.data.collate import ClapBatch, LmBatch
 from af2_ray.losses import afclap_loss_sum, clamp_scale, token_loss_sum
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.remote import local_model
 from af2_ray.text import IGNORE
 from af2_ray.train.engine import freeze_except, group_of
 from af2_ray.train.lora import add_lora
@@ -28,8 +29,8 @@ class Task(Protocol):
     """What the loop needs to know of a training task."""
 
     @property
-    def start(self) -> Path:
-        """The Hugging Face folder the model starts from."""
+    def start(self) -> str | Path:
+        """The Hugging Face folder the model starts from, or its address in object storage."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -56,7 +57,7 @@ class Task(Protocol):
 class LmTask:
     """Next-token loss on answer tokens (a curriculum stage)."""
 
-    start: Path
+    start: str | Path
     optimizer: Optimizer
     trainable: tuple[str, ...]
     lora: Lora | None = None
@@ -69,7 +70,7 @@ class LmTask:
 
     def build(self) -> nn.Module:
         """The previous stage's export, frozen but for `trainable`."""
-        model = AudioFlamingo2ForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
+        model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local_model(self.start), dtype=torch.float32)
         if self.lora is not None:
             add_lora(model.language_model, self.lora)
         freeze_except(model, self.trainable)
@@ -117,7 +118,7 @@ def _heard(windows: Tensor) -> dict[str, Tensor]:
 class ClapTask:
     """AF-CLAP's composition-aware contrastive loss over the clips of all ranks (PAPER 1)."""
 
-    start: Path
+    start: str | Path
     optimizer: Optimizer
     num_positives: int
     num_negatives: int
@@ -132,7 +133,7 @@ class ClapTask:
 
     def build(self) -> nn.Module:
         """Both towers, all of them training but the mel BatchNorm (`engine.group_of`) and a fixed temperature."""
-        model = AfClapModel.from_pretrained(self.start, dtype=torch.float32)
+        model = AfClapModel.from_pretrained(local_model(self.start), dtype=torch.float32)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(group_of(name) != "mel")
         model.logit_scale.requires_grad_(self.learn_temperature)

@@ -46,8 +46,10 @@ class Tracker:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        local = None if self._run.recipe.tracking.uri else (self._run.root / "mlartifacts").as_uri()
-        return str(self._client.create_experiment(name, artifact_location=local))
+        artifacts = self._run.root / "mlartifacts"
+        own = artifacts.as_uri() if self._run.uri is None else self._run.address(artifacts)
+        location = None if self._run.recipe.tracking.uri else own
+        return str(self._client.create_experiment(name, artifact_location=location))
 
     def parent(self) -> str:
         """The parent run's id, made at first use with the recipe as parameters and artifact."""
@@ -141,8 +143,8 @@ class Tracker:
 class ReportCallback(UserCallback):
     """Writes what workers report: `metrics.jsonl`, MLflow, `quarantine.jsonl`. Runs in the Ray Train controller."""
 
-    def __init__(self, run_root: Path, folder: Path, mlflow_id: str) -> None:
-        self._run_root = run_root
+    def __init__(self, run: Run, folder: Path, mlflow_id: str) -> None:
+        self._run = run
         self._folder = folder
         self._mlflow_id = mlflow_id
         self._tracker: Tracker | None = None
@@ -154,9 +156,8 @@ class ReportCallback(UserCallback):
         with (self._folder / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in history)
         if self._tracker is None or self._quarantine is None:
-            run = Run.load(self._run_root)
-            self._tracker = Tracker(run)
-            self._quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
+            self._tracker = Tracker(self._run)
+            self._quarantine = Quarantine(str(self._run.quarantine_path), self._run.recipe.faults.max_bad_share)
         self._tracker.log_history(self._mlflow_id, history)
         if validation := metrics[0].get("validation"):
             row = {"step": metrics[0]["step"], **validation, "val/is_best": float(metrics[0]["is_best"])}
@@ -165,6 +166,17 @@ class ReportCallback(UserCallback):
             self._tracker.log_history(self._mlflow_id, [row])
         failures = [failure for rank in metrics for failure in rank["failures"]]
         self._quarantine.add(failures, sum(row["clips"] for row in history))
+        if checkpoint is not None:
+            self._keep()
+
+    def _keep(self) -> None:
+        """What a restart from this checkpoint goes on with; a store that is away gets it with the next one."""
+        try:
+            self._run.keep()
+        except OSError as error:
+            logger.warning(
+                "%s does not take what was reported, the next checkpoint brings it: %s", self._run.uri, error
+            )
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,9 +24,10 @@ from ray.train.torch import TorchTrainer
 
 from af2_ray.data.batching import Plan
 from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config, make_dataset
+from af2_ray.remote import is_remote
 from af2_ray.train.loop import LoopConfig, train_loop
 from af2_ray.train.resources import scaling
-from af2_ray.train.run import Run, mark_finished, read_metrics, write_atomic
+from af2_ray.train.run import Run, read_metrics, write_atomic
 from af2_ray.train.task import Task
 from af2_ray.train.tracking import ReportCallback, Tracker
 from af2_ray.train.validation import Band
@@ -71,7 +72,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
     loop = LoopConfig(
         task=job.task,
         deepspeed=recipe.deepspeed,
-        folder=job.folder,
+        export=run.address(job.folder / "model"),
         num_steps=job.num_steps,
         step_batches=job.plan.step_batches,
         checkpoint_every=job.checkpoint_every,
@@ -83,6 +84,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
         tower_checkpointing=recipe.model.audio.gradient_checkpointing,
     )
     storage = checkpoint_storage(run, job)
+    run.keep()
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"loop": loop},
@@ -94,22 +96,22 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
             storage_path=storage,
             failure_config=FailureConfig(max_failures=recipe.faults.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoints.keep, checkpoint_score_attribute="keep"),
-            callbacks=[ReportCallback(run.root, job.folder, mlflow_id)],
+            callbacks=[ReportCallback(run, job.folder, mlflow_id)],
         ),
     )
     trainer.fit()
     facts = {"name": job.name, **job.facts, **summary(job), "seconds": round(time.perf_counter() - started, 1)}
     tracker.log_metrics(mlflow_id, {f"final/{key}": value for key, value in facts.items() if _is_number(value)})
     tracker.finish(job.name)
-    return mark_finished(job.folder, facts)
+    return run.finish(job.folder, facts)
 
 
 def checkpoint_storage(run: Run, job: Job) -> str:
-    """Where a job's checkpoints go: its folder, or the same place below `checkpoints.storage`."""
+    """Where a job's checkpoints go: into the run, or to the same place below `checkpoints.storage`."""
     storage = run.recipe.checkpoints.storage
     if storage is None:
-        return str(job.folder)
-    base = storage if "://" in storage else str(Path(storage).absolute())
+        return run.address(job.folder)
+    base = storage if is_remote(storage) else str(Path(storage).absolute())
     return f"{base.rstrip('/')}/{run.root.name}/{job.folder.relative_to(run.root)}"
 
 

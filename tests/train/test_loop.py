@@ -52,7 +52,7 @@ def train(folder: Path, saved: Saved | None) -> tuple[dict[str, torch.Tensor], S
     loop = LoopConfig(
         task=cuts.TASK,
         deepspeed=DeepSpeedSettings(zero_stage=1, precision="fp32"),
-        folder=folder,
+        export=str(folder / "model"),
         num_steps=STEPS,
         step_batches=1,
         checkpoint_every=2,

@@ -95,7 +95,7 @@ def test_a_fixed_temperature_has_no_gradient_and_silence_does_not_count(tmp_path
 
 
 def test_ragged_captions_find_their_places():
-    task = ClapTask(Path(), Optimizer(), num_positives=2, num_negatives=1)
+    task = ClapTask("", Optimizer(), num_positives=2, num_negatives=1)
     owner, slot, rank = (np.array(column) for column in zip((0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 1, 0), strict=True))
     batch = ClapBatch(
         row=0,

@@ -1,0 +1,107 @@
+"""A run in object storage: what its driver sends and fetches, with fsspec's store in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from af2_ray import remote
+from af2_ray.config import load_recipe
+from af2_ray.remote import local_model
+from af2_ray.train.run import Run, finished, replacing
+
+URI = "memory://bucket/runs/tiny"
+
+
+@pytest.fixture
+def store() -> Iterator[dict[str, bytes]]:
+    """The store's files, by path."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs.store
+    fs.store.clear()
+
+
+def opened() -> Run:
+    return Run.open(load_recipe("tiny", ["storage=memory://bucket/runs"]))
+
+
+def names(store: dict[str, bytes]) -> set[str]:
+    return {name.removeprefix("/bucket/runs/tiny/") for name in store}
+
+
+def test_finished_steps_are_kept_and_found_again_without_their_weights(store):
+    run = opened()
+    assert run.uri == URI
+    assert run.root.name == "tiny"
+    with replacing(run.lm_dir / "model") as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("weights")
+    (run.lm_dir / "train").mkdir()
+    (run.lm_dir / "train" / "checkpoint").write_text("of Ray's own")
+    run.finish(run.lm_dir, {"steps": 3})
+    assert names(store) == {"recipe.yaml", "lm/done.json", "lm/model/config.json", "lm/model/model.safetensors"}
+
+    again = opened()
+    assert again.root != run.root
+    assert finished(again.lm_dir) == {"steps": 3}
+    assert not (again.lm_dir / "model" / "model.safetensors").exists()
+    assert (again.fetched(again.lm_dir / "model") / "model.safetensors").read_text() == "weights"
+    assert Run.load(URI).recipe == run.recipe
+    with pytest.raises(ValueError, match=r"(?s)tiny holds a run of another recipe.*-seed: 0"):
+        Run.open(load_recipe("tiny", ["seed=1"]), URI)
+    with pytest.raises(ValueError, match=r"memory://bucket/none is not a run directory"):
+        Run.load("memory://bucket/none")
+
+
+def test_only_what_has_changed_is_sent_and_done_is_sent_last(store, monkeypatch):
+    run = opened()
+    sent: list[str] = []
+    put = fsspec.get_filesystem_class("memory").put
+    monkeypatch.setattr(
+        fsspec.get_filesystem_class("memory"), "put", lambda fs, here, there: sent.extend(here) or put(fs, here, there)
+    )
+    for name in ("metrics.jsonl", "model/config.json", "a.json"):
+        (run.clap_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.clap_dir / name).write_text(name)
+    run.finish(run.clap_dir, {})
+    order = [path.removeprefix(f"{run.clap_dir}/") for path in sent]
+    assert order == ["a.json", "metrics.jsonl", "model/config.json", "done.json"]
+    sent.clear()
+    (run.clap_dir / "metrics.jsonl").write_text("one line more")
+    run.keep()
+    assert sent == [f"{run.clap_dir}/metrics.jsonl"]
+
+
+def test_an_export_goes_to_its_address_and_machines_share_one_copy(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
+    place = f"{URI}/stages/long/model"
+    with pytest.raises(ValueError, match="no model in memory://"):
+        local_model(place)
+    with replacing(place) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "weights").write_text("old")
+    first = local_model(place)
+    assert (first / "weights").read_text() == "old"
+    assert local_model(f"{place}/") == first
+    with replacing(place) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "weights").write_text("newer")
+    assert (local_model(place) / "weights").read_text() == "newer"
+
+
+def test_a_store_that_fails_is_tried_again_and_then_named(monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+
+    def fail() -> None:
+        calls.append(1)
+        raise ConnectionError("gone")
+
+    with pytest.raises(OSError, match="ConnectionError: gone"):
+        remote.retried(fail, 3)
+    assert len(calls) == 4
+    with pytest.raises(PermissionError):
+        remote.retried(lambda: (_ for _ in ()).throw(PermissionError("no")))
