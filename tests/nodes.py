@@ -38,9 +38,10 @@ class Nodes:
                 time.sleep(0.5)
         raise AssertionError("the head does not come up: " + self.log(0))
 
-    def add(self, *, num_cpus: float) -> subprocess.Popen[bytes]:
-        """One more node; it joins some seconds later."""
-        return self._start(f"--address={self.gcs}", f"--num-cpus={num_cpus:g}")
+    def add(self, *, num_cpus: float, scratch: Path | None = None) -> subprocess.Popen[bytes]:
+        """One more node, with its own folder for temporary files if `scratch` is given; it joins some seconds later."""
+        more = {} if scratch is None else {"TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp"}
+        return self._start(f"--address={self.gcs}", f"--num-cpus={num_cpus:g}", **more)
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL to all of a node's processes at once, as if its power had gone."""
@@ -77,14 +78,14 @@ class Nodes:
         """The end of what a node has printed."""
         return (self._folder / f"node_{number}.log").read_text()[-2000:]
 
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(self, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
         listen, grpc, metrics = free_ports(3)
         command = [
             *(RAY, "start", "--block", *arguments, "--object-store-memory=500000000"),
             *(f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}"),
             *(f"--metrics-export-port={metrics}", "--min-worker-port=0", "--max-worker-port=0"),
         ]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | more
         environment["RAY_AUTH_MODE"] = "disabled"  # a token would have to reach the job's client too
         with (self._folder / f"node_{len(self._all)}.log").open("w") as log:
             node = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

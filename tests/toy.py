@@ -66,9 +66,9 @@ def make(folder: Path, *, num_clips: int = 24, min_s: float = 2.0, max_s: float 
     return root
 
 
-def overrides(root: Path, storage: Path) -> list[str]:
-    """What makes recipe `tiny` run on the toy corpus in seconds."""
-    manifest, captions = root / "train.json", root / "train.captions.jsonl"
+def overrides(root: Path | str, storage: Path | str) -> list[str]:
+    """What makes recipe `tiny` run on the toy corpus, wherever that is, in seconds."""
+    manifest, captions, reading = (f"{root}/train.{end}" for end in ("json", "captions.jsonl", "reading.jsonl"))
     return [
         "corpus=null",
         f"storage={storage}",
@@ -82,8 +82,8 @@ def overrides(root: Path, storage: Path) -> list[str]:
         "model.lm.intermediate_size=64",
         "model.lm.pretrain.steps=4",
         "model.lm.pretrain.batch_size=8",
-        f"model.lm.pretrain.reading=[{root / 'train.reading.jsonl'}]",
-        f"model.lm.pretrain.drills=[{root / 'train.reading.jsonl'}]",
+        f"model.lm.pretrain.reading=[{reading}]",
+        f"model.lm.pretrain.drills=[{reading}]",
         "model.lm.pretrain.drill_steps=1",
         "model.transform.num_heads=2",
         "model.transform.inner_size=64",

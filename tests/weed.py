@@ -66,6 +66,26 @@ class Server:
             self._process.wait()
 
 
+class Folder:
+    """What a test sees of a folder on the server."""
+
+    def __init__(self, server: Server, prefix: str, bucket: str = "audio") -> None:
+        self._client, self._prefix, self._bucket = server.client(), prefix.rstrip("/") + "/", bucket
+
+    def names(self) -> list[str]:
+        """Of all files below, relative to the folder."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
+        return [item["Key"].removeprefix(self._prefix) for page in pages for item in page.get("Contents", [])]
+
+    def read(self, name: str) -> bytes:
+        return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+
+    def steps(self, stage: str) -> list[int]:
+        """Of a stage's metrics, as far as they are there."""
+        name = f"stages/{stage}/metrics.jsonl"
+        return [json.loads(line)["step"] for line in self.read(name).splitlines()] if name in self.names() else []
+
+
 def _free_ports(count: int) -> list[int]:
     """Ports that are free, and whose gRPC ports are."""
     free: list[int] = []

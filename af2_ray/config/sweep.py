@@ -70,7 +70,7 @@ class Sweep(Strict):
         return sum(stage.steps for stage in recipe.stages)
 
     def trials(self, overrides: Sequence[str] = ()) -> list[Trial]:
-        """All trials, checked before any starts; `overrides` come after the sweep's own.
+        """All trials, seed by seed, checked before any starts; `overrides` come after the sweep's own.
 
         Raises:
             ValueError: a combination is no valid recipe; the message names the combination.
@@ -80,22 +80,21 @@ class Sweep(Strict):
             drawn = np.random.default_rng(0).choice(len(combinations), self.samples, replace=False)
             combinations = [combinations[place] for place in sorted(drawn)]
         trials = []
-        for place, values in enumerate(combinations):
+        for seed, (place, values) in itertools.product(self.seeds, enumerate(combinations)):
             point = dict(zip(self.keys, values, strict=True))
-            for seed in self.seeds:
-                given = [f"{key}={_yaml(value)}" for key, value in point.items() if key != "recipe"]
-                base = str(point.get("recipe", self.recipe))
-                try:
-                    recipe = load_recipe(base, [*self.overrides, *overrides, *given, f"seed={seed}"])
-                except ValueError as error:
-                    raise ValueError(f"sweep {self.name}, {', '.join([base, *given])}: {error}") from error
-                if self.metric == "accuracy" and not recipe.evaluation.manifests:
-                    raise ValueError(f"sweep {self.name}: metric `accuracy` needs evaluation.manifests in the recipe")
-                if self.metric == "composition" and not (recipe.clap and recipe.evaluation.captions):
-                    raise ValueError(
-                        f"sweep {self.name}: metric `composition` needs clap and evaluation.captions in the recipe"
-                    )
-                trials.append(Trial(f"{place:03d}-seed{seed}", place, point, seed, recipe))
+            given = [f"{key}={_yaml(value)}" for key, value in point.items() if key != "recipe"]
+            base = str(point.get("recipe", self.recipe))
+            try:
+                recipe = load_recipe(base, [*self.overrides, *overrides, *given, f"seed={seed}"])
+            except ValueError as error:
+                raise ValueError(f"sweep {self.name}, {', '.join([base, *given])}: {error}") from error
+            if self.metric == "accuracy" and not recipe.evaluation.manifests:
+                raise ValueError(f"sweep {self.name}: metric `accuracy` needs evaluation.manifests in the recipe")
+            if self.metric == "composition" and not (recipe.clap and recipe.evaluation.captions):
+                raise ValueError(
+                    f"sweep {self.name}: metric `composition` needs clap and evaluation.captions in the recipe"
+                )
+            trials.append(Trial(f"{place:03d}-seed{seed}", place, point, seed, recipe))
         for trial, step in itertools.product(trials, self.share):
             if _made_from(step, trial.recipe) != _made_from(step, trials[0].recipe):
                 raise ValueError(

@@ -35,9 +35,9 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _overrides(folder: Path, steps: int, corpus: Path) -> list[str]:
+def _overrides(folder: Path | str, steps: int, corpus: Path | str) -> list[str]:
     kept = [item for item in toy.overrides(corpus, folder) if not item.startswith("stages.")]
-    return [*kept, STAGE.format(manifest=corpus / "train.json", steps=steps)]
+    return [*kept, STAGE.format(manifest=f"{corpus}/train.json", steps=steps)]
 
 
 def _steps(run: Path) -> list[int]:
