@@ -43,16 +43,16 @@ def test_a_node_dies_in_mid_stage_and_another_joins(cluster: nodes.Nodes, server
         return cluster.add(num_cpus=NODE_CPUS, scratch=tmp_path / name)
 
     corpus = toy.make(tmp_path)
-    settings = ["cluster.cpus_per_worker=1", "cluster.decode_cpus=0.2"]
-    whole = [str(ROOT / "jobs" / "train.py"), "tiny", *_overrides(tmp_path, NUM_STEPS, corpus), *settings]
+    whole = [str(ROOT / "jobs" / "train.py"), "tiny", *_overrides(tmp_path, NUM_STEPS, corpus)]
     subprocess.run([sys.executable, *whole], env=_environment(), check=True, timeout=400)
     send([str(path.relative_to(corpus)) for path in corpus.rglob("*.*")], corpus, "s3://audio/data/toy")
 
     first, _ = add("a"), add("b")
     store = Folder(server, "runs/tiny")
-    overrides = [*_overrides("s3://audio/runs", NUM_STEPS, "s3://audio/data/toy"), *settings]
+    overrides = _overrides("s3://audio/runs", NUM_STEPS, "s3://audio/data/toy")
+    sizes = ("cluster.cpus_per_worker=1", "cluster.decode_cpus=0.2")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        command = (sys.executable, "jobs/train.py", "tiny", *overrides)
+        command = (sys.executable, "jobs/train.py", "tiny", *overrides, *sizes)
         submitted = pool.submit(cluster.submit, *command, environment=_environment())
         deadline = time.monotonic() + 300
         while not store.steps("only"):  # they come with the first checkpoint

@@ -7,11 +7,13 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
 
 from af2_ray.config import Corpus, SceneSet
+from af2_ray.data.formats import read_table
 from af2_ray.synth.bank import Bank
 from af2_ray.synth.captions import composition_of, is_true, parse
 from af2_ray.synth.corpus import make_corpus
@@ -160,3 +162,21 @@ def test_a_folder_of_clips_is_a_source(tmp_path: Path) -> None:
 def test_too_few_classes_is_an_error_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lower corpus\.min_clips"):
         make_corpus(recipe(tmp_path, min_clips=1000))
+
+
+def test_a_corpus_is_made_into_an_object_store_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files as on a disk; what the store has is not made again."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    stored = recipe(Path("unused"), dir="memory://bucket/data/demo")
+    first = make_corpus(stored, num_processes=1)
+    wanted = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    root = "/bucket/data/demo/"
+    assert {name.removeprefix(root) for name in fs.store} == wanted
+    for name in ("short/train.json", "short/train/00001.flac", "sources.csv"):
+        assert fs.cat_file(root + name) == (made / name).read_bytes()
+    assert len(read_table("memory://bucket/data/demo/short/test.json")) == 64
+    monkeypatch.setattr("af2_ray.synth.corpus.sources.self_rendered", None)
+    assert make_corpus(stored) == first
+    assert first.dir == "memory://bucket/data/demo"
+    fs.store.clear()
