@@ -20,14 +20,14 @@ RAY = str(Path(sys.executable).parent / "ray")
 class Nodes:
     """A head, and nodes that come and go. Everything has a port of its own: other clusters have the usual ones."""
 
-    def __init__(self, folder: Path, *, head_cpus: float = 0) -> None:
+    def __init__(self, folder: Path, *, head_cpus: int = 0) -> None:
         self._folder = folder
         self._all: list[subprocess.Popen[bytes]] = []
         port, dashboard = free_ports(2)
         self.gcs, self.address = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         self._start(
             *("--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
-            *("--disable-usage-stats", f"--temp-dir=/tmp/ray_{os.getpid()}_{port}", f"--num-cpus={head_cpus:g}"),
+            *("--disable-usage-stats", f"--temp-dir=/tmp/ray_{os.getpid()}_{port}", f"--num-cpus={head_cpus}"),
         )
         for _ in range(120):
             try:
@@ -38,10 +38,10 @@ class Nodes:
                 time.sleep(0.5)
         raise AssertionError("the head does not come up: " + self.log(0))
 
-    def add(self, *, num_cpus: float, scratch: Path | None = None) -> subprocess.Popen[bytes]:
+    def add(self, *, num_cpus: int, scratch: Path | None = None) -> subprocess.Popen[bytes]:
         """One more node, with its own folder for temporary files if `scratch` is given; it joins some seconds later."""
         more = {} if scratch is None else {"TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp"}
-        return self._start(f"--address={self.gcs}", f"--num-cpus={num_cpus:g}", **more)
+        return self._start(f"--address={self.gcs}", f"--num-cpus={num_cpus}", **more)
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL to all of a node's processes at once, as if its power had gone."""

@@ -19,7 +19,7 @@ from weed import Folder, Server
 from af2_ray.remote import send
 
 NUM_STEPS = 16
-NODE_CPUS = 1.25  # one training worker and its decoding: two workers need two nodes
+NODE_CPUS = 1  # one training worker and its decoding: two workers need two nodes
 pytestmark = pytest.mark.slow
 
 
@@ -50,7 +50,7 @@ def test_a_node_dies_in_mid_stage_and_another_joins(cluster: nodes.Nodes, server
     first, _ = add("a"), add("b")
     store = Folder(server, "runs/tiny")
     overrides = _overrides("s3://audio/runs", NUM_STEPS, "s3://audio/data/toy")
-    sizes = ("cluster.cpus_per_worker=1", "cluster.decode_cpus=0.2")
+    sizes = ("cluster.cpus_per_worker=0.8", "cluster.decode_cpus=0.2")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         command = (sys.executable, "jobs/train.py", "tiny", *overrides, *sizes)
         submitted = pool.submit(cluster.submit, *command, environment=_environment())
