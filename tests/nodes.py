@@ -39,9 +39,17 @@ class Nodes:
         raise AssertionError("the head does not come up: " + self.log(0))
 
     def add(self, *, num_cpus: int, scratch: Path | None = None) -> subprocess.Popen[bytes]:
-        """One more node, with its own folder for temporary files if `scratch` is given; it joins some seconds later."""
+        """One more node, with its own folder for temporary files if `scratch` is given, once it has joined."""
         more = {} if scratch is None else {"TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp"}
-        return self._start(f"--address={self.gcs}", f"--num-cpus={num_cpus}", **more)
+        number, node = len(self._all), self._start(f"--address={self.gcs}", f"--num-cpus={num_cpus}", **more)
+        deadline = (
+            time.monotonic() + 120
+        )  # one after the other: two that start at once can wait for each other for ever
+        while "Ray runtime started" not in self.log(number):
+            assert node.poll() is None, self.log(number)
+            assert time.monotonic() < deadline, self.log(number)
+            time.sleep(0.2)
+        return node
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL to all of a node's processes at once, as if its power had gone."""
@@ -76,7 +84,7 @@ class Nodes:
 
     def log(self, number: int) -> str:
         """The end of what a node has printed."""
-        return (self._folder / f"node_{number}.log").read_text()[-2000:]
+        return (self._folder / f"node_{number}.log").read_text()[-4000:]
 
     def _start(self, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
         listen, grpc, metrics = free_ports(3)
