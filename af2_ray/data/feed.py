@@ -33,7 +33,7 @@ BatchT = TypeVar("BatchT", LmBatch, ClapBatch)
 
 _READ_ROWS = 1024  # plan rows of one read task, which yields numbers only
 _READ_CPUS = 0.01  # of the one read task that runs at a time: it only counts
-_SCHEDULER_PAUSE_S = 0.02
+_PAUSES_S = (0.02, 0.16)  # of Ray Data's scheduler, from the first round after a change to the last of many without
 
 
 class Collator(Protocol):
@@ -145,20 +145,28 @@ def _numbers_source() -> type[Any]:
 
 @functools.cache
 def _pace() -> type[Any]:
-    """A pause in each round of Ray Data's scheduler, except while plan rows are read.
+    """A pause in each round of Ray Data's scheduler, except while plan rows are read; longer where nothing happens.
 
     While the trainer is behind, nothing is running that the scheduler could wait for, and it spins: half a core on a
-    small machine. Rows take tenths of a second, so a pause of 20 ms costs nothing. The read yields one number a round,
-    and where the trainer holds all but a fraction of the CPUs decoding waits for its end: with the pause, the first
-    batch of 680 rows came after 17 s, of 1800 after 43 s.
+    small machine, a tenth with a pause of 20 ms. Rows take tenths of a second then, so a longer one costs nothing; if
+    rows come quickly, each round sees a change and the pause stays short. The read yields one number a round, and if
+    the trainer holds all but a fraction of the CPUs decoding waits for its end: with the pause, the first batch of 680
+    rows came after 17 s, of 1800 after 43 s.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pace(ExecutionCallback):
+        def __init__(self) -> None:
+            self._seen, self._pause_s = 0, _PAUSES_S[0]
+
         def on_execution_step(self, executor: Any) -> None:
-            reads = (op for op in executor._topology if op.name.startswith("Read"))
-            if not any(op.num_active_tasks() for op in reads):
-                time.sleep(_SCHEDULER_PAUSE_S)
+            operators = list(executor._topology)
+            if any(op.num_active_tasks() for op in operators if op.name.startswith("Read")):
+                return
+            done = sum(op.metrics.num_tasks_finished + op.metrics.num_outputs_taken for op in operators)
+            self._pause_s = _PAUSES_S[0] if done != self._seen else min(2 * self._pause_s, _PAUSES_S[1])
+            self._seen = done
+            time.sleep(self._pause_s)
 
     return Pace
 
