@@ -64,6 +64,8 @@ def _show(console: Console, uri: str, result: dict[str, Any]) -> None:
         console.print(f"alignment {result['alignment']}, uniformity {result['uniformity']}")
         for kind, row in result["choice"].items():
             both = f"both right {_percent(row['both'])} (chance 25.0)"
+            if "both_reworded" in row:
+                both += f", in other words {_percent(row['both_reworded'])}"
             console.print(f"choice by {kind}: {_percent(row['accuracy'])} (chance 50.0), {both}, {row['pairs']} pairs")
         if negatives := result.get("negatives"):
             kinds = ", ".join(f"{kind} {_percent(share)}" for kind, share in negatives["by_kind"].items())

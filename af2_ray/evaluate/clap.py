@@ -25,9 +25,10 @@ from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.audio.windows import WINDOW_S, to_windows
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
 from af2_ray.data.quarantine import Failure
+from af2_ray.evaluate.composition import Pairs, mirrored_pairs, score_pairs
 from af2_ray.evaluate.contrast import Vectors, alignment, first_hits, retrieval, uniformity, zero_shot
 from af2_ray.evaluate.layouts import Labelled, Table, read_csv
-from af2_ray.evaluate.marks import Mark
+from af2_ray.evaluate.marks import Mark, mark_of
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.processing_afclap import repeated
 from af2_ray.remote import local_model
@@ -79,20 +80,6 @@ def choose_gallery(events: Sequence[frozenset[str]], size: int) -> list[int]:
             seen.add(labels)
             chosen.append(index)
     return chosen
-
-
-def mirrored_pairs(captions: Sequence[CaptionSet], scenes: Sequence[Scene]) -> dict[str, list[tuple[int, int]]]:
-    """Index pairs of mirrored scenes whose captions differ, by the kind of relation that they exchange."""
-    members: dict[str, list[int]] = {}
-    for index, scene in enumerate(scenes):
-        if scene.get("pair") not in (None, ""):
-            members.setdefault(str(scene["pair"]), []).append(index)
-    pairs: dict[str, list[tuple[int, int]]] = {}
-    for indices in members.values():
-        kinds = {kind for index in indices for kind in captions[index].relations}
-        if len(indices) == 2 and len(kinds) == 1 and captions[indices[0]].caption != captions[indices[1]].caption:
-            pairs.setdefault(kinds.pop(), []).append((indices[0], indices[1]))
-    return dict(sorted(pairs.items()))
 
 
 @torch.inference_mode()
@@ -199,18 +186,18 @@ def score_captions(
         uri: of the captions; if the scenes' truth lies beside them (`scenes_uri_of`), it chooses the gallery and the
             mirrored pairs, and names the classes.
         gallery: clips in the retrieval; none: all. Without truth each of them is asked for by all its captions.
-        marks: takes the items of `composition` (a mirrored pair, right if both its captions are found), `t2a_r1`,
-            `a2t_r1` and `zero_shot`.
+        marks: takes the items of `composition` and `composition_reworded` (`composition.score_pairs`), `t2a_r1`,
+            `t2a_r1_reworded` (asked for by paraphrases, with truth), `a2t_r1` and `zero_shot`.
 
     Returns:
         gallery; r1, r5, r10 and map10 of `t2a_` and `a2t_`; t2a_r1_chance; alignment; uniformity (audio, text);
-        choice (see `_choices`) by relation kind of mirrored scenes, order_accuracy and order_pairs the same of order;
+        choice by relation kind of mirrored scenes (see `score_pairs`), order_accuracy and order_pairs of order alone;
         negatives (the caption against its own negatives, see `_against_negatives`); zero_shot with truth; failures.
     """
     captions, failures = table.captions, table.failures
     scenes = _scenes_beside(uri, captions)
     if scenes is None:
-        chosen, pairs = list(range(len(captions)))[:gallery], dict[str, list[tuple[int, int]]]()
+        chosen, pairs = list(range(len(captions)))[:gallery], Pairs()
     else:
         chosen = choose_gallery([event_labels(scene) for scene in scenes], gallery or len(scenes))
         pairs = mirrored_pairs(captions, scenes)
@@ -227,18 +214,7 @@ def score_captions(
 
     marks = [] if marks is None else marks
     result = _retrieval(model, tokenizer, captions, heard, audio, marks, all_captions=scenes is None)
-    texts = dict(zip(needed, embed_texts(model, tokenizer, [captions[i].caption for i in needed]), strict=True))
-    choice = {}
-    for kind, members in pairs.items():
-        if readable := [pair for pair in members if pair[0] in audio and pair[1] in audio]:
-            told = _choices(readable, audio, texts)
-            choice[kind] = {
-                "pairs": len(told),
-                "accuracy": round(float(told.mean()), 4),
-                "both": round(float(told.all(axis=1).mean()), 4),
-            }
-            for (first, _), found_both in zip(readable, told, strict=True):
-                marks.append(_mark("composition", captions[first], float(found_both.all()), kind))
+    choice = score_pairs(pairs, captions, audio, lambda texts: embed_texts(model, tokenizer, texts), marks)
     order = choice.get("order", {"accuracy": None, "pairs": 0})
     result |= {"order_accuracy": order["accuracy"], "order_pairs": order["pairs"], "choice": choice}
     if negatives := _against_negatives(model, tokenizer, captions, heard, audio):
@@ -248,7 +224,7 @@ def score_captions(
         nearest = _class_similarity(model, tokenizer, np.stack([audio[i] for i in heard]), labels, TEMPLATES)
         result["zero_shot"] = zero_shot(*nearest)
         hits = first_hits(nearest[0], np.array([[name in own for name in nearest[2]] for own in labels]))
-        marks += [_mark("zero_shot", captions[i], hit) for i, hit in zip(heard, hits, strict=True)]
+        marks += [mark_of("zero_shot", captions[i], hit) for i, hit in zip(heard, hits, strict=True)]
     return result | {"failures": failures + unread}
 
 
@@ -297,26 +273,20 @@ def _retrieval(
         if name == "t2a":
             marks += [Mark("t2a_r1", query, query, hit) for query, hit in zip(texts, hits, strict=True)]
         else:
-            marks += [_mark("a2t_r1", captions[i], hit) for i, hit in zip(clips, hits, strict=True)]
+            marks += [mark_of("a2t_r1", captions[i], hit) for i, hit in zip(clips, hits, strict=True)]
+    more = [(text, column) for column, i in enumerate(clips) for text in captions[i].positives]
+    if more and not all_captions:
+        words, columns = zip(*more, strict=True)
+        hits = first_hits(embed_texts(model, tokenizer, words) @ heard.T, np.eye(len(clips), dtype=bool)[list(columns)])
+        result["t2a_r1_reworded"] = round(float(np.mean(hits)), 4)
+        for (query, column), hit in zip(more, hits, strict=True):
+            marks.append(mark_of("t2a_r1_reworded", captions[clips[column]], hit, part=query))
     spread = {"audio": uniformity(heard), "text": uniformity(text)}
     first = text[[place[group[0]] for group in own]]
     return result | {
         "alignment": round(alignment(heard, first), 4),
         "uniformity": {key: None if value is None else round(value, 4) for key, value in spread.items()},
     }
-
-
-def _choices(pairs: Sequence[tuple[int, int]], audio: dict[int, Any], texts: dict[int, Any]) -> NDArray[np.bool_]:
-    """Of the captions of two mirrored clips, is each clip's own the nearer one? [pairs, 2]; chance of both 1/4."""
-    return np.array(
-        [[audio[own] @ texts[own] > audio[own] @ texts[other] for own, other in (pair, pair[::-1])] for pair in pairs]
-    )
-
-
-def _mark(measure: str, clip: CaptionSet, right: float, *groups: str) -> Mark:
-    """The mark of a clip, which is a stretch of a file."""
-    item = f"{clip.uri}#{clip.offset_s}"
-    return Mark(measure, item, item, right, groups)
 
 
 def _against_negatives(

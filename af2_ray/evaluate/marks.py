@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from af2_ray.data.manifest import CaptionSet
 from af2_ray.evaluate.answers import Prediction, duration_band, is_caption
 
 
@@ -19,7 +20,8 @@ class Mark:
     """One item: a question, a mirrored pair of clips, a query.
 
     Attributes:
-        measure: what it is an item of: `accuracy`, `composition`, `t2a_r1`, `a2t_r1`, `zero_shot`.
+        measure: what it is an item of: `accuracy`, `composition`, `t2a_r1`, `a2t_r1`, `zero_shot`, and
+            `_reworded` ones.
         item: unique within its measure, the same in all runs on the same data.
         unit: items of one unit are resampled together (the two questions of a pair).
         right: 0 or 1.
@@ -31,6 +33,12 @@ class Mark:
     unit: str
     right: float
     groups: tuple[str, ...] = ()
+
+
+def mark_of(measure: str, clip: CaptionSet, right: float, *groups: str, part: str = "") -> Mark:
+    """The mark of a clip, or of a part of what is asked about it; the clip's marks are resampled together."""
+    unit = f"{clip.uri}#{clip.offset_s}"
+    return Mark(measure, f"{unit} {part}" if part else unit, unit, right, groups)
 
 
 def of_predictions(predictions: Iterable[Prediction]) -> list[Mark]:

@@ -31,8 +31,8 @@ def question(number: int, answer: str, **changes: Any) -> Sample:
     return Sample(**(facts | changes))
 
 
-def write_corpus(folder: Path, *, num_pairs: int = 4, split: str = "test") -> Path:
-    """Mirrored two-tone scenes with questions, captions and truth in the corpus' formats; returns the folder."""
+def write_corpus(folder: Path, *, num_pairs: int = 4, split: str = "test", words: str | None = None) -> Path:
+    """Mirrored two-tone scenes with questions, captions (`words`: a paraphrase) and truth in the corpus' formats."""
     (folder / split).mkdir(parents=True, exist_ok=True)
     labels = ["low", "middle", "high", "shrill"]
     hz = dict(zip(labels, (220, 660, 1760, 4000), strict=True))
@@ -64,7 +64,8 @@ def write_corpus(folder: Path, *, num_pairs: int = 4, split: str = "test") -> Pa
             "output": f"{first}, then {second}",
             "skill": "caption",
         }
-        captions.append(clip | {"caption": f"{first}, then {second}", "positives": [], "relations": ["order"]})
+        positives = [words.format(first=first, second=second)] if words else []
+        captions.append(clip | {"caption": f"{first}, then {second}", "positives": positives, "relations": ["order"]})
         events = [
             {"label": first, "onsets_s": [0.0], "hit_s": half_s, "gains_db": [0.0], "count": 1},
             {"label": second, "onsets_s": [half_s], "hit_s": half_s, "gains_db": [0.0], "count": 1},

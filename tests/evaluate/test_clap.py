@@ -14,6 +14,7 @@ from quiz import write_corpus
 
 from af2_ray.data.manifest import read_captions
 from af2_ray.evaluate import clap
+from af2_ray.evaluate.marks import Mark, mean
 
 
 class Ears(torch.nn.Module):
@@ -61,8 +62,7 @@ class Reader:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module) -> None:
-    monkeypatch.setattr(clap.AfClapModel, "from_pretrained", lambda *_: model)
-    monkeypatch.setattr(clap.AutoTokenizer, "from_pretrained", lambda *_: Reader())
+    monkeypatch.setattr(clap, "load_clap", lambda _: (model, Reader()))
 
 
 def test_a_model_that_hears_scores_full_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +76,21 @@ def test_a_model_that_hears_scores_full_marks(tmp_path: Path, monkeypatch: pytes
     assert found["choice"] == {"order": {"pairs": 6, "accuracy": 1.0, "both": 1.0}}
     assert found["zero_shot"]["classes"] == 4
     assert found["failures"] == []
+
+
+def test_a_model_that_has_learned_the_form_of_words_is_told_from_one_that_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the first word for the first sound: right of `a, then b`, wrong of `b after a`."""
+    _use(monkeypatch, Ears())
+    for folder, words, right in (("a", "{first} before {second}", 1.0), ("b", "{second} after {first}", 0.0)):
+        corpus = write_corpus(tmp_path / folder, num_pairs=4, words=words)
+        marks: list[Mark] = []
+        found = clap.evaluate_clap("", str(corpus / "test.captions.jsonl"), gallery=4, max_windows=2, marks=marks)
+        assert found["choice"] == {"order": {"pairs": 4, "accuracy": 1.0, "both": 1.0, "both_reworded": right}}
+        assert found["t2a_r1_reworded"] == right
+        assert (mean(marks, "composition"), mean(marks, "composition_reworded")) == (1.0, right)
+        assert len({(mark.measure, mark.item) for mark in marks}) == len(marks)
 
 
 def test_a_model_that_ignores_order_is_never_right_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
