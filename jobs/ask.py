@@ -42,7 +42,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jobs/ask.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder")
+    parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder, local or s3://")
     parser.add_argument("file", metavar="FILE", help="recording: a path or an s3:// uri")
     parser.add_argument("question", metavar="QUESTION", help="options as `(A) dog (B) bell`, if there are any")
     parser.add_argument("--max-windows", type=int, default=30, help="10 s windows heard of the file (%(default)s)")

@@ -105,7 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jobs/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder")
+    parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder, local or s3://")
     parser.add_argument("manifests", metavar="MANIFEST", nargs="+", help="manifest in NVIDIA's JSON format")
     parser.add_argument("--train", metavar="MANIFEST", nargs="+", default=[], help="fit the text controls on these")
     parser.add_argument("--root", help="folder of the audio (default: each manifest's own)")
