@@ -1,12 +1,13 @@
 """Folders in object storage, or any other place of fsspec: sent, fetched, and copied once for a whole machine.
 
 Credentials come from the environment or the pod's role, never from an address. A store that is away for a minute is
-waited for. What marks a folder as whole (`config.json`, `done.json`, `corpus.json`) is sent last, so a kill in the
-middle leaves nothing that looks finished.
+waited for; refused credentials and a full disk are not. What marks a folder as whole (`config.json`, `done.json`,
+`corpus.json`) is sent last, so a kill in the middle leaves nothing that looks finished.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,11 @@ ResultT = TypeVar("ResultT")
 _RETRIES = 5  # with a pause that doubles from half a second: a server may be away for 15 s
 PATIENCE = 7  # retries where whole folders are at stake: it may be away for a minute
 _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs"}  # whose faults are not all OSErrors
-_MARKS = ("config.json", "done.json", "corpus.json")  # in the order in which they are sent
+_NO_KEYS = {"NoCredentialsError", "PartialCredentialsError"}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # faults of this machine: trying again does not help
+_CHUNK = 32  # files that are sent or fetched, and tried again, together; a large one comes alone
+_CHUNK_BYTES = 256 * 2**20
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
 _UNUSED_S = 24 * 3600.0  # after which a machine's copy of a folder is removed
 
 Wanted = Callable[[str], bool]  # of a path relative to its folder
@@ -37,13 +43,22 @@ def is_remote(place: str | Path) -> bool:
 
 
 def retried(call: Callable[[], ResultT], retries: int = _RETRIES) -> ResultT:
-    """What `call` returns; a passing fault is tried again, any fault of a store's client is an `OSError`."""
+    """What `call` returns; a passing fault is tried again, any fault of a store's client is an `OSError`.
+
+    Raises:
+        PermissionError: the store refuses the credentials, or there are none.
+        OSError: it still fails after so many retries, or this machine's disk is full or read-only.
+    """
     for attempt in range(retries + 1):
         try:
             return call()
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:
+            if type(error).__name__ in _NO_KEYS:
+                raise PermissionError(f"{error}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role") from error
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise
             if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS):
                 raise
             if attempt == retries:
@@ -54,80 +69,111 @@ def retried(call: Callable[[], ResultT], retries: int = _RETRIES) -> ResultT:
 
 def send(names: Iterable[str], folder: Path, uri: str) -> None:
     """Send files of a folder, named relative to it, to the same names below `uri`; marks of what is whole go last."""
-    fs, root = fsspec.url_to_fs(uri)
-    waves: dict[int, list[str]] = {}
+    fs, root = fsspec.url_to_fs(uri.rstrip("/"))
+    waves: dict[int, dict[str, int]] = {}
     for name in sorted(names):
-        waves.setdefault(next((n for n, mark in enumerate(_MARKS, 1) if name.endswith(mark)), 0), []).append(name)
+        waves.setdefault(_wave(name), {})[name] = (folder / name).stat().st_size
     for _, wave in sorted(waves.items()):
-        here, there = [str(folder / name) for name in wave], [f"{root}/{name}" for name in wave]
-        retried(lambda here=here, there=there: fs.put(here, there), PATIENCE)  # type: ignore[misc]
+        for part in _chunks(wave):
+            here, there = [str(folder / name) for name in part], [f"{root}/{name}" for name in part]
+            retried(lambda here=here, there=there: fs.put(here, there), PATIENCE)  # type: ignore[misc]
 
 
 def fetch(uri: str, folder: Path, wanted: Wanted = lambda name: True) -> list[str]:
     """Fetch the files below `uri` whose relative names are wanted into `folder`, and return their names."""
     fs, root, found = _listed(uri)
-    names = [name for name in found if wanted(name)]
-    if names:
-        here, there = [str(folder / name) for name in names], [f"{root}/{name}" for name in names]
-        retried(lambda: fs.get(there, here), PATIENCE)
-    return names
+    return _fetched(fs, root, {name: facts for name, facts in found.items() if wanted(name)}, folder)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file of this machine; others wait. The system frees it at process end."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def scratch(kind: str) -> Path:
+    """A folder of this user in the system's folder for temporary files (`TMPDIR`), the same for all processes."""
+    return Path(tempfile.gettempdir()) / f"af2_ray_{kind}_{os.getuid()}"
 
 
 def local_model(folder: str | Path) -> Path:
     """A Hugging Face folder on this machine's disk: the folder itself, or a copy of it that all processes here share.
 
-    A copy is known by what the store lists, so a folder that was written anew is fetched anew. Copies lie in the
-    system's folder for temporary files (`TMPDIR`) and go when none used them for a day.
+    A copy is known by what the store lists, so a folder that was written anew is fetched anew. Copies lie in `TMPDIR`;
+    with each new one those go that were not asked for within a day.
 
     Raises:
         ValueError: it is no such folder.
     """
-    path = Path(folder)
-    if is_remote(folder):
-        uri = str(folder).rstrip("/")
-        _, _, found = _listed(uri)
-        told = json.dumps([uri, sorted((name, _version(facts)) for name, facts in found.items())])
-        path = _shared_copy(uri, hashlib.sha256(told.encode()).hexdigest()[:16])
+    path = _shared_copy(str(folder).rstrip("/")) if is_remote(folder) else Path(folder)
     if not (path / "config.json").is_file():
         raise ValueError(f"no model in {folder}: name the folder that an export wrote, the one with config.json")
     return path
 
 
+def _wave(name: str) -> int:
+    """When a file is sent: 0 first; what marks a folder as whole after that folder's other files."""
+    base = name.rsplit("/", 1)[-1]
+    return 3 if base == "corpus.json" else 2 if base.endswith("done.json") else 1 if base == "config.json" else 0
+
+
+def _chunks(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for name in sizes:
+        if chunk and (len(chunk) == _CHUNK or sum(sizes[each] for each in chunk) + sizes[name] > _CHUNK_BYTES):
+            yield chunk
+            chunk = []
+        chunk.append(name)
+    if chunk:
+        yield chunk
+
+
+def _fetched(fs: Any, root: str, found: Mapping[str, Mapping[str, Any]], folder: Path) -> list[str]:
+    for part in _chunks({name: int(facts["size"] or 0) for name, facts in found.items()}):
+        here, there = [str(folder / name) for name in part], [f"{root}/{name}" for name in part]
+        retried(lambda here=here, there=there: fs.get(there, here), PATIENCE)  # type: ignore[misc]
+    return list(found)
+
+
 def _listed(uri: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
     """The store, its own name of a folder, and what it knows of each file below, by relative name."""
-    fs, root = fsspec.url_to_fs(uri)
-    root = root.rstrip("/")
+    fs, root = fsspec.url_to_fs(uri.rstrip("/"))
     fs.invalidate_cache()
     found = retried(lambda: fs.find(root, detail=True), PATIENCE)
-    return fs, root, {path.removeprefix(f"{root}/"): facts for path, facts in found.items()}
+    files = {path.removeprefix(f"{root}/"): facts for path, facts in found.items() if not path.endswith("/")}
+    return fs, root, files
 
 
-def _version(facts: dict[str, Any]) -> str:
-    return f"{facts['size']}:{facts.get('ETag') or facts.get('LastModified') or facts.get('mtime')}"
+def _version(facts: Mapping[str, Any]) -> str:
+    return ":".join(str(facts[key]) for key in ("size", *_VERSION_KEYS) if key in facts)
 
 
-def _shared_copy(uri: str, mark: str) -> Path:
-    """The copy called `mark`; the first process that asks for it fetches it, and the others wait."""
-    copies = Path(tempfile.gettempdir()) / f"af2_ray_copies_{os.getuid()}"
-    copies.mkdir(mode=0o700, exist_ok=True)
-    copy = copies / mark
-    with (copies / f".{mark}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _shared_copy(uri: str) -> Path:
+    """This machine's copy of a folder; the first process that asks for it fetches it, and the others wait."""
+    fs, root, found = _listed(uri)
+    told = json.dumps([uri, sorted((name, _version(facts)) for name, facts in found.items())])
+    copies = scratch("copies")
+    copy = copies / hashlib.sha256(told.encode()).hexdigest()[:16]
+    with locked(copies / f".{copy.name}.lock"):
         if not copy.is_dir():
             _remove_unused(copies)
-            part = copies / f".{mark}.part"
+            part = copies / f".{copy.name}.part"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            fetch(uri, part)
+            _fetched(fs, root, found, part)
             part.replace(copy)
         os.utime(copy)
     return copy
 
 
 def _remove_unused(copies: Path) -> None:
-    for other in copies.iterdir():
-        try:
-            if other.is_dir() and time.time() - other.stat().st_mtime > _UNUSED_S:
-                shutil.rmtree(other)
-        except FileNotFoundError:
-            pass  # another process removes it
+    """Remove copies that were not asked for within a day: whole, under their own lock, or not at all."""
+    for other in [path for path in copies.iterdir() if path.is_dir() and not path.name.startswith(".")]:
+        with (copies / f".{other.name}.lock").open("w") as lock, suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - other.stat().st_mtime > _UNUSED_S:
+                old = other.replace(copies / f".{other.name}.old")
+                shutil.rmtree(old, ignore_errors=True)

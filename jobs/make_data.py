@@ -30,7 +30,7 @@ def main() -> None:
     total = sum(scenes.num_scenes for scenes in recipe.corpus.sets)
     with console.bar("scenes", total) as update:
         report = make_corpus(recipe.corpus, progress=lambda done, _, what: update(done, what))
-    with fsspec.open(f"{report.dir.rstrip('/')}/sources/done.json", "rt") as file:
+    with fsspec.open(f"{recipe.corpus.dir.rstrip('/')}/sources/done.json", "rt") as file:
         made = json.load(file)
     console.console.print(
         f"{report.num_source_clips} source clips of {report.num_classes} classes ({', '.join(made['classes'])})"

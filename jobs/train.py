@@ -43,7 +43,7 @@ def main() -> None:
         if recipe.corpus is not None:
             console.heading("corpus")
             report = make_corpus(recipe.corpus)
-            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {Path(report.dir)}")
+            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {report.dir}")
         with console.cluster(run.root / "logs"):
             resources.preflight(recipe.cluster)
             for facts in train_run(run, watch=console.watch):

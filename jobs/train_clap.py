@@ -10,8 +10,6 @@ The model is in <run>/clap/model; `model.audio.weights=<run>/clap/model` makes a
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from af2_ray import console
 from af2_ray.config import load_recipe
 from af2_ray.synth.corpus import make_corpus
@@ -34,7 +32,7 @@ def main() -> None:
         if recipe.corpus is not None:
             console.heading("corpus")
             report = make_corpus(recipe.corpus)
-            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {Path(report.dir)}")
+            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {report.dir}")
         with console.cluster(run.root / "logs"), console.watch("AF-CLAP", run.clap_dir, recipe.clap.steps):
             tracker = Tracker(run)
             tracker.parent()

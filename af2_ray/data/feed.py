@@ -164,7 +164,8 @@ def _pace() -> type[Any]:
             if any(op.num_active_tasks() for op in operators if op.name.startswith("Read")):
                 return
             done = sum(op.metrics.num_tasks_finished + op.metrics.num_outputs_taken for op in operators)
-            self._pause_s = _PAUSES_S[0] if done != self._seen else min(2 * self._pause_s, _PAUSES_S[1])
+            changed = done != self._seen or executor._consumer_idling()
+            self._pause_s = _PAUSES_S[0] if changed else min(2 * self._pause_s, _PAUSES_S[1])
             self._seen = done
             time.sleep(self._pause_s)
 

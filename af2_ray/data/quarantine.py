@@ -50,14 +50,18 @@ class Quarantine:
     Args:
         path: the JSONL file, local or any uri of fsspec; one that exists is continued, so that a restarted run neither
             forgets nor lists twice.
+        name: what messages call it; none: its path.
         max_bad_share: largest share of items set aside.
         min_items: the share is judged from this many items on (one bad file of three is no verdict).
     """
 
-    def __init__(self, path: str, max_bad_share: float = 0.02, *, min_items: int = 200) -> None:
+    def __init__(
+        self, path: str, max_bad_share: float = 0.02, *, min_items: int = 200, name: str | None = None
+    ) -> None:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share={max_bad_share}: give a share from 0 to 1")
         self.path, self.max_bad_share, self.min_items = path, max_bad_share, min_items
+        self._name = name or path
         self.num_items = self.num_bad = 0
         self.reasons: Counter[str] = Counter()
         self._fs, self._file = fsspec.url_to_fs(path)
@@ -93,5 +97,5 @@ class Quarantine:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
             raise TooManyBad(
                 f"{self.num_bad} of {self.num_items} items were set aside ({self.bad_share:.1%}, allowed "
-                f"{self.max_bad_share:.1%}: faults.max_bad_share): {reasons}; listed in {self.path}"
+                f"{self.max_bad_share:.1%}: faults.max_bad_share): {reasons}; listed in {self._name}"
             )

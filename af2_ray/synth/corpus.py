@@ -23,18 +23,18 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import soundfile
 
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.remote import fetch, is_remote, send
+from af2_ray.remote import is_remote, locked, retried, scratch, send
 from af2_ray.synth import packages, sources
 from af2_ray.synth.bank import Bank, Bed, write_bank
 from af2_ray.synth.captions import make_captions
@@ -77,15 +77,26 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
     """
     if not is_remote(corpus.dir):
         return _make_all(corpus, Path(corpus.dir), progress, num_processes)
-    uri, folder = corpus.dir.rstrip("/"), Path(tempfile.gettempdir()) / f"af2_ray_corpus_{_fingerprint(corpus)[:16]}"
-    fetch(uri, folder, lambda name: name == "corpus.json")  # if the store has it, nothing else is needed here
-    was_sent = (folder / "corpus.json").is_file()
-    report = _make_all(corpus, folder, progress, num_processes)
-    if not was_sent:
-        names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-        send([str(name) for name in names if name.parts[0] != "packages"], folder, uri)
+    name = _digest([corpus.dir, _fingerprint(corpus)])[:16]
+    with locked(scratch("corpora") / f".{name}.lock"):
+        return _make_remote(corpus, scratch("corpora") / name, progress, num_processes)
+
+
+def _make_remote(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
+    """Make a corpus in a scratch folder and send it; one that was cut short goes on there."""
+    fs, root = fsspec.url_to_fs(corpus.dir.rstrip("/"))
+    fs.invalidate_cache()
+    report = f"{root}/corpus.json"
+    if retried(lambda: fs.exists(report)):
+        known = json.loads(retried(lambda: fs.cat_file(report)))
+        if known["fingerprint"] == _fingerprint(corpus):
+            return CorpusReport(**known["report"])
+        retried(lambda: fs.rm(report))  # from here on the store has no whole corpus until all of it is sent
+    made = _make_all(corpus, folder, progress, num_processes)
+    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    send([str(name) for name in names if name.parts[0] != "packages"], folder, corpus.dir)
     shutil.rmtree(folder)
-    return report
+    return made
 
 
 def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:

@@ -21,7 +21,7 @@ from af2_ray.config import AudioTowerSettings, Clap, Dataset
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapCollator
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
-from af2_ray.data.quarantine import Failure, Quarantine
+from af2_ray.data.quarantine import Failure
 from af2_ray.models.afclap import AfClapConfig, AfClapModel, load_text_encoder
 from af2_ray.models.htsat import tower_config
 from af2_ray.models.processing_afclap import AfClapProcessor
@@ -86,7 +86,7 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
 
 def usable_captions(run: Run, datasets: Sequence[Dataset]) -> list[CaptionSet]:
     """All usable caption sets of some datasets; the others go to the run's quarantine."""
-    quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
+    quarantine = run.quarantine()
     usable: list[CaptionSet] = []
     for dataset in datasets:
         sets = read_captions(dataset.manifest, dataset.root)

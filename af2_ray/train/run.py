@@ -13,9 +13,10 @@ A step is finished when its folder has `done.json`; it is written last, so a kil
 whole. The price of plain files instead of a database: one writer at a time, which `lock` enforces.
 
 A run may live in object storage (`storage: s3://...`). Then `root` is a scratch folder of this process, filled from the
-store at the start (without weights, which are fetched where they are read) and sent to it at each finished step and
-with each checkpoint (`keep`). Workers read what they start from, and write what they export, by `address`. Nothing
-keeps two drivers on two machines out of one such run: object stores have no locks.
+store at the start (without weights, which are fetched where they are read) and sent to it at each finished step, with
+each checkpoint and at the end, however that comes (`keep`). Workers read what they start from, and write what they
+export, by `address`. Two things are weaker there: nothing keeps drivers on two machines out of one run, as stores have
+no locks; a driver killed in the moment between a checkpoint and its accounts leaves a gap in `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import atexit
 import difflib
 import fcntl
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -34,10 +37,14 @@ from pathlib import Path
 from typing import Any
 
 from af2_ray.config import Recipe, load_recipe
+from af2_ray.data.quarantine import Quarantine
 from af2_ray.remote import fetch, is_remote, send
 
-_ELSEWHERE = {"train", "features"}  # folders of a run that its driver neither sends nor fetches
+_ELSEWHERE = re.compile(r"(features|clap/train|stages/[^/]+/train)/")  # what a driver neither sends nor fetches
 _WEIGHTS = ".safetensors"
+
+logger = logging.getLogger(__name__)
+_scratch: set[Path] = set()  # folders of this process that go when it ends
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,12 @@ class Run:
             root: the directory or its address; none: `<recipe.storage>/<recipe.name>`.
 
         Raises:
-            ValueError: the directory holds a run whose recipe differs in something that decides the weights; the
-                message shows the difference.
+            ValueError: the directory holds a run whose recipe differs in something that decides the weights (the
+                message shows the difference), or the recipe asks for what cannot be kept in object storage.
         """
         place = str(root or f"{recipe.storage.rstrip('/')}/{recipe.name}")
+        if is_remote(place):
+            _check_features(recipe, place)
         path, uri, kept = _working_copy(place)
         saved = path / "recipe.yaml"
         if saved.exists():
@@ -74,7 +83,7 @@ class Run:
             if before.fingerprint() != recipe.fingerprint():
                 difference = _difference(before.to_yaml(), recipe.to_yaml())
                 raise ValueError(
-                    f"{place} holds a run of another recipe; give its own recipe, or another --run (and "
+                    f"{place} holds a run of another recipe; give its own recipe, or another --run (and on a disk "
                     f"--fork {place}, to start from what this one has finished). It differs in:\n{difference}"
                 )
         path.mkdir(parents=True, exist_ok=True)
@@ -111,12 +120,13 @@ class Run:
         """The final model: the last stage's export."""
         return self.stage_dir(self.recipe.stages[-1].name) / "model"
 
-    @property
-    def quarantine_path(self) -> Path:
-        return self.root / "quarantine.jsonl"
+    def quarantine(self) -> Quarantine:
+        """The run's list of what is set aside, as far as it goes; for one process at a time."""
+        path = self.root / "quarantine.jsonl"
+        return Quarantine(str(path), self.recipe.faults.max_bad_share, name=self.address(path))
 
     def address(self, folder: Path) -> str:
-        """What every machine may call a folder of this run."""
+        """What every machine may call a folder (or file) of this run."""
         return str(folder) if self.uri is None else f"{self.uri}/{folder.relative_to(self.root)}"
 
     def fetched(self, folder: Path) -> Path:
@@ -136,8 +146,9 @@ class Run:
             return
         changed = [name for name in _names(self.root) if _state(self.root / name) != self._kept.get(name)]
         if changed:
+            states = {name: _state(self.root / name) for name in changed}  # a log may grow while it is sent
             send(changed, self.root, self.uri)
-            self._remember(changed)
+            self._kept.update(states)
 
     def _remember(self, names: Iterable[str]) -> None:
         self._kept.update((name, _state(self.root / name)) for name in names)
@@ -150,13 +161,26 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; `RuntimeError` if another one has it. The system frees it at process end."""
+        """Hold the run for this process; `RuntimeError` if another one has it. The system frees it at process end.
+
+        However the block ends, the store that holds the run then gets what it lacks.
+        """
         with (self.root / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RuntimeError(f"another process is working in {self.root}; wait for it or end it") from error
-            yield
+            try:
+                yield
+            finally:
+                self._keep_at_last()
+
+    def _keep_at_last(self) -> None:
+        try:
+            self.keep()
+        except OSError:
+            _scratch.discard(self.root.parent)
+            logger.exception("%s cannot be reached: what it lacks stays in %s", self.uri, self.root)
 
 
 def _working_copy(place: str) -> tuple[Path, str | None, dict[str, tuple[int, int]]]:
@@ -164,20 +188,37 @@ def _working_copy(place: str) -> tuple[Path, str | None, dict[str, tuple[int, in
     if not is_remote(place):
         return Path(place).absolute(), None, {}
     uri = place.rstrip("/")
-    scratch = Path(tempfile.mkdtemp(prefix="af2_ray_run_"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    root = scratch / uri.rsplit("/", 1)[-1]
+    folder = Path(tempfile.mkdtemp(prefix="af2_ray_run_"))
+    _scratch.add(folder)
+    root = folder / uri.rsplit("/", 1)[-1]
     root.mkdir()
-    names = fetch(uri, root, lambda name: not (name.endswith(_WEIGHTS) or _ELSEWHERE & set(name.split("/"))))
+    names = fetch(uri, root, lambda name: not (name.endswith(_WEIGHTS) or _ELSEWHERE.match(name)))
     return root, uri, {name: _state(root / name) for name in names}
+
+
+@atexit.register
+def _remove_scratch() -> None:
+    for folder in _scratch:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_features(recipe: Recipe, place: str) -> None:
+    """Shards of features are read in place, so they need a file system."""
+    cached = [stage.name for stage in recipe.stages if stage.features == "cached"]
+    if cached and (recipe.feature_cache.dir is None or is_remote(recipe.feature_cache.dir)):
+        raise ValueError(
+            f"stages.{cached[0]}.features=cached in {place}: shards of features are read in place, so give "
+            "feature_cache.dir, a folder that all nodes share"
+        )
 
 
 def _names(root: Path) -> list[str]:
     """The files of a run that are kept, relative to it."""
     found = []
     for folder, inner, files in os.walk(root):
-        inner[:] = [name for name in inner if name not in _ELSEWHERE and not name.startswith(".")]
-        found += [os.path.relpath(f"{folder}/{name}", root) for name in files if not name.startswith(".")]
+        below = "" if folder == str(root) else f"{os.path.relpath(folder, root)}/"
+        inner[:] = [name for name in inner if not (name.startswith(".") or _ELSEWHERE.match(f"{below}{name}/"))]
+        found += [f"{below}{name}" for name in files if not name.startswith(".")]
     return found
 
 

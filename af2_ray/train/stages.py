@@ -26,7 +26,7 @@ from af2_ray.data.durations import fill_durations
 from af2_ray.data.features import FeatureStore
 from af2_ray.data.formats import read_table
 from af2_ray.data.manifest import Sample
-from af2_ray.data.quarantine import Failure, Quarantine
+from af2_ray.data.quarantine import Failure
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
@@ -122,11 +122,6 @@ def cache_stages(run: Run) -> None:
 def _features(run: Run, stage: Stage, start: Path, made: Plan[Sample]) -> FeatureStore:
     """What the tower that a stage starts from makes of the stage's clips, kept in the run."""
     recipe = run.recipe
-    if run.uri is not None and recipe.feature_cache.dir is None:
-        raise ValueError(
-            f"stages.{stage.name}.features=cached and storage={recipe.storage}: shards are read in place, so give "
-            "feature_cache.dir, a folder that all nodes share"
-        )
     return cache_features(
         made,
         run.address(start),
@@ -180,7 +175,7 @@ def usable_samples(run: Run, dataset: Dataset) -> Sequence[Sample]:
     read = read_table(dataset.manifest, dataset.root)
     samples, _ = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
     good, bad = check_table(samples)
-    quarantine = Quarantine(str(run.quarantine_path), run.recipe.faults.max_bad_share)
+    quarantine = run.quarantine()
     quarantine.add([Failure(sample.uri, reason, sample.offset_s) for sample, reason in bad], len(samples))
     return good
 

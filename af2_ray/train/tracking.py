@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
@@ -135,7 +137,7 @@ class Tracker:
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError) as error:  # the last: of artifacts
             logger.warning("MLflow %s failed: %s", getattr(call, "__name__", call), error)
             return None
 
@@ -149,6 +151,7 @@ class ReportCallback(UserCallback):
         self._mlflow_id = mlflow_id
         self._tracker: Tracker | None = None
         self._quarantine: Quarantine | None = None
+        self._is_behind = False
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called when every rank has reported; rank 0 carries the history, each rank its own set-aside items."""
@@ -157,7 +160,7 @@ class ReportCallback(UserCallback):
             file.writelines(json.dumps(row) + "\n" for row in history)
         if self._tracker is None or self._quarantine is None:
             self._tracker = Tracker(self._run)
-            self._quarantine = Quarantine(str(self._run.quarantine_path), self._run.recipe.faults.max_bad_share)
+            self._quarantine = self._run.quarantine()
         self._tracker.log_history(self._mlflow_id, history)
         if validation := metrics[0].get("validation"):
             row = {"step": metrics[0]["step"], **validation, "val/is_best": float(metrics[0]["is_best"])}
@@ -166,17 +169,17 @@ class ReportCallback(UserCallback):
             self._tracker.log_history(self._mlflow_id, [row])
         failures = [failure for rank in metrics for failure in rank["failures"]]
         self._quarantine.add(failures, sum(row["clips"] for row in history))
-        if checkpoint is not None:
+        if checkpoint is not None or self._is_behind:
             self._keep()
 
     def _keep(self) -> None:
-        """What a restart from this checkpoint goes on with; a store that is away gets it with the next one."""
+        """What a restart from this checkpoint goes on with; a store that is away gets it with the next report."""
         try:
             self._run.keep()
+            self._is_behind = False
         except OSError as error:
-            logger.warning(
-                "%s does not take what was reported, the next checkpoint brings it: %s", self._run.uri, error
-            )
+            self._is_behind = True
+            logger.warning("%s does not take what was reported, the next report brings it: %s", self._run.uri, error)
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import fsspec
@@ -176,7 +177,11 @@ def test_a_corpus_is_made_into_an_object_store_once(made: Path, monkeypatch: pyt
     for name in ("short/train.json", "short/train/00001.flac", "sources.csv"):
         assert fs.cat_file(root + name) == (made / name).read_bytes()
     assert len(read_table("memory://bucket/data/demo/short/test.json")) == 64
-    monkeypatch.setattr("af2_ray.synth.corpus.sources.self_rendered", None)
-    assert make_corpus(stored) == first
+    with monkeypatch.context() as patch:
+        patch.setattr("af2_ray.synth.corpus.sources.self_rendered", None)
+        assert make_corpus(stored) == first
     assert first.dir == "memory://bucket/data/demo"
+    other = make_corpus(stored.model_copy(update={"sets": SETS[2:3]}), num_processes=1)
+    assert other.sha256 != first.sha256
+    assert json.loads(fs.cat_file(root + "corpus.json"))["report"] == asdict(other), "another recipe's is made anew"
     fs.store.clear()

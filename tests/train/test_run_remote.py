@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterator
 
 import fsspec
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from af2_ray import remote
 from af2_ray.config import load_recipe
 from af2_ray.remote import local_model
+from af2_ray.train import run as run_module
 from af2_ray.train.run import Run, finished, replacing
 
 URI = "memory://bucket/runs/tiny"
@@ -39,8 +43,8 @@ def test_finished_steps_are_kept_and_found_again_without_their_weights(store):
     with replacing(run.lm_dir / "model") as folder:
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_text("weights")
-    (run.lm_dir / "train").mkdir()
-    (run.lm_dir / "train" / "checkpoint").write_text("of Ray's own")
+    (run.clap_dir / "train").mkdir(parents=True)
+    (run.clap_dir / "train" / "checkpoint").write_text("of Ray's own")
     run.finish(run.lm_dir, {"steps": 3})
     assert names(store) == {"recipe.yaml", "lm/done.json", "lm/model/config.json", "lm/model/model.safetensors"}
 
@@ -63,16 +67,55 @@ def test_only_what_has_changed_is_sent_and_done_is_sent_last(store, monkeypatch)
     monkeypatch.setattr(
         fsspec.get_filesystem_class("memory"), "put", lambda fs, here, there: sent.extend(here) or put(fs, here, there)
     )
-    for name in ("metrics.jsonl", "model/config.json", "a.json"):
+    for name in ("metrics.jsonl", "model/config.json", "model/tokenizer_config.json"):
         (run.clap_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run.clap_dir / name).write_text(name)
     run.finish(run.clap_dir, {})
     order = [path.removeprefix(f"{run.clap_dir}/") for path in sent]
-    assert order == ["a.json", "metrics.jsonl", "model/config.json", "done.json"]
+    assert order == ["metrics.jsonl", "model/tokenizer_config.json", "model/config.json", "done.json"]
     sent.clear()
     (run.clap_dir / "metrics.jsonl").write_text("one line more")
     run.keep()
     assert sent == [f"{run.clap_dir}/metrics.jsonl"]
+
+
+def test_whatever_ends_a_run_the_store_gets_its_log(store):
+    run = opened()
+    (run.root / "logs").mkdir()
+    (run.root / "logs" / "train.log").write_text("why")
+    with pytest.raises(RuntimeError, match="broken"), run.lock():
+        raise RuntimeError("broken")
+    assert "logs/train.log" in names(store)
+
+
+def test_a_store_that_is_gone_at_the_end_leaves_what_it_lacks_here(store, monkeypatch, caplog):
+    run = opened()
+    monkeypatch.setattr(run_module, "send", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+    with run.lock():
+        (run.root / "metrics.jsonl").write_text("a line")
+    run_module._remove_scratch()
+    assert f"what it lacks stays in {run.root}" in caplog.text
+    assert (run.root / "metrics.jsonl").is_file()
+    shutil.rmtree(run.root.parent)
+
+
+def test_a_stage_may_have_any_name(store):
+    run = opened()
+    for name in ("train", "features"):
+        run.finish(run.stage_dir(name), {"steps": 1})
+        (run.stage_dir(name) / "train").mkdir()
+        (run.stage_dir(name) / "train" / "checkpoint").write_text("of Ray's own")
+    run.keep()
+    assert {"stages/train/done.json", "stages/features/done.json"} <= names(store)
+    assert not any("checkpoint" in name for name in names(store))
+
+
+@pytest.mark.parametrize("folder", [None, "s3://bucket/features"])
+def test_cached_features_need_a_file_system(store, folder):
+    recipe = load_recipe("mini", [f"feature_cache.dir={folder or 'null'}"])
+    with pytest.raises(ValueError, match=r"stages\.pretrain\.features=cached in memory://bucket/mini"):
+        Run.open(recipe, "memory://bucket/mini")
+    assert not store
 
 
 def test_an_export_goes_to_its_address_and_machines_share_one_copy(store, tmp_path, monkeypatch):
@@ -103,5 +146,12 @@ def test_a_store_that_fails_is_tried_again_and_then_named(monkeypatch):
     with pytest.raises(OSError, match="ConnectionError: gone"):
         remote.retried(fail, 3)
     assert len(calls) == 4
-    with pytest.raises(PermissionError):
-        remote.retried(lambda: (_ for _ in ()).throw(PermissionError("no")))
+    for fault, wanted in (
+        (PermissionError("no"), PermissionError),
+        (NoCredentialsError(), PermissionError),
+        (OSError(errno.ENOSPC, "disk is full"), OSError),
+    ):
+        calls.clear()
+        with pytest.raises(wanted):
+            remote.retried(lambda fault=fault: calls.append(1) or (_ for _ in ()).throw(fault))
+        assert len(calls) == 1, "trying again does not help"
