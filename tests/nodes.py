@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -69,10 +70,20 @@ class Nodes:
                 except subprocess.TimeoutExpired:
                     self.kill(node)
 
-    def submit(self, *entrypoint: str, environment: dict[str, str], timeout_s: float = 500) -> Any:
-        """`ray job submit` of this project; the finished process."""
+    def submit(
+        self, *entrypoint: str, environment: dict[str, str], timeout_s: float = 500, in_image: bool = False
+    ) -> Any:
+        """`ray job submit` of this project; the finished process.
+
+        Args:
+            in_image: the nodes have the code already. Several nodes of one machine share a folder for what a job
+                brings along, and each of them clears it for itself, under the feet of the others.
+        """
         root = str(Path(__file__).parents[1])
-        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", root, "--", *entrypoint]
+        code = ["--working-dir", root]
+        if in_image:
+            code = ["--runtime-env-json", json.dumps({"env_vars": {"PYTHONPATH": root}})]
+        command = [RAY, "job", "submit", "--address", self.address, *code, "--", *entrypoint]
         deadline = time.monotonic() + 120
         while True:
             done = subprocess.run(

@@ -74,8 +74,8 @@ def _train(cluster: nodes.Nodes, store: Folder, folder: Path) -> None:
     first, _ = add("a"), add("b")
     overrides = _overrides("s3://audio/runs", NUM_STEPS, "s3://audio/data/toy")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        command = (sys.executable, "jobs/train.py", "tiny", *overrides, *SIZES)
-        submitted = pool.submit(cluster.submit, *command, environment=_environment())
+        command = (sys.executable, str(ROOT / "jobs" / "train.py"), "tiny", *overrides, *SIZES)
+        submitted = pool.submit(cluster.submit, *command, environment=_environment(), in_image=True)
         deadline = time.monotonic() + 300
         while not store.steps("only"):  # they come with the first checkpoint
             assert not submitted.done(), _said(submitted.result())
@@ -98,8 +98,8 @@ def _sweep(cluster: nodes.Nodes, folder: Path) -> None:
     sweep = {"name": "toy", "recipe": "tiny", "overrides": overrides, "keys": keys, "seeds": [0], "metric": "loss"}
     (folder / "toy.yaml").write_text(yaml.safe_dump(sweep))
     out = folder / "sweep"
-    command = (sys.executable, "jobs/sweep.py", str(folder / "toy.yaml"), "--out", str(out))
-    result = cluster.submit(*command, environment=_environment())
+    command = (sys.executable, str(ROOT / "jobs" / "sweep.py"), str(folder / "toy.yaml"), "--out", str(out))
+    result = cluster.submit(*command, environment=_environment(), in_image=True)
     assert result.returncode == 0, _said(result)
     ended = [json.loads(path.read_text())["status"] for path in out.glob("trials/*/result.json")]
     assert ended == ["done", "done"]
