@@ -14,12 +14,13 @@ import ray
 from af2_ray.config import Cluster
 
 WAIT_S = 20.0  # for nodes that are joining, and for what an ended job still holds
+TRIAL_CPUS = 0.1  # what a sweep's trial holds itself, beside its job's workers and decode task
 
 
-def needed(cluster: Cluster, *, use_gpu: bool, trials: int = 1) -> dict[str, float]:
-    """CPUs and GPUs of `trials` jobs at a time: the workers and one decode task each."""
-    cpus = cluster.num_workers * cluster.cpus_per_worker + cluster.decode_cpus
-    return {"CPU": trials * cpus} | ({"GPU": float(trials * cluster.num_workers)} if use_gpu else {})
+def needed(cluster: Cluster, *, use_gpu: bool, in_sweep: bool = False) -> dict[str, float]:
+    """CPUs and GPUs of a job, or of a sweep's trial: the workers and one decode task."""
+    cpus = cluster.num_workers * cluster.cpus_per_worker + cluster.decode_cpus + (TRIAL_CPUS if in_sweep else 0)
+    return {"CPU": cpus} | ({"GPU": float(cluster.num_workers)} if use_gpu else {})
 
 
 def capacity() -> dict[str, float]:
@@ -40,14 +41,17 @@ def shortage(need: Mapping[str, float], have: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}s (there: {have.get(name, 0.0):g})" for name, amount in lacking.items())
 
 
-def preflight(cluster: Cluster, *, wait_s: float = WAIT_S) -> None:
+def preflight(cluster: Cluster, *, wait_s: float = WAIT_S, in_sweep: bool = False) -> None:
     """Fail if the cluster can never hold the recipe's workers, or does not have them free within `wait_s` seconds.
+
+    Args:
+        in_sweep: the workers of a trial, which holds a little itself.
 
     Raises:
         ValueError: the recipe asks for more than the cluster has or may grow to; the message names what is missing.
         RuntimeError: it has enough, but other work (or what is left of it) holds it.
     """
-    need = needed(cluster, use_gpu=uses_gpu(cluster))
+    need = needed(cluster, use_gpu=uses_gpu(cluster), in_sweep=in_sweep)
     end = time.monotonic() + wait_s
     while (missing := shortage(need, capacity())) and time.monotonic() < end:
         time.sleep(min(1.0, wait_s))
@@ -66,8 +70,6 @@ def preflight(cluster: Cluster, *, wait_s: float = WAIT_S) -> None:
 
 
 def max_trials(cluster: Cluster) -> int:
-    """How many jobs of this size the cluster holds at a time, at least 1."""
-    have = capacity()
-    return max(
-        1, min(int(have.get(name, 0) / amount) for name, amount in needed(cluster, use_gpu=uses_gpu(cluster)).items())
-    )
+    """How many trials of this size the cluster holds at a time, at least 1."""
+    have, need = capacity(), needed(cluster, use_gpu=uses_gpu(cluster), in_sweep=True)
+    return max(1, min(int(have.get(name, 0) / amount + 1e-6) for name, amount in need.items()))

@@ -66,7 +66,7 @@ class SweepRun:
     def run(self, *, notify: Callable[[str], None] = lambda text: None) -> list[Result]:
         """Bring every trial to its end, or to where ASHA stops it; failed ones are told, and run again next time."""
         recipe = self.trials[0].recipe
-        resources.preflight(recipe.cluster)
+        resources.preflight(recipe.cluster, in_sweep=True)
         tracking = _Tracking(self, recipe)
         if self.sweep.share:
             notify(f"shared by all trials: {', '.join(self.sweep.share)}")
@@ -124,7 +124,7 @@ class SweepRun:
         concurrent = self.sweep.max_concurrent_trials or resources.max_trials(left[0].recipe.cluster)
         watcher = _watcher(self, by_id, tracking, notify)
         tuner = tune.Tuner(
-            tune.with_resources(run_trial, tune.PlacementGroupFactory([{"CPU": 0.1}])),
+            tune.with_resources(run_trial, tune.PlacementGroupFactory([{"CPU": resources.TRIAL_CPUS}])),
             param_space={
                 "id": tune.grid_search(list(by_id)),
                 "folder": tune.sample_from(lambda spec: str(self.root / "trials" / spec.config["id"])),

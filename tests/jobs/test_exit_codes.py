@@ -63,6 +63,16 @@ def test_a_request_larger_than_the_cluster_is_bad_input_that_names_what_is_missi
         resources.preflight(Cluster(num_workers=8), wait_s=0)
 
 
+def test_a_trial_of_a_sweep_needs_a_little_more_than_its_job(monkeypatch):
+    """Without it as many trials would start as there are places for their workers, and none could decode."""
+    monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 2.0})
+    job = Cluster(num_workers=1, cpus_per_worker=0.8, decode_cpus=0.2)
+    assert resources.max_trials(job) == 1
+    assert resources.max_trials(job.model_copy(update={"cpus_per_worker": 0.7})) == 2
+    with pytest.raises(ValueError, match=r"2\.1 CPUs \(there: 2\)"):
+        resources.preflight(job.model_copy(update={"cpus_per_worker": 1.8}), wait_s=0, in_sweep=True)
+
+
 def test_what_other_jobs_hold_is_a_failure_not_bad_input(monkeypatch):
     monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 4.0})
     monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 4.0})
