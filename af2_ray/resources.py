@@ -35,6 +35,20 @@ def uses_gpu(cluster: Cluster) -> bool:
     return cluster.gpus == "yes" or (cluster.gpus == "auto" and capacity().get("GPU", 0) >= cluster.num_workers)
 
 
+def worker_env(cluster: Cluster) -> dict[str, dict[str, str]]:
+    """The runtime environment of a job's workers. Ray leaves a node's GPUs in sight of those that were given none."""
+    if uses_gpu(cluster) or not capacity().get("GPU"):
+        return {}
+    return {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}}
+
+
+def places(cluster: Cluster, *, use_gpu: bool) -> int:
+    """How many workers the nodes hold, each on one node."""
+    worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in worker.items()) for node in nodes)
+
+
 def shortage(need: Mapping[str, float], have: Mapping[str, float]) -> str:
     """What is missing, in words; empty if nothing is."""
     lacking = {name: amount for name, amount in need.items() if have.get(name, 0.0) < amount - 1e-6}
@@ -51,6 +65,7 @@ def preflight(cluster: Cluster, *, wait_s: float = WAIT_S, in_sweep: bool = Fals
         ValueError: the recipe asks for more than the cluster has or may grow to; the message names what is missing.
         RuntimeError: it has enough, but other work (or what is left of it) holds it.
     """
+    num_workers = cluster.num_workers
     need = needed(cluster, use_gpu=uses_gpu(cluster), in_sweep=in_sweep)
     end = time.monotonic() + wait_s
     while (missing := shortage(need, capacity())) and time.monotonic() < end:
@@ -58,9 +73,15 @@ def preflight(cluster: Cluster, *, wait_s: float = WAIT_S, in_sweep: bool = Fals
     if missing:
         raise ValueError(
             f"the recipe needs {missing} more than this Ray cluster can give: cluster.num_workers="
-            f"{cluster.num_workers} of {cluster.cpus_per_worker:g} CPUs; lower them, or start more nodes"
+            f"{num_workers} of {cluster.cpus_per_worker:g} CPUs; lower them, or start more nodes"
         )
-    if not shortage(need, ray.cluster_resources()):  # otherwise the autoscaler has to bring the nodes first
+    whole = not shortage(need, ray.cluster_resources())
+    if whole and capacity() == ray.cluster_resources() and places(cluster, use_gpu=uses_gpu(cluster)) < num_workers:
+        raise ValueError(
+            f"{num_workers} workers of {cluster.cpus_per_worker:g} CPUs: each has to fit on one node, and the nodes of "
+            "this cluster have enough only together; lower cluster.cpus_per_worker, or start larger nodes"
+        )
+    if whole:  # otherwise the autoscaler has to bring the nodes first
         while (missing := shortage(need, ray.available_resources())) and time.monotonic() < end:
             time.sleep(min(1.0, wait_s))
         if missing:

@@ -29,7 +29,7 @@ def main() -> None:
     if "://" in out:
         raise ValueError(f"{out}: a sweep is written on a shared file system; give its path")
     root = Path(out)
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}  # Ctrl-C is no success
     from af2_ray.tune.report import write_report  # Ray Tune reads its environment when it is imported
     from af2_ray.tune.run import SweepRun
 
@@ -42,7 +42,8 @@ def main() -> None:
         with console.cluster(run.root / "logs"):
             console.heading(f"sweep {sweep.name}: {len(trials)} trials")
             results = run.run(notify=lambda text: console.console.print(text, markup=False))
-        report = write_report(run.root, sweep, results, {trial.id: run.folder(trial) for trial in run.trials})
+        folders = {trial.id: run.folder(trial) for trial in run.trials}
+        report = write_report(run.root, sweep, results, folders, {trial.id: trial.recipe for trial in trials})
     console.console.print(f"report: {report}")
     failed = [result for result in results if result.status == "failed"]
     if failed:

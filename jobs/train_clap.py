@@ -10,7 +10,7 @@ The model is in <run>/clap/model; `model.audio.weights=<run>/clap/model` makes a
 
 from __future__ import annotations
 
-from af2_ray import console
+from af2_ray import console, resources
 from af2_ray.config import load_recipe
 from af2_ray.synth.corpus import make_corpus
 from af2_ray.train.clap import train_clap
@@ -34,9 +34,12 @@ def main() -> None:
             report = make_corpus(recipe.corpus)
             console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {report.dir}")
         with console.cluster(run.root / "logs"), console.watch("AF-CLAP", run.clap_dir, recipe.clap.steps):
+            resources.preflight(recipe.cluster)
             tracker = Tracker(run)
-            tracker.parent()
-            facts = train_clap(run, tracker)
+            with tracker.closing():
+                tracker.parent()
+                facts = train_clap(run, tracker)
+                tracker.finish("parent")
     console.console.print(f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}")
     console.console.print(f"model: {run.address(run.clap_dir / 'model')}")
 

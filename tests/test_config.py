@@ -83,3 +83,11 @@ def test_the_fingerprint_leaves_out_what_does_not_decide_the_weights():
     one = load_recipe("tiny")
     assert one.fingerprint() == load_recipe("tiny", ["storage=elsewhere", "serve.model_name=x"]).fingerprint()
     assert one.fingerprint() != load_recipe("tiny", ["seed=1"]).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["faults.max_bad_share=0.5", "faults.max_failures=9", "stages.long.checkpoint_every=1", "clap.checkpoint_every=1"],
+)
+def test_what_may_fail_and_what_is_kept_on_the_way_may_change_in_mid_run(override):
+    assert load_recipe("tiny", [override]).fingerprint() == load_recipe("tiny").fingerprint()

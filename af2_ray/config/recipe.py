@@ -103,9 +103,28 @@ class Recipe(Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
     def fingerprint(self) -> str:
-        """SHA-256 (first 16 hex digits) of everything that decides the weights: the same after a change of workers."""
-        left_out = {"storage", "data", "tracking", "serve", "evaluation", "cluster", "checkpoints", "licences"}
-        kept = self.model_dump(mode="json", exclude={**dict.fromkeys(left_out, True), "feature_cache": {"dir": True}})
+        """SHA-256 (first 16 hex digits) of everything that decides the weights.
+
+        The same after a change of workers, of what is measured and kept on the way, or of how much may fail.
+        """
+        left_out = (
+            "storage",
+            "data",
+            "tracking",
+            "serve",
+            "evaluation",
+            "cluster",
+            "checkpoints",
+            "licences",
+            "faults",
+        )
+        exclude: dict[str, Any] = {
+            **dict.fromkeys(left_out, True),
+            "feature_cache": {"dir": True},
+            "clap": {"checkpoint_every": True},
+            "stages": {"__all__": {"checkpoint_every": True, "validation": True}},
+        }
+        kept = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

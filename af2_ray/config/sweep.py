@@ -116,10 +116,10 @@ class Trial:
 
 def _made_from(step: str, recipe: Recipe) -> tuple[Any, ...]:
     """The settings that a shared step depends on, which must be those of all trials."""
-    language = (recipe.corpus, recipe.model.lm, recipe.model.max_text_tokens)
+    language = (recipe.corpus, recipe.model.lm, recipe.model.max_text_tokens, recipe.deepspeed.precision)
     if step == "lm":
         return language
-    return (*language, recipe.clap, recipe.model.audio.model_copy(update={"features": "dense"}))
+    return (*language, recipe.clap, recipe.model.audio.model_copy(update={"features": "dense"}), recipe.deepspeed)
 
 
 def sweep_names() -> list[str]:

@@ -219,10 +219,10 @@ def plan_captions(
         "data": fingerprint(items),
         "seed": str(seed),
         "steps": str([steps for _, steps in phases]),
-        "budget": f"clips_per_row={clips_per_row} step_batches={step_batches}",
+        "budget": f"clips_per_step={size}",  # into how many rows they are divided changes no step
         "max_windows": str(max_windows),
     }
-    mark = _digest(f"plan_captions {origin!r}", entries, row_starts)
+    mark = _digest(f"plan_captions {origin!r}", entries)
     return Plan(items, entries, np.arange(len(entries) + 1), row_starts, step_batches, stats, mark, origin)
 
 

@@ -17,7 +17,7 @@ from af2_ray.data.manifest import Sample
 DURATION_BANDS: tuple[tuple[str, float], ...] = (("<=30", 30.0), ("30-90", 90.0), ("90-300", float("inf")))
 
 _MARKER = re.compile(r"^\(?[a-z]\)\s*")
-_NOT_WORD = re.compile(r"[^a-z0-9]+")
+_NOT_WORD = re.compile(r"[\W_]+")
 _OPTIONS = re.compile(r"\s*\(A\)\s.*$", re.DOTALL | re.IGNORECASE)
 
 Clip = tuple[str, float, float]
@@ -30,7 +30,7 @@ def clip_of(sample: Sample) -> Clip:
 
 def normalise(text: str) -> str:
     """Lower case, without an option's marker, punctuation and doubled spaces: `(B) The bell.` -> `the bell`."""
-    return _NOT_WORD.sub(" ", _MARKER.sub("", text.strip().lower())).strip()
+    return _NOT_WORD.sub(" ", _MARKER.sub("", text.strip().casefold())).strip()
 
 
 def match_option(text: str, options: Sequence[str]) -> str | None:

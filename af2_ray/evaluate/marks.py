@@ -13,6 +13,7 @@ from typing import Any
 
 from af2_ray.data.manifest import CaptionSet
 from af2_ray.evaluate.answers import Prediction, duration_band, is_caption
+from af2_ray.evaluate.intervals import units_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Mark:
         measure: what it is an item of: `accuracy`, `composition`, `t2a_r1`, `a2t_r1`, `zero_shot`, and
             `_reworded` ones.
         item: unique within its measure, the same in all runs on the same data.
-        unit: items of one unit are resampled together (the two questions of a pair).
+        unit: items of one unit are right or wrong together (all that shares a recording, or a pair).
         right: 0 or 1.
         groups: parts of the measure it belongs to: a skill, a duration band, a kind of relation.
     """
@@ -36,20 +37,22 @@ class Mark:
 
 
 def mark_of(measure: str, clip: CaptionSet, right: float, *groups: str, part: str = "") -> Mark:
-    """The mark of a clip, or of a part of what is asked about it; the clip's marks are resampled together."""
+    """The mark of a clip, or of a part of what is asked about it; the clip's marks are one unit."""
     unit = f"{clip.uri}#{clip.offset_s}"
     return Mark(measure, f"{unit} {part}" if part else unit, unit, right, groups)
 
 
 def of_predictions(predictions: Iterable[Prediction]) -> list[Mark]:
     """Marks of the closed questions, grouped by duration band and skill."""
+    closed = [prediction for prediction in predictions if not is_caption(prediction.sample)]
+    names = [f"{prediction.sample.uri}#{prediction.sample.id}" for prediction in closed]
+    pairs = [prediction.sample.pair or name for prediction, name in zip(closed, names, strict=True)]
+    units = units_of(pairs, [prediction.sample.uri for prediction in closed])
     marks = []
-    for prediction in predictions:
+    for prediction, name, unit in zip(closed, names, units.tolist(), strict=True):
         sample = prediction.sample
-        if not is_caption(sample):
-            item = f"{sample.uri}#{sample.id}"
-            groups = (f"{duration_band(sample.duration_s)} s", sample.skill or "unnamed")
-            marks.append(Mark("accuracy", item, sample.pair or item, float(prediction.right), groups))
+        groups = (f"{duration_band(sample.duration_s)} s", sample.skill or "unnamed")
+        marks.append(Mark("accuracy", name, str(unit), float(prediction.right), groups))
     return marks
 
 

@@ -1,7 +1,7 @@
 """Accuracy by skill and duration with intervals, over questions that come in counterbalanced pairs.
 
-The two questions of a pair share their words and stand or fall together, so the bootstrap resamples pairs, not
-questions: the interval is wider and honest. A question alone is a pair of one.
+Questions that share a recording or a counterbalanced pair stand or fall together, so the bootstrap resamples all that
+hangs together so (`intervals.units_of`), not questions: the interval is wider and honest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from af2_ray.data.manifest import Sample
 from af2_ray.evaluate.answers import DURATION_BANDS, Prediction, duration_band, normalise
+from af2_ray.evaluate.intervals import units_of
 
 Scores = NDArray[np.float64]
 """[N] one value a question: 1 right, 0 wrong, a probability for chance, NaN where a system gave no answer."""
@@ -21,7 +22,7 @@ Scores = NDArray[np.float64]
 CONTROLS = ("deaf", "majority", "text_only")
 
 
-def interval95(resampled: Scores) -> list[float]:
+def middle95(resampled: Scores) -> list[float]:
     """[low, high]: the middle 95 % of resampled values."""
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return [round(float(low), 4), round(float(high), 4)]
@@ -32,13 +33,13 @@ def mean_score(scores: Scores) -> float | None:
     return round(float(np.nanmean(scores)), 4) if np.isfinite(scores).any() else None
 
 
-class PairBootstrap:
-    """Resampled means of any system over the same draws of pairs, so that differences are paired too."""
+class Bootstrap:
+    """Resampled means of any system over the same draws of units, so that differences are paired too."""
 
     def __init__(self, samples: Sequence[Sample], *, num_draws: int = 2000, seed: int = 0) -> None:
         names = [sample.pair or f"alone:{index}" for index, sample in enumerate(samples)]
-        _, self.unit = np.unique(names, return_inverse=True)
-        self.num_units = int(self.unit.max()) + 1 if names else 0
+        self.unit = units_of(names, [sample.uri for sample in samples])
+        self.num_units = int(self.unit.max(initial=-1)) + 1
         rng = np.random.default_rng(seed)
         self.draws = rng.multinomial(self.num_units, np.full(self.num_units, 1 / max(1, self.num_units)), num_draws)
 
@@ -73,11 +74,11 @@ def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[
     """
     if not samples:
         raise ValueError("no questions to score: the manifests hold only captions, or every clip was set aside")
-    bootstrap = PairBootstrap(samples)
+    bootstrap = Bootstrap(samples)
     resampled = {name: bootstrap.means(scores) for name, scores in systems.items()}
     row: dict[str, Any] = {"questions": len(samples), "pairs": pair_accuracy(samples, systems["model"])}
     row |= {name: mean_score(scores) for name, scores in systems.items()}
-    row["ci95"] = {name: interval95(values) for name, values in resampled.items() if row[name] is not None}
+    row["ci95"] = {name: middle95(values) for name, values in resampled.items() if row[name] is not None}
     controls = {name: row[name] for name in CONTROLS if row.get(name) is not None}
     if controls:
         best = max(controls, key=lambda name: controls[name])
@@ -86,7 +87,7 @@ def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[
         row |= {
             "best_control": best,
             "above_best_control": round(row["model"] - controls[best], 4),
-            "above_best_control_ci95": interval95(lead),
+            "above_best_control_ci95": middle95(lead),
         }
     return row
 
@@ -127,7 +128,7 @@ def event_mentions(text: str, words: Mapping[str, str]) -> list[str]:
     rest, found = f" {normalise(text)} ", dict[str, int]()
     for wording in sorted(words, key=len, reverse=True):
         part = f" {normalise(wording)} "
-        while (position := rest.find(part)) >= 0:
+        while part.strip() and (position := rest.find(part)) >= 0:
             label = words[wording]
             found[label] = min(position, found.get(label, position))
             rest = rest.replace(part, f" {'#' * (len(part) - 2)} ", 1)

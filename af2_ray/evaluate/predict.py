@@ -249,9 +249,9 @@ def answer_one(
 class Listener:
     """One actor of `predict_on_ray`: a loaded model, one thread."""
 
-    def __init__(self, model_dir: str, num_threads: int) -> None:
+    def __init__(self, model_dir: str, num_threads: int, device: str) -> None:
         torch.set_num_threads(num_threads)
-        self.model, self.tokenizer = load_model(model_dir)
+        self.model, self.tokenizer = load_model(model_dir, device=device)
 
     def encode(self, clips: Sequence[Clip], max_windows: int, batch_windows: int) -> tuple[States, list[Failure]]:
         """`encode_clips` with this actor's model."""
@@ -291,7 +291,8 @@ def predict_on_ray(
     clips, failures = _clips(samples, max_windows)
     place = str(model_dir if is_remote(model_dir) else Path(model_dir).absolute())
     actor_class = ray.remote(num_cpus=cpus_per_shard, num_gpus=gpus_per_shard)(Listener)
-    actors = [actor_class.remote(place, threads_per_shard) for _ in range(num_shards)]
+    device = "cuda" if gpus_per_shard else "cpu"  # Ray leaves GPUs in sight of an actor that has none
+    actors = [actor_class.remote(place, threads_per_shard, device) for _ in range(num_shards)]
     try:
         encoded = [
             actor.encode.options(num_returns=2).remote(clips[shard::num_shards], max_windows, batch_windows)

@@ -1,12 +1,13 @@
 """Checkpoints: everything a worker group needs to go on as if nothing had happened.
 
 Engine state (what trains, optimiser, schedule) through DeepSpeed without the frozen parameters, which come from the
-stage's start; each rank's random state; step and cursor; and in `checkpoint.json` how many workers and which recipe
+stage's start; each rank's random state; the step; and in `checkpoint.json` how many workers and which recipe
 made it. A 3B model with a frozen LM so saves only what trains. Ray Train registers a checkpoint once all of it has
 reached storage, so a half-written one is never gone on from.
 
-Another number of workers takes the same checkpoint through DeepSpeed's universal form, converted once a node: the
-cursor counts rows of the plan, not steps of a rank, so it stays. Random states of the ranks do not carry over then.
+Another number of workers takes the same checkpoint through DeepSpeed's universal form, converted once a node.
+The feed goes on at the same place, for a step takes the same rows however many workers share them. Random states of
+the ranks do not carry over then.
 """
 
 from __future__ import annotations
@@ -37,10 +38,9 @@ BEST = 10**12  # added to the step that a checkpoint is kept by: any that was be
 
 @dataclass
 class State:
-    """Where a stage stands: optimiser steps done, plan rows consumed by all ranks, best validation loss so far."""
+    """Where a stage stands: optimiser steps done (where its feed goes on, too), best validation loss so far."""
 
     step: int = 0
-    cursor: int = 0
     best: float | None = None
 
 
@@ -149,7 +149,7 @@ def restore(engine: Any, saved: Saved | None) -> State:
     random_path = saved.folder / f"random_{ray.train.get_context().get_world_rank()}.pt"
     if random_path.is_file() and not saved.is_resized:
         _set_random_state(torch.load(random_path, weights_only=True))
-    return State(step=client["step"], cursor=client["cursor"], best=client["best"])
+    return State(step=client["step"], best=client["best"])
 
 
 @contextmanager

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from af2_ray import resources
 from af2_ray.audio.decode import AudioError
 from af2_ray.audio.windows import WINDOW_SAMPLES, num_windows_for
 from af2_ray.config import Cluster, DeepSpeedSettings, FeatureCache
@@ -38,7 +39,6 @@ from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import AudioTower
 from af2_ray.remote import local_model
 from af2_ray.train.precision import Precision, autocast, resolve
-from af2_ray.train.resources import scaling
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Encoding:
     dtype: Precision
     max_windows: int
     threads: int = 1
+    on_gpu: bool = False
 
 
 def cache_features(
@@ -77,7 +78,8 @@ def cache_features(
         ValueError: a cache folder of another tower, or a broken shard.
     """
     started = time.perf_counter()
-    encoding = make_encoding(start, Path(settings.dir or root), settings.dtype, deepspeed, max_windows=max_windows)
+    folder, on_gpu = Path(settings.dir or root), resources.uses_gpu(cluster)
+    encoding = make_encoding(start, folder, settings.dtype, deepspeed, max_windows=max_windows, on_gpu=on_gpu)
     clips = clips_of(plan, max_windows)
     store, lacking = FeatureStore.of(encoding.folder, clips)
     if not lacking:
@@ -95,16 +97,22 @@ def cache_features(
 
 
 def make_encoding(
-    start: str | Path, root: Path, dtype: str, deepspeed: DeepSpeedSettings, *, max_windows: int, threads: int = 1
+    start: str | Path,
+    root: Path,
+    dtype: str,
+    deepspeed: DeepSpeedSettings,
+    *,
+    max_windows: int,
+    threads: int = 1,
+    on_gpu: bool = False,
 ) -> Encoding:
     """The encoding by the tower of a model folder, its cache folder made or checked."""
-    on_gpu = torch.cuda.is_available() or _ray_has_gpus()
     if dtype == "auto":
         dtype = resolve(deepspeed.precision, on_gpu=on_gpu)
     mark = tower_mark(start)
     folder = root.absolute() / f"{mark}-{dtype}"
     open_folder(folder, {"weights": mark, "dtype": dtype})
-    return Encoding(start, folder, cast(Precision, dtype), max_windows, threads)
+    return Encoding(start, folder, cast(Precision, dtype), max_windows, threads, on_gpu)
 
 
 def clips_of(plan: Plan[Sample], max_windows: int) -> list[Clip]:
@@ -179,7 +187,7 @@ class Encoder:
 
     def __init__(self, encoding: Encoding) -> None:
         torch.set_num_threads(encoding.threads)
-        self._folder, self._device = encoding.folder, "cuda" if torch.cuda.is_available() else "cpu"
+        self._folder, self._device = encoding.folder, "cuda" if encoding.on_gpu else "cpu"
         self._precision = encoding.dtype
         dtype = torch.bfloat16 if encoding.dtype == "bf16" else torch.float32
         self._tower = load_tower(encoding.start).to(self._device, dtype)
@@ -225,7 +233,6 @@ def _encode_on_ray(
     """Encode shards on the cluster; why clips failed, by key."""
     import ray.data
 
-    workers = scaling(cluster)
     rows = [{"clips": json.dumps([list(clip) for clip in clips])} for clips in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     decoded = dataset.map(_decode_row, fn_kwargs={"max_windows": encoding.max_windows}, num_cpus=cluster.decode_cpus)
@@ -234,16 +241,10 @@ def _encode_on_ray(
         fn_constructor_args=(encoding,),
         compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(rows))),
         num_cpus=cluster.cpus_per_worker,
-        num_gpus=1 if workers.use_gpu else 0,
+        num_gpus=1 if encoding.on_gpu else 0,
     )
     failures: dict[int, tuple[str, str]] = {}
     for number, row in enumerate(done.iter_rows(), 1):
         failures |= {int(key): (reason, detail) for key, (reason, detail) in json.loads(row["failures"])}
         logger.info("features: %d of %d shards", number, len(rows))
     return failures
-
-
-def _ray_has_gpus() -> bool:
-    import ray
-
-    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0

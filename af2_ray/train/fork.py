@@ -53,13 +53,14 @@ def _steps(recipe: Recipe) -> list[tuple[str, str, str]]:
     texts = {(data["manifest"], data["root"]): None for stage in told["stages"] for data in stage["data"]}
     model = told["model"]
     precision = told["deepspeed"]["precision"]
-    # The small LM is trained on the text of all stages, whatever their weights.
-    reads = (told["seed"], told["corpus"], model["lm"], model["max_text_tokens"], list(texts), precision)
+    # A small LM is trained on the text of all stages, whatever their weights; one that is given has read what it has.
+    learned = (told["corpus"], model["max_text_tokens"], list(texts), precision)
+    reads = (told["seed"], model["lm"], learned if model["lm"]["pretrain"] else None)
     steps: list[tuple[str, Any, str]] = [("lm", reads, "lm")]
     if recipe.clap is not None:
-        steps.append(("clap", (told["clap"], model["audio"], told["deepspeed"]), "clap"))
+        steps.append(("clap", (told["corpus"], told["clap"], model["audio"], told["deepspeed"]), "clap"))
     longest = max((stage.max_windows for stage in recipe.stages), default=0)
-    steps.append(("start", (model, longest), "start"))
+    steps.append(("start", (told["corpus"], model, longest), "start"))
     caches = {key: value for key, value in told["feature_cache"].items() if key != "dir"}
     for stage in told["stages"]:
         kept = {key: value for key, value in stage.items() if key not in ("validation", "checkpoint_every")}

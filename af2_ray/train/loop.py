@@ -106,7 +106,6 @@ class _Stage:
             waited = time.perf_counter() - started
             metrics = step(rows, with_norms=(state.step + 1) % NORMS_EVERY == 0)
             state.step += 1
-            state.cursor += loop.step_batches
             self._account(
                 rows, metrics, wait_s=waited, report_s=reported, work_s=time.perf_counter() - started - waited
             )

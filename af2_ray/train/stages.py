@@ -56,8 +56,12 @@ def train_run(run: Run, *, watch: Watch | None = None) -> list[dict[str, Any]]:
     Returns:
         The facts of LM, AF-CLAP and stages (see `trainer.fit`), finished now or before.
     """
-    watch = watch or (lambda title, folder, num_steps: nullcontext())
     tracker = Tracker(run)
+    with tracker.closing():
+        return _steps(run, tracker, watch or (lambda title, folder, num_steps: nullcontext()))
+
+
+def _steps(run: Run, tracker: Tracker, watch: Watch) -> list[dict[str, Any]]:
     tracker.parent()
     facts = [prepare_language_model(run, tracker, watch)]
     if run.recipe.clap is not None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from ray.train import Checkpoint, UserCallback
@@ -77,6 +79,8 @@ class Tracker:
             if created is not None:
                 self._ids[key] = created.info.run_id
                 write_atomic(self._ids_path, json.dumps(self._ids, indent=1))
+        elif key in self._ids:
+            self._try(self._client.update_run, self._ids[key], "RUNNING")  # one that was cut short goes on
         return self._ids.get(key, "")
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
@@ -120,11 +124,25 @@ class Tracker:
         version = self._client.create_model_version(name, source, run_id)
         logger.info("registered %s as version %s of %s", folder, version.version, name)
 
-    def finish(self, name: str, *, failed: bool = False) -> None:
+    def finish(self, name: str) -> None:
         """Close the run called `name` (`parent` or a child)."""
         if run_id := self._ids.get(name):
-            status = RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED)
-            self._try(self._client.set_terminated, run_id, status)
+            self._try(self._client.set_terminated, run_id, "FINISHED")
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Around all of a run's work: what ends it early leaves none of its MLflow runs as if it still ran."""
+        try:
+            yield
+        except BaseException as error:
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            for run_id in self._ids.values():
+                found = self._try(self._client.get_run, run_id)
+                if found is None:
+                    break  # the server is away: each further question would wait for it in vain
+                if found.info.status == "RUNNING":
+                    self._try(self._client.set_terminated, run_id, status)
+            raise
 
     def num_runs(self) -> int:
         """How many MLflow runs this run has made."""

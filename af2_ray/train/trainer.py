@@ -7,6 +7,7 @@ It takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.js
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -19,14 +20,15 @@ import numpy as np
 import ray.data
 import ray.train
 from pyarrow.fs import FileSystem, FileType
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from af2_ray import resources
+from af2_ray.config import Cluster
 from af2_ray.data.batching import Plan
 from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config, make_dataset
 from af2_ray.remote import is_remote
 from af2_ray.train.loop import LoopConfig, train_loop
-from af2_ray.train.resources import scaling
 from af2_ray.train.run import Run, read_metrics, write_atomic
 from af2_ray.train.task import Task
 from af2_ray.train.tracking import ReportCallback, Tracker
@@ -97,6 +99,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
             failure_config=FailureConfig(max_failures=recipe.faults.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoints.keep, checkpoint_score_attribute="keep"),
             callbacks=[ReportCallback(run, job.folder, mlflow_id)],
+            worker_runtime_env=resources.worker_env(recipe.cluster),
         ),
     )
     trainer.fit()
@@ -106,22 +109,36 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
     return run.finish(job.folder, facts)
 
 
+def scaling(cluster: Cluster) -> ScalingConfig:
+    """The workers of a job; `RuntimeError` if the cluster can never hold them (it would wait for ever)."""
+    use_gpu = resources.uses_gpu(cluster)
+    if missing := resources.shortage(resources.needed(cluster, use_gpu=use_gpu), resources.capacity()):
+        raise RuntimeError(
+            f"{cluster.num_workers} workers and a decode task need {missing} more than the Ray cluster can give; lower "
+            "cluster.num_workers or cluster.cpus_per_worker"
+        )
+    return ScalingConfig(
+        num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
+    )
+
+
 def checkpoint_storage(run: Run, job: Job) -> str:
     """Where a job's checkpoints go: into the run, or to the same place below `checkpoints.storage`."""
     storage = run.recipe.checkpoints.storage
     if storage is None:
         return run.address(job.folder)
     base = storage if is_remote(storage) else str(Path(storage).absolute())
-    return f"{base.rstrip('/')}/{run.root.name}/{job.folder.relative_to(run.root)}"
+    mark = hashlib.sha256(run.address(run.root).encode()).hexdigest()[:8]  # sweeps have trials of the same names
+    return f"{base.rstrip('/')}/{run.root.name}-{mark}/{job.folder.relative_to(run.root)}"
 
 
-def last_cursor(storage: str) -> int:
-    """Plan rows that the last checkpoint in a job's storage had consumed; 0 before the first one."""
+def last_step(storage: str) -> int:
+    """Steps that the last checkpoint in a job's storage had done; 0 before the first one."""
     filesystem, path = FileSystem.from_uri(storage)
     if filesystem.get_file_info(f"{path}/train/checkpoint_manager_snapshot.json").type == FileType.NotFound:
         return 0
     metrics = Result.from_path(f"{storage}/train").metrics
-    return int(metrics["cursor"]) if metrics else 0
+    return int(metrics["step"]) if metrics else 0
 
 
 def summary(job: Job) -> dict[str, Any]:
@@ -156,11 +173,11 @@ def _check_plan(job: Job) -> None:
 
 
 def _feed(job: Job, storage: str, decode_cpus: float) -> Callable[[], ray.data.Dataset]:
-    """The dataset from the last checkpoint's cursor on; Ray calls it anew at every start of a worker group."""
+    """The dataset from the last checkpoint's step on; Ray calls it anew at every start of a worker group."""
 
     def dataset() -> ray.data.Dataset:
-        last_step = len(job.plan) - job.plan.step_batches  # all trained, only the export missing: the feed is not read
-        start = min(last_cursor(storage), last_step)
+        last = len(job.plan) - job.plan.step_batches  # all trained, only the export missing: the feed is not read
+        start = min(last_step(storage) * job.plan.step_batches, last)
         return make_dataset(job.plan, job.collator, start=start, decode_cpus=decode_cpus)
 
     return dataset

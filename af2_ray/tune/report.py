@@ -1,10 +1,9 @@
 """What a sweep says: a table of points with intervals, plots, and the best recipe.
 
 Beside the metric stand its parts (skills, lengths of clip, kinds of relation) and the evaluation's other measures.
-Intervals are a paired bootstrap over seeds and questions: each draw takes seeds and question pairs with replacement,
-the same ones for every point, so that a difference between two points is free of what their seeds and questions share.
-With three seeds the interval is wide, as it should be. Trials that were stopped early have no score and only appear in
-the table.
+Two points are compared seed by seed and question by question, over the seeds that both have, so a difference is free of
+what seeds and questions share; its interval is over both (`evaluate.intervals`). Trials that were stopped early have no
+score and only appear in the table.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +22,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from af2_ray.config import Sweep
+from af2_ray.config import Recipe, Sweep
+from af2_ray.evaluate.intervals import interval95
 from af2_ray.evaluate.marks import Mark, read_marks
 from af2_ray.tune.trial import Result, marks_path
 
-DRAWS = 2000
+logger = logging.getLogger(__name__)
+
 INK, MODEL, FAINT = "#26323b", "#1f6f78", "#c3ccd1"
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#26323b}"
@@ -42,7 +44,8 @@ class Point:
 
     Attributes:
         mean: of the metric over seeds; none if no trial of the point reached its end.
-        ci95: its interval. above: mean less the baseline's (the first point). above_ci95: the interval of that.
+        ci95: its interval. above: how far it is above the baseline (the first point) over the seeds that both have.
+        above_ci95: the interval of that. With one seed an interval is over questions alone.
     """
 
     values: dict[str, Any]
@@ -52,34 +55,6 @@ class Point:
     ci95: tuple[float, float] | None
     above: float | None
     above_ci95: tuple[float, float] | None
-
-
-def bootstrap(
-    scores: Mapping[int, Mapping[int, NDArray[np.float64]]], units: NDArray[np.int64], *, seed: int = 0
-) -> dict[int, NDArray[np.float64]]:
-    """Resampled means of every point [DRAWS], drawn alike for all points.
-
-    Args:
-        scores: point -> seed -> [Q] values of the questions all trials answered ([1] for a metric without questions).
-        units: [Q] what is resampled together: the question's pair.
-    """
-    rng = np.random.default_rng(seed)
-    num_units = int(units.max()) + 1
-    size = np.bincount(units, minlength=num_units)
-    seeds = sorted({each for by_seed in scores.values() for each in by_seed})
-    sums = {
-        point: {each: np.bincount(units, values, num_units) for each, values in by_seed.items()}
-        for point, by_seed in scores.items()
-    }
-    found: dict[int, list[float]] = {point: [] for point in scores}
-    for _ in range(DRAWS):
-        drawn = rng.choice(seeds, len(seeds))
-        weight = rng.multinomial(num_units, np.full(num_units, 1 / num_units)) if num_units > 1 else np.ones(1)
-        total = float(weight @ size)
-        for point, by_seed in sums.items():
-            means = [float(weight @ by_seed[each]) / total for each in drawn if each in by_seed]
-            found[point].append(float(np.mean(means)) if means else np.nan)
-    return {point: np.array(values) for point, values in found.items()}
 
 
 def summarise(
@@ -95,22 +70,22 @@ def summarise(
     order = sorted({result.point for result in results})
     done = [result for result in results if result.status == "done" and result.metric is not None]
     scores, units = _scores(done, marks, metric, group)
-    draws = bootstrap(scores, units) if scores else {}
-    means = {point: float(np.mean([values.mean() for values in by_seed.values()])) for point, by_seed in scores.items()}
-    base = order[0] if order and order[0] in means else None
     points = []
     for point in order:
         members = [result for result in results if result.point == point]
-        compared = base is not None and point in means and point != base
+        mine, base = scores.get(point, {}), scores.get(order[0], {})
+        common = sorted(set(mine) & set(base)) if point != order[0] else []
+        values = np.array([mine[seed] for seed in sorted(mine)])
+        above = np.array([mine[seed] - base[seed] for seed in common])
         points.append(
             Point(
                 values=members[0].values,
                 trials=len(members),
-                done=len(scores.get(point, {})),
-                mean=means.get(point),
-                ci95=_interval(draws[point]) if point in draws else None,
-                above=means[point] - means[base] if compared and base is not None else None,
-                above_ci95=_interval(draws[point] - draws[base]) if compared and base is not None else None,
+                done=len(mine),
+                mean=float(values.mean()) if mine else None,
+                ci95=interval95(values, units) if mine else None,
+                above=float(above.mean()) if common else None,
+                above_ci95=interval95(above, units) if common else None,
             )
         )
     return points
@@ -130,6 +105,9 @@ def _scores(
     }
     common = sorted(set.intersection(*(set(each) for each in found.values()))) if found else []
     scores: dict[int, dict[int, NDArray[np.float64]]] = {}
+    if not common and any(found.values()):
+        logger.warning("%s: no item of it was evaluated in all trials: they cannot be compared by it", group or metric)
+        return scores, np.zeros(0, np.int64)
     for result in done:
         assert result.metric is not None, "a trial that is done has its metric"
         values = np.array([found[result.id][item].right for item in common] or [result.metric])
@@ -153,27 +131,31 @@ def _by_number(part: tuple[str, str]) -> tuple[bool, int, str]:
     return (number is None, starts, part[1])
 
 
-def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def best(results: Sequence[Result], points: Sequence[Point], metric: str) -> Result | None:
-    """The best trial of the best point (by its mean); none if no trial reached its end."""
+    """The best trial of the best point by its mean, of those with most seeds done; none if no trial reached its end."""
     sign = -1 if metric == "loss" else 1
     order = sorted({result.point for result in results})
     scored = [
-        (sign * point.mean, number) for number, point in zip(order, points, strict=True) if point.mean is not None
+        (point.done, sign * point.mean, number)
+        for number, point in zip(order, points, strict=True)
+        if point.mean is not None
     ]
     if not scored:
         return None
-    number = max(scored, key=lambda item: item[0])[1]
+    number = max(scored)[-1]
     members = [r for r in results if r.point == number and r.status == "done" and r.metric is not None]
     return max(members, key=lambda result: sign * (result.metric or 0.0))
 
 
-def write_report(root: Path, sweep: Sweep, results: Sequence[Result], folders: Mapping[str, Path]) -> Path:
-    """Write `trials.csv`, `points.csv`, `best.yaml` and `report.html`; returns the page."""
+def write_report(
+    root: Path, sweep: Sweep, results: Sequence[Result], folders: Mapping[str, Path], recipes: Mapping[str, Recipe]
+) -> Path:
+    """Write `trials.csv`, `points.csv`, `best.yaml` and `report.html`; returns the page.
+
+    Args:
+        folders: of the trials, by id.
+        recipes: of the trials as they are outside the sweep, which has its own MLflow and features.
+    """
     marks = {result.id: read_marks(marks_path(folders[result.id])) for result in results}
     points = summarise(results, marks, sweep.metric)
     parts_found = [(part, summarise(results, marks, *part)) for part in parts_of(marks, sweep.metric)]
@@ -182,7 +164,7 @@ def write_report(root: Path, sweep: Sweep, results: Sequence[Result], folders: M
     _csv(root / "points.csv", [{**asdict(p), **p.values} for p in points], drop=("values",))
     winner = best(results, points, sweep.metric)
     if winner is not None:
-        text = (folders[winner.id] / "recipe.yaml").read_text()
+        text = recipes[winner.id].to_yaml()
         (root / "best.yaml").write_text(f"# Best of sweep {sweep.name}: {winner.values}, seed {winner.seed}.\n{text}")
     parts = [f"<!doctype html><meta charset=utf-8><title>sweep {sweep.name}</title><style>{STYLE}</style>"]
     parts += [
@@ -195,8 +177,10 @@ def write_report(root: Path, sweep: Sweep, results: Sequence[Result], folders: M
     parts += [_key_plot(points, key, sweep.metric) for key in keys]
     parts += [f"<h2>All trials</h2>{_parallel(results, keys, sweep.metric)}{_trials_table(results, keys)}"]
     if winner is not None:
+        command = f"jobs/train.py {root / 'best.yaml'} --run DIR --fork {folders[winner.id]}"
         parts.append(
-            f"<p>Best: trial {winner.id}; run it with <code>jobs/train.py {root / 'best.yaml'} --run DIR</code></p>"
+            f"<p>Best: trial {winner.id}, <code>{folders[winner.id]}</code>. <code>{html.escape(command)}</code> makes "
+            "a run of it; without <code>--fork</code> all is trained anew, shared steps with this trial's seed.</p>"
         )
     path = root / "report.html"
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -214,7 +198,8 @@ def verdict(points: Sequence[Point], metric: str) -> str:
     resolved = (
         f"Differs from {_name(points[0].values)} in {metric}, beyond its 95 % interval: {names}. " if apart else ""
     )
-    return resolved + (f"Not resolved at this size: {rest} of {len(told)} points." if rest else "")
+    seeds = "One seed: intervals are over questions alone. " if all(p.done == 1 for p in told) else ""
+    return seeds + resolved + (f"Not resolved at this size: {rest} of {len(told)} points." if rest else "")
 
 
 def _name(values: Mapping[str, Any]) -> str:

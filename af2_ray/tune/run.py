@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from pydantic import ValidationError
 
 from af2_ray import resources
-from af2_ray.config import Recipe, Sweep, Trial
+from af2_ray.config import Evaluation, Recipe, Sweep, Trial
 from af2_ray.train.clap import train_clap
 from af2_ray.train.run import Run, finished, write_atomic
 from af2_ray.train.stages import cache_stages, prepare_language_model
@@ -48,7 +49,11 @@ class SweepRun:
         if self.trials[0].recipe.tracking.uri is None:
             self.trials = sweep.trials([*overrides, uri])
         text = yaml.safe_dump(
-            {**sweep.model_dump(mode="json"), "trials": [trial.recipe.fingerprint() for trial in self.trials]},
+            {
+                **sweep.model_dump(mode="json"),
+                "trials": [trial.recipe.fingerprint() for trial in self.trials],
+                "evaluations": [_digest(trial.recipe.evaluation) for trial in self.trials],
+            },
             sort_keys=False,
         )
         saved = self.root / "sweep.yaml"
@@ -68,19 +73,22 @@ class SweepRun:
         recipe = self.trials[0].recipe
         resources.preflight(recipe.cluster, in_sweep=True)
         tracking = _Tracking(self, recipe)
-        if self.sweep.share:
-            notify(f"shared by all trials: {', '.join(self.sweep.share)}")
-            self._share(recipe)
         left = [trial for trial in self.trials if read_result(self.folder(trial)) is None]
-        for trial in left:
-            folder = self.folder(trial)
-            link_shared(folder, self.root / "shared", [step for step in self.sweep.share if step != "features"])
-            Run.open(trial.recipe, folder)
-            tracking.begin(trial)
-        failed = self._tune(left, tracking, notify) if left else []
-        results = [*self.results(), *failed]
-        tracking.end(complete=len(self.results()) == len(self.trials))
-        return results
+        failed: list[Result] = []
+        try:
+            if self.sweep.share:
+                notify(f"shared by all trials: {', '.join(self.sweep.share)}")
+                self._share(recipe)
+            for trial in left:
+                folder = self.folder(trial)
+                link_shared(folder, self.root / "shared", [step for step in self.sweep.share if step != "features"])
+                Run.open(trial.recipe, folder)
+                tracking.begin(trial)
+            failed = self._tune(left, tracking, notify) if left else []
+        finally:
+            told = {result.id for result in [*self.results(), *failed]}
+            tracking.end([trial for trial in self.trials if trial.id not in told], failed)
+        return [*self.results(), *failed]
 
     def _share(self, recipe: Recipe) -> None:
         """Make what trials share, with as many workers as the trials would have together."""
@@ -91,8 +99,8 @@ class SweepRun:
         except ValidationError as error:  # so many do not divide a batch, for instance
             logger.info("shared steps have %d workers: %s", recipe.cluster.num_workers, error)
         run = Run.open(recipe, self.root / "shared")
-        with run.lock():
-            tracker = Tracker(run)
+        tracker = Tracker(run)
+        with run.lock(), tracker.closing():
             prepare_language_model(run, tracker)
             if "clap" in self.sweep.share and recipe.clap is not None:
                 train_clap(run, tracker)
@@ -142,6 +150,10 @@ class SweepRun:
         )
         tuner.fit()
         return list(watcher.failed)
+
+
+def _digest(evaluation: Evaluation) -> str:
+    return hashlib.sha256(evaluation.model_dump_json().encode()).hexdigest()[:16]
 
 
 def _watcher(run: SweepRun, by_id: dict[str, Trial], tracking: _Tracking, notify: Callable[[str], None]) -> Any:
@@ -222,8 +234,7 @@ class _Tracking:
 
     def close(self, trial: Trial, result: Result) -> None:
         """Close the trial's run and every step of it, with its last metrics."""
-        path = self._run.folder(trial) / "mlflow.json"
-        ids = json.loads(path.read_text()) if path.is_file() else {}
+        ids = self._ids(trial)
         if run_id := ids.get("parent"):
             last = {"metric": result.metric, "loss": result.loss, "steps": result.steps}
             for key, value in last.items():
@@ -234,10 +245,19 @@ class _Tracking:
         for run_id in ids.values():
             self._try(self._client.set_terminated, run_id, status)
 
-    def end(self, *, complete: bool) -> None:
-        """Close the sweep's own run."""
+    def end(self, interrupted: Sequence[Trial], failed: Sequence[Result]) -> None:
+        """Close the sweep's own run, and those of trials that something cut short."""
+        for trial in interrupted:
+            for run_id in self._ids(trial).values():
+                self._try(self._client.set_terminated, run_id, "KILLED")
         if self._id:
-            self._try(self._client.set_terminated, self._id, "FINISHED" if complete else "FAILED")
+            self._try(self._client.set_terminated, self._id, "FAILED" if interrupted or failed else "FINISHED")
+
+    def _ids(self, trial: Trial) -> dict[str, str]:
+        """The MLflow runs of a trial and its steps."""
+        path = self._run.folder(trial) / "mlflow.json"
+        found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+        return found
 
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         try:

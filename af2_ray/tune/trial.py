@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from af2_ray import resources
 from af2_ray.config import Dataset, Recipe, load_recipe
 from af2_ray.evaluate.marks import Mark, mean, of_predictions, read_marks, write_marks
 from af2_ray.train.run import Run, finished, mark_finished, read_metrics, write_atomic
@@ -80,6 +81,8 @@ def run_trial(config: dict[str, Any]) -> None:
     """
     from ray import tune
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its workers and its evaluation reserve GPUs, a trial itself has none
+
     from af2_ray.train.clap import train_clap
     from af2_ray.train.stages import train_run
     from af2_ray.train.tracking import Tracker
@@ -103,13 +106,26 @@ def marks_path(folder: Path) -> Path:
 
 
 def evaluate(run: Run, metric: str) -> list[Mark]:
-    """What the trial got right, item by item; kept in `<run>/evaluation`."""
+    """What the trial got right, item by item; kept in `<run>/evaluation`. Takes a GPU where training takes some."""
+    path, cluster = marks_path(run.root), run.recipe.cluster
+    if finished(path.parent):
+        return read_marks(path)
+    if resources.uses_gpu(cluster):
+        import ray
+
+        marks = ray.get(ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1)(_marks).remote(run, metric))
+    else:
+        marks = _marks(run, metric)
+    write_marks(path, marks)
+    mark_finished(path.parent, {metric: mean(marks, metric)})
+    return marks
+
+
+def _marks(run: Run, metric: str) -> list[Mark]:
     from af2_ray.evaluate.clap import evaluate_clap
     from af2_ray.evaluate.run import evaluate_run
 
-    path, evaluation = marks_path(run.root), run.recipe.evaluation
-    if finished(path.parent):
-        return read_marks(path)
+    evaluation = run.recipe.evaluation
     marks: list[Mark] = []
     if metric == "composition":
         assert run.recipe.clap is not None, "checked with the sweep"
@@ -122,10 +138,9 @@ def evaluate(run: Run, metric: str) -> list[Mark]:
             marks=marks,
         )
     else:
+        out = marks_path(run.root).parent
         evaluation = evaluation.model_copy(update={"seen_manifests": list[Dataset](), "captions": None})
-        marks = of_predictions(evaluate_run(run.model_dir, evaluation, out_dir=path.parent, deaf=False).predictions)
-    write_marks(path, marks)
-    mark_finished(path.parent, {metric: mean(marks, metric)})
+        marks = of_predictions(evaluate_run(run.model_dir, evaluation, out_dir=out, deaf=False).predictions)
     return marks
 
 

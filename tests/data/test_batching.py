@@ -185,6 +185,9 @@ def test_captions() -> None:
     assert len(set(epoch)) == 48, "no clip twice in an epoch"
     assert epoch != [uri for row in rows[6:12] for uri in row]
     again = plan_captions([(sets, 9)], clips_per_row=8, step_batches=2, max_windows=1, seed=0)
+    one_worker = plan_captions([(sets, 9)], clips_per_row=16, step_batches=1, max_windows=1, seed=0)
+    assert one_worker.fingerprint == made.fingerprint, "the same clips in each step, whoever takes them"
+    assert one_worker.entries.tolist() == made.entries.tolist()
     assert again.fingerprint == made.fingerprint
     with pytest.raises(ValueError, match="cannot fill a step"):
         plan_captions([(sets[:10], 1)], clips_per_row=8, step_batches=2, max_windows=1, seed=0)

@@ -6,6 +6,12 @@ from quiz import question
 from af2_ray.evaluate.answers import duration_band, is_right, match_option, normalise, question_words
 
 
+def test_answers_in_any_script_are_told_apart() -> None:
+    assert not is_right(question(0, "\u72d7", options=()), "\u9ce5")
+    assert is_right(question(0, "\u72d7", options=()), " \u72d7. ")
+    assert is_right(question(0, "Stra\u00dfe", options=()), "STRASSE")
+
+
 def test_normalise() -> None:
     assert normalise(" (B) The  Bell. ") == "the bell"
 

@@ -6,7 +6,7 @@ from quiz import question
 
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.metrics import (
-    PairBootstrap,
+    Bootstrap,
     by_duration,
     by_skill,
     caption_scores,
@@ -26,8 +26,17 @@ def test_bootstrap_resamples_pairs_not_questions() -> None:
     """Whole pairs right or wrong: the spread is that of N/2 draws, not of N."""
     samples = [question(number, "low") for number in range(200)]
     right = np.repeat(np.arange(100) % 2, 2).astype(float)
-    spread = PairBootstrap(samples).means(right).std()
+    spread = Bootstrap(samples).means(right).std()
     assert spread == pytest.approx(0.5 / np.sqrt(100), rel=0.1)
+
+
+def test_bootstrap_resamples_what_shares_a_recording() -> None:
+    """Ten questions about each of 20 recordings, all right or all wrong: 20 draws, however many pairs there are."""
+    samples = [question(number, "low", uri=f"{number // 10}.flac") for number in range(200)]
+    bootstrap = Bootstrap(samples)
+    assert bootstrap.num_units == 20
+    spread = bootstrap.means(np.repeat(np.arange(20) % 2, 10).astype(float)).std()
+    assert spread == pytest.approx(0.5 / np.sqrt(20), rel=0.1)
 
 
 def test_lead_over_the_best_control() -> None:
@@ -64,6 +73,7 @@ def test_groups_and_nothing_to_score() -> None:
 def test_captions_by_their_events() -> None:
     labels = {"bell": "bell", "church bell": "church bell", "dog": "dog", "barking": "dog"}
     assert event_mentions("A dog barking before a church bell, and a dog.", labels) == ["dog", "church bell"]
+    assert event_mentions("", labels | {"!": "nothing"}) == [], "a wording without words is never found"
     wanted = question(0, "a dog, then a bell", options=(), skill="caption")
     predictions = [Prediction(wanted, "a bell and a dog"), Prediction(wanted, "a dog", "nothing")]
     scores = caption_scores(predictions, labels)

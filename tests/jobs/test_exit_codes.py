@@ -73,9 +73,33 @@ def test_a_trial_of_a_sweep_needs_a_little_more_than_its_job(monkeypatch):
         resources.preflight(job.model_copy(update={"cpus_per_worker": 1.8}), wait_s=0, in_sweep=True)
 
 
+def test_workers_that_no_node_can_hold_are_bad_input(monkeypatch):
+    """Ray would try to place them for ever: it counts what nodes have together, as the totals do."""
+    monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 10.0})
+    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 10.0})
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 10.0})
+    monkeypatch.setattr(resources.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}] * 5)
+    resources.preflight(Cluster(num_workers=5, cpus_per_worker=1.5), wait_s=0)
+    with pytest.raises(ValueError, match="each has to fit on one node"):
+        resources.preflight(Cluster(num_workers=2, cpus_per_worker=4), wait_s=0)
+
+
+def test_workers_without_a_gpu_do_not_see_those_of_their_node(monkeypatch):
+    for have, cluster, hidden in (
+        ({"CPU": 16.0, "GPU": 1.0}, Cluster(num_workers=2), True),  # `auto`: too few for all
+        ({"CPU": 16.0, "GPU": 2.0}, Cluster(num_workers=2, gpus="no"), True),
+        ({"CPU": 16.0, "GPU": 2.0}, Cluster(num_workers=2), False),
+        ({"CPU": 16.0}, Cluster(num_workers=2), False),
+    ):
+        monkeypatch.setattr(resources, "capacity", lambda have=have: have)
+        told = resources.worker_env(cluster)
+        assert (told.get("env_vars") == {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}) is hidden
+
+
 def test_what_other_jobs_hold_is_a_failure_not_bad_input(monkeypatch):
     monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 4.0})
     monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(resources.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
     monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 1.0})
     with pytest.raises(RuntimeError, match="other jobs hold the rest"):
         resources.preflight(Cluster(num_workers=2), wait_s=0)

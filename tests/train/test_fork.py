@@ -53,6 +53,17 @@ def test_steps_before_the_first_change_are_taken_over(
     assert Run.load(run.root).recipe == run.recipe
 
 
+def test_an_lm_that_is_given_stays_when_a_stage_s_data_change(tmp_path: Path) -> None:
+    """It has read what it has read; only a small LM that the run itself trains depends on the stages' text."""
+    settings = ["model.lm={path: models/qwen, pretrain: null}", "corpus=null"]
+    run = Run.open(load_recipe("tiny", settings), tmp_path / "old")
+    for folder in ("lm", "clap", "start", "stages/pretrain", "stages/finetune"):
+        (run.root / folder).mkdir(parents=True)
+        mark_finished(run.root / folder, {"name": folder})
+    changed = load_recipe("tiny", [*settings, "stages.long.data=[{manifest: data/other.json}]"])
+    assert fork(changed, run.root, tmp_path / "new")[1] == ["lm", "clap", "start", "pretrain", "finetune"]
+
+
 def test_a_fork_does_not_go_into_a_run(done: Run) -> None:
     with pytest.raises(ValueError, match="give a new --run"):
         fork(load_recipe("tiny"), done.root, done.root)

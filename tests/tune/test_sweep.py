@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from af2_ray.config import load_recipe, load_sweep, sweep_names
 from af2_ray.evaluate.marks import Mark, read_marks, write_marks
-from af2_ray.tune.report import bootstrap, parts_of, summarise, verdict, write_report
+from af2_ray.tune.report import best, parts_of, summarise, verdict, write_report
 from af2_ray.tune.run import SweepRun
 from af2_ray.tune.trial import Result, marks_path
 
@@ -69,14 +70,45 @@ def test_a_bad_sweep_is_an_error_before_anything_runs(tmp_path, changed, told):
 
 
 def test_the_paired_interval_is_free_of_what_points_share():
-    """Seeds and questions differ far more than the two points do; paired draws see the difference all the same."""
+    """Seeds and questions differ far more than the two points do; paired, they show the difference all the same."""
+    results, marks = [], {}
     rng = np.random.default_rng(0)
-    questions = rng.random(400)
-    base = {seed: questions + rng.normal(0, 0.2) for seed in range(3)}
-    scores = {0: base, 1: {seed: values + 0.05 for seed, values in base.items()}}
-    draws = bootstrap(scores, np.arange(400))
-    assert np.allclose(draws[1] - draws[0], 0.05)
-    assert np.ptp(draws[0]) > 0.1
+    questions, trainings = rng.random(400), rng.normal(0, 0.2, 3)
+    for point, seed in itertools.product(range(2), range(3)):
+        name = f"{point}-{seed}"
+        values = questions + trainings[seed] + 0.05 * point
+        marks[name] = [Mark("accuracy", str(q), str(q), float(value)) for q, value in enumerate(values)]
+        results.append(Result(name, point, {"x": point}, seed, "done", float(values.mean())))
+    base, other = summarise(results, marks, "accuracy")
+    assert other.above == pytest.approx(0.05)
+    assert other.above_ci95 == pytest.approx((0.05, 0.05))
+    assert np.diff(base.ci95)[0] > 0.1
+
+
+def test_points_are_compared_over_the_seeds_that_both_have():
+    """Seed 1 is the good one; the point of which it alone is left is no better for that."""
+    results = [Result(f"0-{s}", 0, {"x": 0}, s, "done", m, m) for s, m in enumerate((1.0, 3.0, 2.0))]
+    results += [Result(f"1-{s}", 1, {"x": 1}, s, "stopped", None, 9.0) for s in (0, 2)]
+    results.append(Result("1-1", 1, {"x": 1}, 1, "done", 2.9, 2.9))
+    _, other = summarise(results, {}, "loss")
+    assert other.above == pytest.approx(-0.1)
+    assert other.above_ci95 is None, "one seed and no questions: nothing is known of the spread"
+    assert best(results, summarise(results, {}, "loss"), "loss").point == 0, "the point with all its seeds"
+
+
+def test_a_part_that_no_two_trials_share_has_no_score(tmp_path):
+    results, folders = make_results(tmp_path, (10, 30))
+    marks = read_all(folders)
+    odd = {name: [*each, Mark("other", name, name, 1.0)] for name, each in marks.items()}
+    assert all(point.mean is None for point in summarise(results, odd, "other"))
+
+
+def test_other_evaluation_settings_are_another_sweep(tmp_path):
+    sweep = load_sweep(write(tmp_path))
+    SweepRun(sweep, tmp_path / "out")
+    SweepRun(sweep, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds another sweep"):
+        SweepRun(sweep, tmp_path / "out", ["evaluation.max_windows=3"])
 
 
 def test_shared_features_lie_with_the_sweep_and_are_every_trial_s(tmp_path):
@@ -118,11 +150,13 @@ def make_results(tmp_path, right):
 def test_the_report_has_every_trial_and_the_best_recipe_runs(tmp_path):
     results, folders = make_results(tmp_path, (10, 30))
     sweep = load_sweep(write(tmp_path, keys={"model.cross_attention.every": [1, 2, 3]}))
-    page = write_report(tmp_path, sweep, results, folders).read_text()
+    recipes = {name: load_recipe("tiny", ["seed=7"]) for name in folders}
+    page = write_report(tmp_path, sweep, results, folders, recipes).read_text()
     assert page.count("<svg") == 2
     rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert [row["status"] for row in rows] == ["done"] * 6 + ["stopped"]
-    assert load_recipe(tmp_path / "best.yaml").name == "tiny"
+    assert load_recipe(tmp_path / "best.yaml") == recipes["001-seed0"]
+    assert f"--fork {folders['001-seed0']}" in page
     assert "'model.cross_attention.every': 2" in (tmp_path / "best.yaml").read_text()
     assert "<td>90-300 s</td>" in page
     points = summarise(results, read_all(folders), "accuracy")
