@@ -1,0 +1,75 @@
+"""A sweep that Ctrl-C cuts short: nothing runs twice, nothing is lost, and MLflow has no run that seems to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toy
+import yaml
+from mlflow import MlflowClient
+from test_train import ROOT, _environment, _overrides
+
+from af2_ray.tune.trial import read_result
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_sweep_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
+    overrides = [*_overrides(tmp_path, 6, toy.make(tmp_path)), "cluster.num_workers=1"]
+    sweep = {
+        **{"name": "toy", "recipe": "tiny", "overrides": overrides, "metric": "loss", "share": ["lm", "clap"]},
+        **{"keys": {"model.cross_attention.every": [1, 2]}, "seeds": [0], "max_concurrent_trials": 1},
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(sweep))
+    out = tmp_path / "sweep"
+    one, two = (out / "trials" / f"{point:03d}-seed0" for point in range(2))
+
+    running = start(tmp_path / "toy.yaml", out)
+    wait_for((two / "stages" / "only" / "train").exists, running)
+    os.kill(running.pid, signal.SIGINT)
+    assert running.wait(timeout=120) == 130
+    done = read_result(one)
+    assert done is not None
+    assert read_result(two) is None
+    told = statuses(out)
+    assert told["RUNNING"] == 0
+    assert told["KILLED"] >= 2, "the trial and its stage"
+
+    written = (one / "result.json").stat().st_mtime_ns
+    assert start(tmp_path / "toy.yaml", out).wait(timeout=300) == 0
+    assert (one / "result.json").stat().st_mtime_ns == written, "it did not run again"
+    result = read_result(two)
+    assert result is not None
+    assert result.status == "done"
+    assert set(statuses(out)) == {"FINISHED"}
+    assert (out / "report.html").is_file()
+
+
+def start(sweep: Path, out: Path) -> subprocess.Popen[bytes]:
+    """`jobs/sweep.py`, which SIGINT reaches even where these tests run in the background."""
+    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), str(sweep), "--out", str(out)]
+    listens = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    return subprocess.Popen(command, env=_environment(), preexec_fn=listens, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the sweep ended before that"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def statuses(out: Path) -> Counter[str]:
+    """How many MLflow runs of a sweep are in which state."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{out}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return Counter(run.info.status for run in client.search_runs(experiments))
