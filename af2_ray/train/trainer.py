@@ -87,7 +87,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
     )
     storage = checkpoint_storage(run, job)
     run.keep()
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_loop,
         train_loop_config={"loop": loop},
         scaling_config=scaling(recipe.cluster),
@@ -107,6 +107,16 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
     tracker.log_metrics(mlflow_id, {f"final/{key}": value for key, value in facts.items() if _is_number(value)})
     tracker.finish(job.name)
     return run.finish(job.folder, facts)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which Ctrl-C interrupts as it does any program.
+
+    Its own handler would abort the workers, end the process with success, and stay in place for all that comes after.
+    """
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def scaling(cluster: Cluster) -> ScalingConfig:

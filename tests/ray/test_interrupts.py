@@ -1,4 +1,4 @@
-"""A sweep that Ctrl-C cuts short: nothing runs twice, nothing is lost, and MLflow has no run that seems to go on."""
+"""Ctrl-C: a job says that it was interrupted, MLflow has no run that seems to go on, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import yaml
 from mlflow import MlflowClient
 from test_train import ROOT, _environment, _overrides
 
+from af2_ray.train.run import read_metrics
 from af2_ray.tune.trial import read_result
 
 pytestmark = pytest.mark.slow
@@ -32,7 +33,8 @@ def test_a_sweep_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     one, two = (out / "trials" / f"{point:03d}-seed0" for point in range(2))
 
-    running = start(tmp_path / "toy.yaml", out)
+    arguments = ["sweep.py", str(tmp_path / "toy.yaml"), "--out", str(out)]
+    running = start(*arguments)
     wait_for((two / "stages" / "only" / "train").exists, running)
     os.kill(running.pid, signal.SIGINT)
     assert running.wait(timeout=120) == 130
@@ -44,7 +46,7 @@ def test_a_sweep_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
     assert told["KILLED"] >= 2, "the trial and its stage"
 
     written = (one / "result.json").stat().st_mtime_ns
-    assert start(tmp_path / "toy.yaml", out).wait(timeout=300) == 0
+    assert start(*arguments).wait(timeout=300) == 0
     assert (one / "result.json").stat().st_mtime_ns == written, "it did not run again"
     result = read_result(two)
     assert result is not None
@@ -53,23 +55,37 @@ def test_a_sweep_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (out / "report.html").is_file()
 
 
-def start(sweep: Path, out: Path) -> subprocess.Popen[bytes]:
-    """`jobs/sweep.py`, which SIGINT reaches even where these tests run in the background."""
-    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), str(sweep), "--out", str(out)]
+def test_a_training_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = ["train.py", "tiny", *_overrides(tmp_path, 12, toy.make(tmp_path))]
+    run = tmp_path / "tiny"
+    running = start(*arguments)
+    wait_for((run / "stages" / "only" / "metrics.jsonl").exists, running)
+    os.kill(running.pid, signal.SIGINT)
+    assert running.wait(timeout=120) == 130
+    assert not (run / "stages" / "only" / "done.json").exists()
+    assert statuses(run) == {"FINISHED": 2, "KILLED": 2}, "LM and AF-CLAP had ended, the stage and the whole had not"
+    assert start(*arguments).wait(timeout=300) == 0
+    assert [row["step"] for row in read_metrics(run / "stages" / "only")] == list(range(1, 13))
+    assert set(statuses(run)) == {"FINISHED"}
+
+
+def start(job: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """A job that SIGINT reaches even where these tests run in the background."""
     listens = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    command = [sys.executable, str(ROOT / "jobs" / job), *arguments]
     return subprocess.Popen(command, env=_environment(), preexec_fn=listens, start_new_session=True)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None, "the sweep ended before that"
+        assert process.poll() is None, "the job ended before that"
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 def statuses(out: Path) -> Counter[str]:
-    """How many MLflow runs of a sweep are in which state."""
+    """How many MLflow runs of a run or a sweep are in which state."""
     client = MlflowClient(tracking_uri=f"sqlite:///{out}/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return Counter(run.info.status for run in client.search_runs(experiments))
