@@ -147,14 +147,16 @@ def _listed(uri: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
     return fs, root, files
 
 
-def _version(facts: Mapping[str, Any]) -> str:
-    return ":".join(str(facts[key]) for key in ("size", *_VERSION_KEYS) if key in facts)
+def version_of(facts: Mapping[str, Any]) -> str:
+    """What tells a file from an earlier one in its place, by what fsspec knows of it."""
+    mark = next((facts[key] for key in _VERSION_KEYS if key in facts), "")  # `created` changes with every hard link
+    return f"{facts['size']}:{mark}"
 
 
 def _shared_copy(uri: str) -> Path:
     """This machine's copy of a folder; the first process that asks for it fetches it, and the others wait."""
     fs, root, found = _listed(uri)
-    told = json.dumps([uri, sorted((name, _version(facts)) for name, facts in found.items())])
+    told = json.dumps([uri, sorted((name, version_of(facts)) for name, facts in found.items())])
     copies = scratch("copies")
     copy = copies / hashlib.sha256(told.encode()).hexdigest()[:16]
     with locked(copies / f".{copy.name}.lock"):

@@ -42,6 +42,13 @@ def worker_env(cluster: Cluster) -> dict[str, dict[str, str]]:
     return {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}}
 
 
+def own_device() -> str:
+    """`cuda` in a Ray actor or task that was given a GPU, `cpu` in one that was not; outside of Ray `auto`."""
+    if not ray.is_initialized():
+        return "auto"
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
+
+
 def places(cluster: Cluster, *, use_gpu: bool) -> int:
     """How many workers the nodes hold, each on one node."""
     worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})

@@ -68,14 +68,17 @@ def encode(
     max_tokens: int = 512,
     num_audios: int | Sequence[int] = 1,
     padding_side: Literal["left", "right"] = "right",
+    formatted: bool = False,
 ) -> TextBatch:
     """Tokenize prompts, with their answers for training or through `<SEP>` for generation (labels all -100).
 
     Samples over `max_tokens` are cut on the right and counted. Labels are kept from after the first `<SEP>` on, except
-    at padding and `<audio>`.
+    at padding and `<audio>`. Prompts that are `formatted` are whole conversations with their special tokens, as a chat
+    template writes them, and stay as they are.
     """
     audios = [num_audios] * len(prompts) if isinstance(num_audios, int) else list(num_audios)
-    texts = [format_prompt(prompt, count) for prompt, count in zip(prompts, audios, strict=True)]
+    pairs = zip(prompts, audios, strict=True)
+    texts = list(prompts) if formatted else [format_prompt(prompt, count) for prompt, count in pairs]
     if answers is not None:
         ending = END_OF_CHUNK + (tokenizer.eos_token or "")
         texts = [text + normalise(answer) + ending for text, answer in zip(texts, answers, strict=True)]

@@ -31,27 +31,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def to_ours(args: argparse.Namespace) -> None:
-    """Write the model (`config.json`, safetensors) and the tensors that only the way back needs."""
+    """Write the model, its processor where `--lm` has a tokenizer, and the tensors that only the way back needs."""
     from safetensors.torch import save_file
+    from transformers import AutoTokenizer
 
     from af2_ray.models import convert
     from af2_ray.models.afclap import AfClapModel
     from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+    from af2_ray.models.processing_afclap import AfClapProcessor
 
     weights = convert.clean_names(read_weights(args.source))
     settings = json.loads(args.config.read_text()) if args.config else {}
     model: Any
+    processor: Any = None
     if any(name.startswith("audio_branch.") for name in weights):
         model = AfClapModel(convert.infer_afclap_config(weights, **settings))
         state, extras = convert.afclap_from_reference(weights)
+        if args.lm is not None:
+            processor = AfClapProcessor.of(model.config, AutoTokenizer.from_pretrained(args.lm))
     else:
         config = convert.infer_af2_config(weights, _text_config(args.lm, settings), **settings)
         model = AudioFlamingo2ForConditionalGeneration(config)
         state, extras = convert.af2_from_reference(weights, config)
+        if args.lm is not None:
+            processor = _processor(args.lm, config)
     constants = {name: value for name, value in model.state_dict().items() if convert.OURS_REDUNDANT.fullmatch(name)}
     model.load_state_dict(constants | state)
     model.save_pretrained(args.out)
+    if processor is not None:
+        processor.save_pretrained(args.out)
+    else:
+        print("no tokenizer is beside the model, which the other jobs and the server need: give --lm DIR to add it")
     save_file({name: value.contiguous() for name, value in extras.items()}, args.out / EXTRAS_FILE)
+
+
+def _processor(lm: Path, config: Any) -> Any:
+    """The processor with the LM's tokenizer, which must number the model's own tokens as the checkpoint does."""
+    from transformers import AutoTokenizer
+
+    from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
+    from af2_ray.text import AUDIO, add_special_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(lm)
+    if (found := add_special_tokens(tokenizer)) != config.audio_token_id:
+        raise ValueError(
+            f"{lm}: its tokenizer gives {AUDIO} the id {found}, the checkpoint {config.audio_token_id}: name the "
+            "folder of the LM that the checkpoint was trained with"
+        )
+    return AudioFlamingo2Processor(AudioFlamingo2FeatureExtractor(config.max_windows), tokenizer)
 
 
 def to_reference(args: argparse.Namespace) -> None:
@@ -113,7 +140,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="IN", type=Path, help="checkpoint file or folder (with --back: our folder)")
     parser.add_argument("out", metavar="OUT", type=Path, help="our folder (with --back: a .safetensors file)")
-    parser.add_argument("--lm", type=Path, help="folder of the LM, for its configuration")
+    parser.add_argument(
+        "--lm", type=Path, help="folder of the LM (AF-CLAP: of its text encoder): configuration, tokenizer"
+    )
     parser.add_argument(
         "--config", type=Path, help="JSON of what weights cannot tell: text_config, transform_heads ..."
     )

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from af2_ray.config import Serve, load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when every sample has its row, 2 for input that cannot be used."""
+    """Exit code 0 when every sample has its row, 2 for input of which nothing can be used."""
     args = _arguments(argv)
     try:
         if not args.out.endswith((".jsonl", ".parquet")):
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _infer(args: argparse.Namespace) -> None:
-    from af2_ray.data.manifest import fingerprint, read_samples  # heavy imports after the arguments are checked
-    from af2_ray.serve.offline import join, label, parts_there, plan_chunks, read_asked
+    from af2_ray.data.durations import fill_durations  # heavy imports after the arguments are checked
+    from af2_ray.data.manifest import fingerprint, read_samples
+    from af2_ray.serve.offline import join, label, model_facts, parts_there, plan_chunks, read_asked
 
     settings = load_recipe(args.recipe, args.overrides).serve if args.recipe else Serve()
     settings = settings.model_copy(
@@ -46,20 +48,25 @@ def _infer(args: argparse.Namespace) -> None:
             "request_timeout_s": 86_400.0,  # nobody waits at the other end
         }
     )
-    samples = read_samples(args.manifest, args.root)
-    asked, refused = read_asked(samples, args.question)
-    chunks = plan_chunks(asked, args.chunk, args.max_windows)
     model = args.model if "://" in args.model else str(Path(args.model).absolute())
+    facts = model_facts(model)
+    max_windows = min(args.max_windows, facts["max_windows"] or args.max_windows)
+    read = read_samples(args.manifest, args.root)
+    samples, _ = fill_durations(read, args.manifest, fallback=tempfile.gettempdir())
+    asked, refused = read_asked(samples, args.question)
+    chunks = plan_chunks(asked, args.chunk, max_windows)
     out = args.out if "://" in args.out else str(Path(args.out).absolute())
     folder = f"{out}.parts"
     _check_same_job(
         folder,
         {
             "model": model,
+            "version": facts["version"],
             "samples": fingerprint(samples),
+            "root": args.root,
             "question": args.question,
             "chunk": args.chunk,
-            "max_windows": args.max_windows,
+            "max_windows": max_windows,
             "max_new_tokens": args.max_new_tokens,
         },
     )
@@ -80,10 +87,13 @@ def _infer(args: argparse.Namespace) -> None:
             settings,
             num_actors=args.actors,
             max_new_tokens=args.max_new_tokens,
-            max_windows=args.max_windows,
+            max_windows=max_windows,
             progress=progress,
         )
-    console.console.print(f"{join(folder, len(chunks), refused, out)} rows in {out}")
+    num_rows, num_answers = join(folder, len(chunks), refused, out)
+    console.console.print(f"{num_rows} rows in {out}")
+    if num_rows and not num_answers:
+        raise ValueError(f"no question was answered: the `error` of each row of {out} says why")
 
 
 def _check_same_job(folder: str, facts: dict[str, object]) -> None:
@@ -116,7 +126,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--actors", type=int, default=1, help="engines (%(default)s)")
     parser.add_argument("--slots", type=int, default=0, help="answers an engine writes at one time (the recipe's)")
     parser.add_argument("--chunk", type=int, default=256, help="questions a chunk (%(default)s)")
-    parser.add_argument("--max-windows", type=int, default=30, help="10 s windows heard of a clip (%(default)s)")
+    parser.add_argument(
+        "--max-windows",
+        type=int,
+        default=30,
+        help="10 s windows heard of a clip at most (%(default)s, or fewer if the model hears fewer)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (%(default)s)")
     return parser.parse_args(argv)
 

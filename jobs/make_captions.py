@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of IN; a line that is none is a `ValueError` that names it."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -151,15 +151,18 @@ def _made(rows: Sequence[dict[str, Any]], engine: Engine, concurrency: int) -> I
 
 
 def write(made: Iterable[dict[str, Any]], out: Path) -> tuple[int, Spent]:
-    """Write what was made and what failed; how many failed, and what all of it cost."""
+    """Write what was made and what failed, whole or not at all; how many failed, and what all of it cost."""
     out.parent.mkdir(parents=True, exist_ok=True)
     failed, spent = 0, Spent()
-    with out.open("w") as good, failed_path(out).open("w") as bad:
+    parts = [path.with_name(f".{path.name}.part") for path in (out, failed_path(out))]
+    with parts[0].open("w") as good, parts[1].open("w") as bad:
         for each in made:
             (bad if each["failed"] else good).write(f"{each['failed'] or each['row']}\n")
             failed += bool(each["failed"])
             for key, value in json.loads(each["spent"]).items():
                 setattr(spent, key, getattr(spent, key) + value)
+    parts[0].replace(out)
+    parts[1].replace(failed_path(out))
     if not failed:
         failed_path(out).unlink()
     return failed, spent

@@ -21,12 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import cloudpickle, serve
 
 from af2_ray.config import Serve, load_recipe
+from af2_ray.serve.keys import Keys
 from serve_apps import ingress
-from serve_apps.clap import Clap
+from serve_apps.clap import REQUESTS_PER_PASS, Clap
 from serve_apps.ingress import Ingress, api
 from serve_apps.model import Model
 
 APP_NAME = "af2"
+_LEAVING_S = 5.0
 _INGRESS_REQUESTS = 64  # a replica of the ingress holds this many bodies at most
 
 # By value, once the module is whole: `serve.ingress` rewrites the signatures of the handlers in this process, and a
@@ -34,7 +36,7 @@ _INGRESS_REQUESTS = 64  # a replica of the ingress holds this many bodies at mos
 cloudpickle.register_pickle_by_value(ingress)
 # Not as decorators: those would hide the classes, and the replicas would miss every name defined further down.
 _MODEL = serve.deployment(name="Model")(Model)
-_CLAP = serve.deployment(name="Clap")(Clap)
+_CLAP = serve.deployment(name="Clap", max_ongoing_requests=2 * REQUESTS_PER_PASS)(Clap)
 _INGRESS = serve.deployment(name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS)(serve.ingress(api)(Ingress))
 
 
@@ -76,6 +78,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         raise ValueError(
             f"serve.min_replicas={settings.min_replicas} exceeds serve.max_replicas={settings.max_replicas}"
         )
+    leaving_s = settings.request_timeout_s + _LEAVING_S  # a replica that leaves writes its answers to their end
     scaling = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
     model = _MODEL.options(
         autoscaling_config={
@@ -88,6 +91,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
             },
         },
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": _num_gpus(settings)},
+        graceful_shutdown_timeout_s=leaving_s,
         max_ongoing_requests=4 * settings.num_slots,
         max_queued_requests=8 * settings.num_slots,
     )
@@ -98,18 +102,25 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
             "target_ongoing_requests": _INGRESS_REQUESTS / 4,
         },
         ray_actor_options={"num_cpus": 0.25},
+        graceful_shutdown_timeout_s=leaving_s,
     )
     embedder = _CLAP.options(
         autoscaling_config={"min_replicas": min(1, settings.min_replicas), "max_replicas": settings.max_replicas},
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.embedding_gpus},
+        graceful_shutdown_timeout_s=leaving_s,
     )
-    return front.bind(model.bind(folder, settings), settings, embedder.bind(clap) if clap else None)
+    keys = Keys.digests_of_environment()  # of who deploys: a replica's environment may be another
+    return front.bind(model.bind(folder, settings), settings, embedder.bind(clap) if clap else None, keys)
 
 
 def _num_gpus(settings: Serve) -> float:
     if settings.gpus_per_replica != "auto":
         return float(settings.gpus_per_replica)
-    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    if ray.is_initialized():
+        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    import torch  # the ingress does without
+
+    return float(torch.cuda.is_available())  # `serve run` asks before it connects: this machine stands for the cluster
 
 
 def _absolute(model: str) -> str:

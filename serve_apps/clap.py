@@ -10,7 +10,7 @@ from ray import serve
 
 from af2_ray.serve.request import Clip, Embedded, Failure
 
-_REQUESTS_PER_PASS = 16
+REQUESTS_PER_PASS = 16
 _WAIT_S = 0.01  # for others to share a pass with
 
 
@@ -18,9 +18,10 @@ class Clap:
     """Embeds texts and clips."""
 
     def __init__(self, folder: str) -> None:
+        from af2_ray.resources import own_device
         from af2_ray.serve.embedder import Embedder  # loads torch, which the ingress does without
 
-        self._embedder = Embedder.from_pretrained(folder)
+        self._embedder = Embedder.from_pretrained(folder, own_device())
 
     async def embed(self, items: Sequence[str | Clip]) -> Embedded | Failure:
         """The vectors of a request's items, in order."""
@@ -30,6 +31,6 @@ class Clap:
         embedded: Embedded = await self._pass(items)
         return replace(embedded, prompt_tokens=tokens)
 
-    @serve.batch(max_batch_size=_REQUESTS_PER_PASS, batch_wait_timeout_s=_WAIT_S)
+    @serve.batch(max_batch_size=REQUESTS_PER_PASS, batch_wait_timeout_s=_WAIT_S)
     async def _pass(self, requests: list[Sequence[str | Clip]]) -> list[Embedded]:
         return await asyncio.to_thread(self._embedder, requests)

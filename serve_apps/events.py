@@ -8,8 +8,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-from ray.exceptions import RayActorError
-
 from af2_ray.serve.limits import failure_error
 from af2_ray.serve.replies import ChatChunk, ChunkChoice, Delta, Logprobs, Usage
 from af2_ray.serve.request import Answer, Event, Failure, Piece
@@ -77,5 +75,5 @@ async def _pass_on(
         if isinstance(event, Failure):
             raise failure_error(event)
         events.put_nowait((index, event))
-    except (ApiError, RayActorError, StopAsyncIteration) as error:
+    except Exception as error:  # whatever it is: the client waits for it
         events.put_nowait((index, error))

@@ -68,11 +68,17 @@ api.openapi = partial(describe, api)  # type: ignore[method-assign]
 class Ingress:
     """Passes checked questions to the model and answers back."""
 
-    def __init__(self, model: DeploymentHandle, settings: Serve, clap: DeploymentHandle | None = None) -> None:
+    def __init__(
+        self,
+        model: DeploymentHandle,
+        settings: Serve,
+        clap: DeploymentHandle | None = None,
+        keys: Sequence[bytes] = (),
+    ) -> None:
         self._model, self._clap = model, clap
         self._limits = Limits.of(settings)
         self._fetcher = Fetcher.of(settings)
-        self._keys = Keys.from_environment(settings.requests_per_minute)
+        self._keys = Keys.from_environment(settings.requests_per_minute, keys)
         self._timeout_s = settings.request_timeout_s
         self._page = (resources.files("serve_apps") / "page.html").read_text()
         embedders = [self._limits.embedder_name] if clap else []

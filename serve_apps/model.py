@@ -23,11 +23,12 @@ class _Loaded:
     """A model that answers; its engine ends when nobody holds it any more, no answer under way either."""
 
     def __init__(self, name: str, folder: str, settings: Serve) -> None:
+        from af2_ray.resources import own_device
         from af2_ray.serve.engine import Engine  # loads torch, which the ingress does without
         from af2_ray.serve.runner import Runner
         from serve_apps.telemetry import Telemetry
 
-        self.runner = Runner(Engine.from_pretrained(folder, settings=settings))
+        self.runner = Runner(Engine.from_pretrained(folder, own_device(), settings))
         self.telemetry = Telemetry(name, self.runner)
         weakref.finalize(self, self.runner.close).atexit = False
 

@@ -263,6 +263,8 @@ def _read(
     _check_content(uri, mono, allow_silent)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
+        if not np.isfinite(mono).all():  # a filter overshoots: samples near the largest float leave it
+            raise AudioError(uri, "not finite", "samples too large to resample")
     if duration_s is not None:
         mono = mono[: max(1, round(duration_s * SAMPLE_RATE))]
     return np.ascontiguousarray(mono, dtype=np.float32)

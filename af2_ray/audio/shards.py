@@ -17,6 +17,8 @@ from typing import IO
 
 import fsspec
 
+from af2_ray.remote import version_of
+
 logger = logging.getLogger(__name__)
 
 _MARK = ".tar#"
@@ -44,10 +46,11 @@ def places(shard: str) -> Places:
         ValueError: it is not a tar file, or cut.
     """
     fs, path = fsspec.url_to_fs(shard)
-    index, size = f"{path}.index.json", int(fs.info(path)["size"])
+    # Not by its size: tars come in whole blocks of 10 kB, and the same clips in another order are as many.
+    index, version = f"{path}.index.json", version_of(fs.info(path))
     try:
         known = json.loads(fs.cat_file(index))
-        if known["bytes"] == size:
+        if known["version"] == version:
             return {name: (int(offset), int(length)) for name, (offset, length) in known["files"].items()}
     except (OSError, ValueError, KeyError):
         pass  # none yet, half written, or of another shard: made anew
@@ -60,7 +63,7 @@ def places(shard: str) -> Places:
             f"{shard}: not a readable tar file (a compressed one cannot be read by offset): {error}"
         ) from error
     try:
-        fs.pipe_file(index, json.dumps({"bytes": size, "files": found}).encode())
+        fs.pipe_file(index, json.dumps({"version": version, "files": found}).encode())
     except OSError as error:
         logger.info("%s: the index is kept in memory only: %s", shard, error)
     return found

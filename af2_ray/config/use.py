@@ -38,7 +38,11 @@ class Serve(Strict):
     upscale_delay_s: float = Field(15.0, ge=0, strict=False)
     downscale_delay_s: float = Field(300.0, ge=0, strict=False)
     cpus_per_replica: float = Field(1.0, ge=0, strict=False)
-    gpus_per_replica: float | Literal["auto"] = Field("auto", union_mode="left_to_right")
+    gpus_per_replica: float | Literal["auto"] = Field(
+        "auto",
+        union_mode="left_to_right",
+        description="auto: one where the connected cluster has any (or this machine, where none is connected yet)",
+    )
     embedding_gpus: float = Field(
         0.0, ge=0, strict=False, description="GPUs of a replica that embeds, with clap=FOLDER"
     )

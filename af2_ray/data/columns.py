@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from af2_ray.data.manifest import Sample, Stretch, StretchT, check_samples, fingerprint
+from af2_ray.text import AUDIO
 
 TEXT_COLUMNS = ("id", "uri", "prompt", "answer", "task", "dataset", "skill", "pair", "template")
 JSON_COLUMNS = ("options", "meta")  # as JSON text; empty where there is nothing
@@ -213,6 +214,8 @@ def check_table(table: SampleTable) -> tuple[SampleTable, list[tuple[Sample, str
     for name in ("prompt", "answer"):
         values, codes = table.texts(name)
         good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
+    prompts, codes = table.texts("prompt")
+    good &= pc.less_equal(pc.count_substring(prompts, AUDIO, ignore_case=True), 1).to_numpy(zero_copy_only=False)[codes]
     bad = check_samples(table.take(~good))[1]
     return (table if good.all() else table.take(good)), bad
 

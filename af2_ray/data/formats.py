@@ -130,6 +130,8 @@ def _cut_items(cut: dict[str, Any]) -> list[dict[str, Any]]:
     sources = cut["recording"]["sources"]
     if len(sources) != 1 or sources[0]["type"] not in ("file", "url"):
         raise ValueError(f"cut {cut.get('id')!r}: its audio must be one file or url, not {sources[0]['type']!r}")
+    if (channel := cut.get("channel") or 0) != 0:
+        raise ValueError(f"cut {cut.get('id')!r} is of channel {channel!r}: the first is heard; write it as a file")
     common = {
         "id": cut.get("id"),
         "name": sources[0]["source"],
@@ -139,8 +141,18 @@ def _cut_items(cut: dict[str, Any]) -> list[dict[str, Any]]:
     items = []
     for supervision in cut.get("supervisions") or []:
         custom = {**(cut.get("custom") or {}), **(supervision.get("custom") or {})}
-        items.append(custom | common | {"text": supervision.get("text")})
+        items.append(custom | common | _part_of(cut, supervision) | {"text": supervision.get("text")})
     return items
+
+
+def _part_of(cut: dict[str, Any], supervision: dict[str, Any]) -> dict[str, float]:
+    """The stretch that a supervision tells of, as far as it lies in its cut; empty: all of it."""
+    start, length, whole = supervision.get("start") or 0.0, supervision.get("duration"), cut.get("duration")
+    if length is None or whole is None:
+        return {}
+    end = min(start + length, whole)
+    start = max(start, 0.0)
+    return {"audio_start": (cut.get("start") or 0.0) + start, "duration": end - start}
 
 
 def _renamed(item: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +173,7 @@ def _renamed(item: dict[str, Any]) -> dict[str, Any]:
 def _columns(uri: str, kind: str) -> pa.Table:
     fs, path = fsspec.url_to_fs(uri)
     suffix = ".parquet" if kind == "parquet" else ".arrow"
-    files = sorted(fs.glob(f"{path}/*{suffix}")) if fs.isdir(path) else [path]
+    files = _data_files(fs, path, suffix) if fs.isdir(path) else [path]
     try:
         tables = []
         for file in files:
@@ -172,6 +184,15 @@ def _columns(uri: str, kind: str) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri}: not readable as {kind}: {error}") from error
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _data_files(fs: Any, folder: str, suffix: str) -> list[str]:
+    """The files of a table's folder; not what `datasets` derived from them (`map`, `filter`) and keeps there, too."""
+    state = f"{folder}/state.json"
+    if named := json.loads(fs.cat_file(state)).get("_data_files") if fs.exists(state) else None:
+        return [f"{folder}/{entry['filename']}" for entry in named]
+    found = sorted(fs.glob(f"{folder}/*{suffix}"))
+    return [file for file in found if not file.rsplit("/", 1)[-1].startswith("cache-")]
 
 
 def _arrow(stream: Any) -> pa.Table:

@@ -17,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import fsspec
 
+from af2_ray.text import AUDIO, normalise
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -85,7 +87,7 @@ def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
     Raises:
         ValueError: the file cannot be read as a manifest; the message names it and the line.
     """
-    if not manifest_uri.endswith(".json"):
+    if not manifest_uri.removesuffix(".gz").endswith(".json"):
         from af2_ray.data.formats import read_table
 
         return list(read_table(manifest_uri, root))
@@ -124,7 +126,7 @@ def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet
     if not captions_uri.endswith(".jsonl"):
         return read_caption_rows(captions_uri, root)
     sets = []
-    for number, line in enumerate(_read_text(captions_uri).splitlines(), 1):
+    for number, line in enumerate(_read_text(captions_uri).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -207,7 +209,7 @@ def _line_of(text: str, key: str) -> int:
 
 def _read_text(uri: str) -> str:
     try:
-        with fsspec.open(uri, "rt", encoding="utf-8") as file:
+        with fsspec.open(uri, "rt", encoding="utf-8", compression="infer") as file:
             return str(file.read())
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such manifest") from error
@@ -235,7 +237,8 @@ def check_samples(samples: Iterable[StretchT]) -> tuple[list[StretchT], list[tup
 
     Returns:
         The good ones in order, and the bad ones with a short stable reason: `no duration`, `zero duration`,
-        `negative offset`, `empty prompt`, `empty answer`, `empty caption`, `ragged captions`.
+        `negative offset`, `empty prompt`, `audio markers` (a prompt that places more than the one recording), `empty
+        answer`, `empty caption`, `ragged captions`.
     """
     good, bad = [], []
     for sample in samples:
@@ -257,6 +260,8 @@ def _fault(sample: Stretch) -> str:
     if isinstance(sample, Sample):
         if not sample.prompt.strip():
             return "empty prompt"
+        if normalise(sample.prompt).count(AUDIO) > 1:
+            return "audio markers"
         return "" if sample.answer.strip() else "empty answer"
     if isinstance(sample, CaptionSet):
         if not all(text.strip() for text in (sample.caption, *sample.positives)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.audio.windows import WINDOW_S, to_windows
+from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
 from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.composition import Pairs, mirrored_pairs, score_pairs
@@ -165,7 +167,7 @@ def read_benchmark(uri: str, root: str | None = None) -> Table:
     """Caption sets (`read_captions`) or a benchmark's CSV (`layouts`); unusable items are among its failures."""
     if uri.endswith((".csv", ".tsv")):
         return read_csv(uri, root)
-    captions, bad = check_samples(read_captions(uri, root))
+    captions, bad = check_samples(fill_durations(read_captions(uri, root), uri, fallback=tempfile.gettempdir())[0])
     return Table(captions, [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])
 
 

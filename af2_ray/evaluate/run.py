@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from af2_ray.config import Dataset, Evaluation
+from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import Sample, read_samples
 from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.answers import Prediction, is_caption, is_right, question_words
@@ -215,4 +217,6 @@ def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, nu
 
 def _read(datasets: Sequence[Dataset | str]) -> list[Sample]:
     given = [Dataset(manifest=item, weight=1.0) if isinstance(item, str) else item for item in datasets]
-    return [sample for item in given for sample in read_samples(item.manifest, item.root)]
+    read = ((item.manifest, read_samples(item.manifest, item.root)) for item in given)
+    scratch = tempfile.gettempdir()  # for durations that cannot be kept beside their manifest
+    return [sample for uri, samples in read for sample in fill_durations(samples, uri, fallback=scratch)[0]]

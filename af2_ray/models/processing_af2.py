@@ -23,7 +23,7 @@ from transformers import (
 
 from af2_ray.audio.windows import SAMPLE_RATE, num_windows, to_windows
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
-from af2_ray.text import encode
+from af2_ray.text import AUDIO, SEP, encode
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +111,26 @@ class AudioFlamingo2Processor(ProcessorMixin):
         answers: Sequence[str] | None = None,
         max_tokens: int = 512,
         truncate: bool = False,
+        return_tensors: Literal["pt"] | None = None,
+        padding: bool = True,
+        images: None = None,
+        videos: None = None,
     ) -> BatchFeature:
         """Inputs of B questions: one array each, a list of arrays each (several audios, or an empty one), or no audio.
 
-        Prompts are padded on the left for generation; with `answers` on the right, and `labels` are given.
+        Prompts are padded on the left for generation; with `answers` on the right, and `labels` are given. What
+        `apply_chat_template` has written (it ends in `<SEP>`) is taken as it is, audio as one list over all prompts.
+
+        Args:
+            return_tensors, padding: always `pt` and true; there for those who pass them.
+            images, videos: the model takes none; there for `apply_chat_template(tokenize=True)`.
         """
+        if images or videos or return_tensors not in (None, "pt") or not padding:
+            raise ValueError("the model takes text and audio, and gives padded torch tensors: leave the others out")
         prompts = [text] if isinstance(text, str) else list(text)
+        formatted = bool(prompts) and all(prompt.endswith(SEP) for prompt in prompts)
+        if formatted and audio is not None:
+            audio = _dealt_out(audio, prompts)
         if audio is None:
             clips: list[list[AudioInput]] = [[] for _ in prompts]
         elif isinstance(audio, np.ndarray):
@@ -127,7 +141,15 @@ class AudioFlamingo2Processor(ProcessorMixin):
             raise ValueError(f"{len(prompts)} prompts but audio for {len(clips)}: give one entry a prompt")
         counts = [len(row) for row in clips]
         side: Literal["left", "right"] = "left" if answers is None else "right"
-        batch = encode(self.tokenizer, prompts, answers, max_tokens=max_tokens, num_audios=counts, padding_side=side)
+        batch = encode(
+            self.tokenizer,
+            prompts,
+            answers,
+            max_tokens=max_tokens,
+            num_audios=counts,
+            padding_side=side,
+            formatted=formatted,
+        )
         if batch.num_truncated and answers is None:
             raise ValueError(f"a prompt is over {max_tokens} tokens, which leaves no room for an answer: shorten it")
         data = {name: torch.from_numpy(getattr(batch, name)) for name in ("input_ids", "attention_mask")}
@@ -145,6 +167,18 @@ class AudioFlamingo2Processor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """What the model takes."""
         return ["input_ids", "attention_mask", "waveforms", "windows_per_clip", "audio_index"]
+
+
+def _dealt_out(
+    audio: AudioInput | Sequence[AudioInput | Sequence[AudioInput]], prompts: Sequence[str]
+) -> list[list[AudioInput]]:
+    """The recordings of each formatted prompt, by its markers."""
+    given = [audio] if isinstance(audio, np.ndarray) else list(audio)
+    flat = [clip for item in given for clip in ([item] if isinstance(item, np.ndarray) else item)]
+    ends = np.cumsum([prompt.count(AUDIO) for prompt in prompts]).tolist()
+    if ends[-1] != len(flat):
+        raise ValueError(f"the prompts have {ends[-1]} {AUDIO} markers for {len(flat)} audios: give one each")
+    return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 AutoFeatureExtractor.register(AudioFlamingo2Config, AudioFlamingo2FeatureExtractor, exist_ok=True)

@@ -83,10 +83,14 @@ class AfClapProcessor(ProcessorMixin):
         audio: AudioInput | Sequence[AudioInput] | None = None,
         *,
         sampling_rate: int | None = None,
+        return_tensors: Literal["pt"] | None = None,
+        padding: bool = True,
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` [N, T] of captions, `waveforms` and `windows_per_clip` of clips, or both."""
         if text is None and audio is None:
             raise ValueError("give text, audio, or both")
+        if return_tensors not in (None, "pt") or not padding:
+            raise ValueError("texts are padded, and tensors are torch's: leave the others out")
         data: dict[str, Any] = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)

@@ -32,13 +32,14 @@ class Embedder:
     processor: AfClapProcessor
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> Self:
-        """From an AF-CLAP export, local or remote, on the GPU where there is one.
+    def from_pretrained(cls, folder: str, device: str = "auto") -> Self:
+        """From an AF-CLAP export, local or remote; `auto`: on the GPU where there is one.
 
         Raises:
             ValueError: there is no model, or it is another one.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         local = local_model(folder)
         config = AutoConfig.from_pretrained(local)
         if not isinstance(config, AfClapConfig):

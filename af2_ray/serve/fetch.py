@@ -104,6 +104,8 @@ class Fetcher:
             raise _refused(f"{name}: its address is none") from error
         if parts.scheme != "https" or not host or parts.username or parts.password or re.search(r"[\s\\]", url):
             raise _refused(f"{name}: its address must be plain https, without a user name")
+        if not host.isascii():  # its other spelling (IDNA) may be an address
+            raise _refused(f"{name}: its host must be written in ASCII (xn--...)")
         if port not in (None, 443):
             raise _refused(f"{name}: its address names a port: only 443 is fetched")
         allowed = any(

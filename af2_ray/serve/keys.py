@@ -1,9 +1,9 @@
 """API keys and how often each may ask.
 
 Keys come from `AF2_API_KEYS` (separated by commas or line breaks) or from the file that `AF2_API_KEYS_FILE` names, as a
-mounted secret gives them; without either, everyone may ask. Keys are kept and compared as SHA-256, in constant time,
-against all of them. Rates are counted in each ingress replica for itself: with N of them a key may ask up to N times
-as often, the price of not asking a common store at every request.
+mounted secret gives them; both where the application is deployed from and where it runs. Without any, everyone may ask.
+Keys are kept and compared as SHA-256, in constant time, against all of them. Rates are counted in each ingress replica
+for itself: with N of them a key may ask up to N times as often, the price of no common store to ask at every request.
 """
 
 from __future__ import annotations
@@ -26,19 +26,32 @@ class Keys:
     """Who may ask.
 
     Args:
-        keys: none at all: everyone may.
+        keys: none at all (nor digests): everyone may.
+        digests: of keys, SHA-256.
         per_minute: requests a minute and key, in a burst of as many at most; 0 for any number.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, keys: Iterable[str], per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._digests = [_digest(key) for key in keys]
+    def __init__(
+        self,
+        keys: Iterable[str],
+        per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        digests: Iterable[bytes] = (),
+    ) -> None:
+        self._digests = [*(_digest(key) for key in keys), *digests]
         self._per_minute, self._clock = per_minute, clock
         self._left: dict[bytes, tuple[float, float]] = {}  # requests left, and when that was
 
     @classmethod
-    def from_environment(cls, per_minute: int) -> Keys:
-        """The keys of the environment.
+    def from_environment(cls, per_minute: int, digests: Iterable[bytes] = ()) -> Keys:
+        """The keys of this process' environment and those of `digests`; errors as of `digests_of_environment`."""
+        return cls((), per_minute, digests={*digests, *cls.digests_of_environment()})
+
+    @staticmethod
+    def digests_of_environment() -> list[bytes]:
+        """SHA-256 of the keys of the environment.
 
         Raises:
             ValueError: the file that the environment names cannot be read, or holds no key: better no server than one
@@ -53,7 +66,7 @@ class Keys:
         keys = [key for part in text.replace(",", "\n").splitlines() if (key := part.strip())]
         if path and not keys:
             raise ValueError(f"{_FILE_VARIABLE} names a file without keys: write one a line")
-        return cls(keys, per_minute)
+        return [_digest(key) for key in keys]
 
     def check(self, authorization: str | None) -> bytes:
         """Who asks, by an `Authorization: Bearer KEY` header; `ApiError` 401 without a right one."""

@@ -24,6 +24,8 @@ from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import WINDOW_S, num_windows_for, to_windows
 from af2_ray.config import Serve
 from af2_ray.data.manifest import Sample, check_samples
+from af2_ray.remote import version_of
+from af2_ray.resources import own_device
 from af2_ray.serve.engine import Engine
 from af2_ray.serve.request import Answer, Clip, Event, Failure, Request
 
@@ -157,7 +159,7 @@ class Labeller:
         import torch
 
         torch.set_num_threads(threads)
-        self._engine = Engine.from_pretrained(model, settings=Serve(**settings))
+        self._engine = Engine.from_pretrained(model, own_device(), Serve(**settings))
         self._folder, self._max_new_tokens, self._max_windows = folder, max_new_tokens, max_windows
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -230,9 +232,27 @@ def part_uri(folder: str, number: int) -> str:
     return f"{folder}/chunk-{number:07d}.jsonl"
 
 
+def model_facts(model: str) -> dict[str, Any]:
+    """What tells an export from another one at the same address, and the windows it hears of a clip at most.
+
+    Raises:
+        ValueError: no model there.
+    """
+    fs, path = fsspec.url_to_fs(model.rstrip("/"))
+    fs.invalidate_cache()
+    if not fs.exists(f"{path}/config.json"):
+        raise ValueError(f"no model in {model}: name the folder that an export wrote, the one with config.json")
+    files = {str(found["name"]).rsplit("/", 1)[-1]: found for found in fs.ls(path, detail=True)}
+    kept = {name: found for name, found in sorted(files.items()) if name.endswith((".json", ".safetensors"))}
+    version = [(name, version_of(found)) for name, found in kept.items()]
+    mark = hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]
+    return {"version": mark, "max_windows": json.loads(fs.cat_file(f"{path}/config.json")).get("max_windows")}
+
+
 def parts_there(folder: str) -> set[int]:
     """Numbers of the chunks that are done."""
     fs, path = fsspec.url_to_fs(folder)
+    fs.invalidate_cache()  # actors in other processes write there
     if not fs.exists(path):
         return set()
     names = [str(file).rsplit("/", 1)[-1] for file in fs.ls(path, detail=False)]
@@ -251,8 +271,8 @@ def write_rows(uri: str, rows: Iterable[Row]) -> None:
         fs.pipe_file(path, data)
 
 
-def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> int:
-    """All rows in input order to `out` (`.jsonl` or `.parquet`); how many.
+def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> tuple[int, int]:
+    """All rows in input order to `out` (`.jsonl` or `.parquet`); how many, and how many have an answer.
 
     Raises:
         ValueError: a chunk is not there, or `out` has another ending.
@@ -278,4 +298,4 @@ def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> int:
             pyarrow.parquet.write_table(table, file)
     else:
         raise ValueError(f"{out!r}: name an output that ends in .jsonl or .parquet")
-    return len(rows)
+    return len(rows), sum(not row.get("error") for row in rows)

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from af2_ray.serve.request import Request, TokenLogprob
 
+_GREEDY = 1e-5  # the temperature below which the likeliest token is as good as sure
+
 
 class Sampler:
     """One request's way of choosing."""
@@ -20,7 +22,7 @@ class Sampler:
     def __init__(self, request: Request, device: torch.device) -> None:
         self.request = request
         self._generator: torch.Generator | None = None
-        if request.temperature > 0:
+        if request.temperature >= _GREEDY:
             self._generator = torch.Generator(device)
             if request.seed is None:
                 self._generator.seed()
@@ -33,6 +35,7 @@ class Sampler:
             return None
         probs, order = torch.softmax((logits - logits.max()) / self.request.temperature, dim=-1).sort(descending=True)
         outside = probs.cumsum(dim=-1) - probs >= self.request.top_p
+        outside[0] = False  # the likeliest is there, however small `top_p` is
         return int(order[torch.multinomial(probs.masked_fill(outside, 0.0), 1, generator=self._generator)])
 
 
@@ -48,7 +51,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler], held: Sequence[bool], en
         logits = logits.clone()  # the caller's are as the model gave them
         closed = torch.tensor(held, device=logits.device)[:, None]
         logits[:, end_ids] = logits[:, end_ids].masked_fill(closed, -torch.inf)
-    broken = logits.isnan().any(dim=1).tolist()
+    broken = (~logits.amax(dim=1).isfinite()).tolist()  # NaN or infinite, or every token closed
     best = logits.argmax(dim=1).tolist()
     chosen: list[int | None] = []
     for row, sampler in enumerate(samplers):

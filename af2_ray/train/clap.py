@@ -20,6 +20,7 @@ from af2_ray.audio.windows import to_windows
 from af2_ray.config import AudioTowerSettings, Clap, Dataset
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapCollator
+from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
 from af2_ray.data.quarantine import Failure
 from af2_ray.models.afclap import AfClapConfig, AfClapModel, load_text_encoder
@@ -89,7 +90,8 @@ def usable_captions(run: Run, datasets: Sequence[Dataset]) -> list[CaptionSet]:
     quarantine = run.quarantine()
     usable: list[CaptionSet] = []
     for dataset in datasets:
-        sets = read_captions(dataset.manifest, dataset.root)
+        read = read_captions(dataset.manifest, dataset.root)
+        sets, _ = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
         good, bad = check_samples(sets)
         quarantine.add([Failure(item.uri, reason, item.offset_s) for item, reason in bad], len(sets))
         usable += good

@@ -187,7 +187,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     pairs = []
     try:
         with fsspec.open(str(path), "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
+            lines = list(file)
     except FileNotFoundError as error:
         raise ValueError(
             f"model.lm.pretrain: no file {path}; make the corpus (jobs/make_data.py), or set reading and drills to []"

@@ -103,6 +103,41 @@ def test_all_formats_say_the_same(tmp_path: Path, form: str) -> None:
     assert check_samples(samples)[1] == []
 
 
+def test_what_a_dataset_keeps_beside_its_data_is_not_read(tmp_path: Path) -> None:
+    """`map` and `filter` leave their results in the folder; `state.json` names the data."""
+    uri = write_arrow(tmp_path / "train", ROWS)
+    (data,) = (tmp_path / "train").glob("*.arrow")
+    (tmp_path / "train" / "cache-0123.arrow").write_bytes(data.read_bytes())
+    assert len(read_samples(uri)) == len(ROWS)
+    (tmp_path / "train" / "other.arrow").write_bytes(data.read_bytes())
+    (tmp_path / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": data.name}]}))
+    assert len(read_samples(uri)) == len(ROWS)
+
+
+def test_compressed_manifests_and_line_breaks_within_a_text(tmp_path: Path) -> None:
+    facts = {"split": "train", "split_path": ".", "flamingo_task": "a-AQA", "data": {"0": ROWS[0]}}
+    with gzip.open(tmp_path / "train.json.gz", "wt") as file:
+        json.dump(facts, file)
+    assert [sample.prompt for sample in read_samples(str(tmp_path / "train.json.gz"))] == [ROWS[0]["prompt"]]
+    caption = "a bell\u2028and a dog"
+    row = {"name": "a.flac", "duration": 1.0, "caption": caption}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [one.caption for one in read_captions(str(tmp_path / "c.jsonl"))] == [caption]
+
+
+def test_what_a_cut_says_of_channel_and_stretch_is_heard_or_refused(tmp_path: Path) -> None:
+    one = cut(0)
+    first, _ = one["supervisions"]
+    first |= {"start": 0.5, "duration": 1.0}
+    samples = read_samples(write_lines(tmp_path / "cuts.jsonl", [one]))
+    assert [(s.offset_s, s.duration_s) for s in samples] == [
+        (one.get("start", 0.0) + 0.5, 1.0),
+        (one.get("start", 0.0), one["duration"]),
+    ]
+    with pytest.raises(ValueError, match="channel 1"):
+        read_samples(write_lines(tmp_path / "right.jsonl", [one | {"channel": 1}]))
+
+
 def test_plain_lhotse_cuts_are_told_from_our_caption_lines(tmp_path: Path) -> None:
     cuts = write_lines(tmp_path / "cuts.jsonl", [cut(c) for c in range(4)])
     ours = [{"name": r["name"], "caption": r["output"], "duration": r["duration"]} for r in ROWS]
@@ -119,6 +154,7 @@ def test_a_store_without_its_client_says_what_to_install() -> None:
 def test_a_table_parts_usable_samples_as_a_list_does() -> None:
     good = Sample("a", "a.flac", 0.0, 1.0, "which?", "bell", "AQA", "d")
     wrong = [{"duration_s": math.nan}, {"duration_s": 0.0}, {"offset_s": -1.0}, {"prompt": " \n"}, {"answer": ""}]
+    wrong.append({"prompt": "Audio 1: <audio> Audio 2: <AUDIO> Which is louder?"})
     samples = [good, *(replace(good, id=str(n), **change) for n, change in enumerate(wrong)), replace(good, id="b")]
     of_table, of_list = check_table(SampleTable.from_samples(samples)), check_samples(samples)
     assert list(of_table[0]) == of_list[0] == [samples[0], samples[-1]]
@@ -215,6 +251,13 @@ def test_clips_of_a_shard(make_sound: Callable[..., str], tmp_path: Path, monkey
         np.testing.assert_array_equal(decode(uri, 0.5, 1.0), decode(path, 0.5, 1.0))
         assert probe(uri) == 2.0
     assert (tmp_path / "shard.tar.index.json").is_file()
+    size = Path(shard).stat().st_size
+    with tarfile.open(shard, "w") as tar:  # the same clips in another order, in as many bytes
+        for path in reversed(paths):
+            tar.add(path, arcname=f"clips/{Path(path).name}")
+    assert Path(shard).stat().st_size == size
+    shards.places.cache_clear()  # as in another process
+    np.testing.assert_array_equal(decode(uris[0], 0.5, 1.0), decode(paths[0], 0.5, 1.0))
     monkeypatch.setattr("af2_ray.audio.decode._WHOLE_BYTES", 1000)  # by ranged reads
     np.testing.assert_array_equal(decode(uris[1], 0.5, 1.0), decode(paths[1], 0.5, 1.0))
     fsspec.filesystem("memory").pipe_file("/s/shard.tar", Path(shard).read_bytes())

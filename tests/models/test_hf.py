@@ -171,6 +171,25 @@ def test_chat_template_is_the_training_format(processor: AudioFlamingo2Processor
     assert both == prompt + "a dog<|endofchunk|><|endoftext|>"
 
 
+def test_what_the_chat_template_writes_is_read_as_it_is(processor: AudioFlamingo2Processor) -> None:
+    """The usual two ways to a prompt and the processor's own are one input; an earlier turn's `<SEP>` stays one."""
+    heard = {"type": "audio", "audio": NOISE}
+    question = {"role": "user", "content": [heard, {"type": "text", "text": "What is it?"}]}
+    written = processor.apply_chat_template([question], tokenize=False)
+    wanted = processor("What is it?", NOISE, sampling_rate=16_000)
+    found = processor(written, NOISE, sampling_rate=16_000, return_tensors="pt", padding=True)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    whole = processor.apply_chat_template([[question], [question]], tokenize=True, return_dict=True)
+    assert torch.equal(whole["input_ids"], wanted["input_ids"].repeat(2, 1))
+    assert whole["audio_index"].tolist() == [[0], [1]]
+
+    turns = [question, {"role": "assistant", "content": "A dog"}, {"role": "user", "content": "How many?"}]
+    ids = processor(processor.apply_chat_template(turns, tokenize=False), NOISE, sampling_rate=16_000)["input_ids"][0]
+    assert ids.tolist().count(processor.tokenizer.convert_tokens_to_ids("<SEP>")) == 2
+    with pytest.raises(ValueError, match="1 <audio> markers for 2 audios"):
+        processor(written, [NOISE, NOISE], sampling_rate=16_000)
+
+
 @pytest.mark.parametrize(
     ("audio", "settings", "message"),
     [

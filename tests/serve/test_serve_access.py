@@ -53,6 +53,12 @@ def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     Keys.from_environment(0).take(None)
     monkeypatch.setenv("AF2_API_KEYS", "one, two")
     Keys.from_environment(0).take("Bearer two")
+    given = Keys.digests_of_environment()
+    monkeypatch.delenv("AF2_API_KEYS")
+    with pytest.raises(ApiError, match="no API key"):
+        Keys.from_environment(0, given).take(None)  # of the process that deploys: the replica's has none
+    Keys.from_environment(0, given).take("Bearer one")
+    monkeypatch.setenv("AF2_API_KEYS", "one, two")
     secret = tmp_path / "keys"
     secret.write_text("three\n\n")
     monkeypatch.setenv("AF2_API_KEYS_FILE", str(secret))
@@ -130,7 +136,8 @@ def test_addresses_that_are_not_fetched(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "[::1]", "169.254.169.254", "[::ffff:10.0.0.1]", "2130706433", "0x7f.1", "localhost"]
+    "host",
+    ["127.0.0.1", "[::1]", "169.254.169.254", "[::ffff:10.0.0.1]", "2130706433", "0x7f.1", "localhost", "１２７.0.0.1"],
 )
 def test_no_host_leads_inside(host: str) -> None:
     """Where any public host is allowed: literal, mapped, decimal and hexadecimal addresses, and a local name."""

@@ -79,7 +79,7 @@ def test_parts_are_joined_in_input_order(tmp_path: Path) -> None:
     offline.write_rows(offline.part_uri(folder, 1), [{"index": 0, "id": "a", "answer": "a bell"}])
     refused = [{"index": 1, "id": "b", "error": "no duration"}]
     out = tmp_path / "out.jsonl"
-    assert offline.join(folder, 2, refused, str(out)) == 3
+    assert offline.join(folder, 2, refused, str(out)) == (3, 2)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == ["a", "b", "c"]
     offline.join(folder, 2, refused, str(tmp_path / "out.parquet"))
@@ -87,6 +87,19 @@ def test_parts_are_joined_in_input_order(tmp_path: Path) -> None:
     assert table["answer"].to_pylist() == ["a bell", None, "ein „Hund“"]
     with pytest.raises(ValueError, match="ends in"):
         offline.join(folder, 2, refused, str(tmp_path / "out.csv"))
+
+
+def test_another_export_at_the_same_address_is_another_job(tmp_path: Path) -> None:
+    """Chunks that an earlier model has answered are not taken for this one's."""
+    with pytest.raises(ValueError, match=r"the one with config\.json"):
+        offline.model_facts(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"max_windows": 9}')
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    facts = offline.model_facts(str(tmp_path))
+    assert facts["max_windows"] == 9
+    assert offline.model_facts(str(tmp_path)) == facts
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert offline.model_facts(str(tmp_path)) != facts
 
 
 def test_replicas_for_windows_and_requests() -> None:
