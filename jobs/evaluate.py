@@ -68,11 +68,11 @@ def _table(details: dict[str, Any]) -> Table:
     for heading in ("questions", "model", "95 %", "pairs", "deaf", "majority", "text only", "chance"):
         table.add_column(heading, justify="right")
     groups = [
-        ("all", details["all"]),
+        *([("all", details["all"])] if "all" in details else []),
         *details["by_skill"].items(),
         *((f"{band} s", row) for band, row in details["by_duration"].items()),
     ]
-    ends = {0, len(details["by_skill"])}
+    ends = {0, len(details["by_skill"])}  # under the whole, and under the skills
     for place, (name, row) in enumerate(groups):
         low, high = row["ci95"]["model"]
         controls = [_percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
@@ -84,7 +84,7 @@ def _table(details: dict[str, Any]) -> Table:
 
 
 def _closing_lines(result: Any, out: Path) -> list[str]:
-    row, lines = result.details["all"], []
+    row, lines = result.details.get("all", {}), []
     if "best_control" in row:
         low, high = row["above_best_control_ci95"]
         lead = 100 * row["above_best_control"]

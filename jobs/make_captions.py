@@ -121,7 +121,8 @@ def _engine(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Engine:
             pool |= dict.fromkeys(read_caption(row["caption"])[1])
         except ValueError:
             continue  # told when its turn comes
-    return Grammar(tuple(sorted(pool)[:MOST_SOUNDS]), **sizes, seed=args.seed)
+    sounds = np.random.default_rng(args.seed).permutation(sorted(pool))[:MOST_SOUNDS]
+    return Grammar(tuple(str(sound) for sound in sounds), **sizes, seed=args.seed)
 
 
 def _endpoint(args: argparse.Namespace) -> Endpoint:

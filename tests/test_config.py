@@ -47,6 +47,8 @@ def test_overrides_reach_into_lists_by_name_and_by_index():
         ("model.cross_attention.every=13", "exceeds the LM's 12 layers"),
         ("model.lm.path=x", "exactly one of path, package, pretrain"),
         ("seed", "write it as key=value"),
+        ("serve.audio_url_hosts=[*]", "the value is not YAML"),
+        ("stages.pretrain.trainable=[clap", "the value is not YAML"),
         ("seed.x=1", "is a value, not a block"),
         ("faults.max_bad_share=2", "faults.max_bad_share"),
         ("deepspeed.zero_stage=1", "stages.pretrain.optimizer.muon_lr works on whole fp32 matrices"),

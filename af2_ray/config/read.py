@@ -119,7 +119,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
             target = target[part]
         if not isinstance(target, dict | list):
             raise ValueError(f"override {key!r}: {'.'.join(parents[: depth + 1])!r} is a value, not a block of keys")
-    value = yaml.load(text, Loader=_Loader)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML; quote it, or close its brackets") from error
     if isinstance(target, list):
         target[_list_index(target, last, key)] = value
     else:

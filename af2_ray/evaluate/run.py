@@ -36,7 +36,8 @@ class EvaluationResult:
     Attributes:
         accuracy: the `accuracy` block of summary.json.
         clap: its `clap` block; empty where no AF-CLAP folder was given.
-        details: `all`, `by_skill`, `by_duration`, `seen` (rows with controls, chance and intervals), `captions`.
+        details: `all` (not of captions alone), `by_skill`, `by_duration`, `seen` (rows with controls, chance and
+            intervals), `captions`.
         predictions: of the unseen manifests, captions included.
         failures: what was set aside.
     """
@@ -126,11 +127,9 @@ def score(
     captions = [prediction for prediction in predictions if is_caption(prediction.sample)]
     samples = [prediction.sample for prediction in closed]
     systems = _systems(closed, train)
-    details: dict[str, Any] = {
-        "all": summarise(samples, systems),
-        "by_skill": by_skill(samples, systems),
-        "by_duration": by_duration(samples, systems),
-    }
+    details: dict[str, Any] = {"by_skill": by_skill(samples, systems), "by_duration": by_duration(samples, systems)}
+    if closed or not captions:  # captions alone have no accuracy
+        details["all"] = summarise(samples, systems)
     if captions:
         details["captions"] = caption_scores(captions, event_wordings([*train, *samples], wordings))
     closed_seen = [prediction for prediction in seen if not is_caption(prediction.sample)]
@@ -171,7 +170,9 @@ def event_wordings(samples: Sequence[Sample], wordings: Mapping[str, Sequence[st
 
 def summary_block(details: dict[str, Any]) -> dict[str, Any]:
     """The `accuracy` block of summary.json."""
-    row, seen = details["all"], details.get("seen")
+    row, seen = details.get("all"), details.get("seen")
+    if row is None:
+        return {"questions": 0}
     return {
         "all": row["model"],
         "pairs": row["pairs"],

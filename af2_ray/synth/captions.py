@@ -183,7 +183,8 @@ def changed(composition: Composition, relation: str, pool: Sequence[str], rng: R
             {first: replace(first, attribute=second.attribute), second: replace(second, attribute=first.attribute)},
         )
     if relation == "attribute" and len(marked) == 1:
-        others = _others(marked[0].attribute)
+        if not (others := _others(marked[0].attribute)):
+            return None  # loud and soft are told of two sounds only: alone, either may be true
         in_order = len(items) > 1 and marked[0].attribute in PARTS  # its place in the sequence says the part already
         return (
             None

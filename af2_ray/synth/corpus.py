@@ -20,10 +20,11 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ import soundfile
 
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.config import Corpus, SceneSet
+from af2_ray.cpus import usable_cpus
 from af2_ray.remote import is_remote, locked, retried, scratch, send
 from af2_ray.synth import packages, sources
 from af2_ray.synth.bank import Bank, Bed, write_bank
@@ -76,7 +78,14 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
         ValueError: the sources give too few classes, or a setting cannot be met; the message names the fix.
     """
     if not is_remote(corpus.dir):
-        return _make_all(corpus, Path(corpus.dir), progress, num_processes)
+        folder = Path(corpus.dir)
+        if found := _made_before(corpus, folder, progress):
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(
+            folder.with_name(f".{folder.name}.lock")
+        ):  # of two jobs that need it, one makes it and the other waits
+            return _made_before(corpus, folder, progress) or _make_all(corpus, folder, progress, num_processes)
     name = _digest([corpus.dir, _fingerprint(corpus)])[:16]
     with locked(scratch("corpora") / f".{name}.lock"):
         return _make_remote(corpus, scratch("corpora") / name, progress, num_processes)
@@ -99,14 +108,23 @@ def _make_remote(corpus: Corpus, folder: Path, progress: Progress | None, num_pr
     return made
 
 
+def _made_before(corpus: Corpus, folder: Path, progress: Progress | None) -> CorpusReport | None:
+    """The report of a corpus that is there as these settings have it."""
+    path = folder / "corpus.json"
+    if not path.is_file() or (known := json.loads(path.read_text()))["fingerprint"] != _fingerprint(corpus):
+        return None
+    if progress:
+        progress(_num_scenes(corpus), _num_scenes(corpus), "made before")
+    return CorpusReport(**known["report"])
+
+
+def _num_scenes(corpus: Corpus) -> int:
+    return sum(_num_blocks(scenes) * BLOCK for scenes in corpus.sets)
+
+
 def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
-    report_path = folder / "corpus.json"
-    fingerprint = _fingerprint(corpus)
     tell = progress or (lambda done, total, what: None)
-    total = sum(_num_blocks(scenes) * BLOCK for scenes in corpus.sets)
-    if report_path.is_file() and (known := json.loads(report_path.read_text()))["fingerprint"] == fingerprint:
-        tell(total, total, "made before")
-        return CorpusReport(**known["report"])
+    total = _num_scenes(corpus)
     tell(0, total, "source clips")
     facts = _make_sources(corpus, folder)
     done, hours, digests = 0, 0.0, [facts["sha256"]]
@@ -122,7 +140,7 @@ def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_proce
         digests.append(made["sha256"])
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     report = CorpusReport(corpus.dir, facts["num_clips"], len(facts["classes"]), round(hours, 3), digest)
-    _write_json(report_path, {"fingerprint": fingerprint, "report": asdict(report)})
+    _write_json(folder / "corpus.json", {"fingerprint": _fingerprint(corpus), "report": asdict(report)})
     tell(total, total, "done")
     return report
 
@@ -130,7 +148,7 @@ def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_proce
 def _fingerprint(corpus: Corpus, *more: Any, without: frozenset[str] = frozenset()) -> str:
     """Digest of the settings that decide the bytes of the whole, of one set, or of the source clips."""
     kept = corpus.model_dump(mode="json", exclude={"dir", *without})
-    return _digest([VERSION, repr(CLASSES), repr(BEDS), kept, *more])
+    return _digest([VERSION, repr(CLASSES), repr(BEDS), kept, *more, *sources.state(corpus.sources)])
 
 
 def _digest(value: Any) -> str:
@@ -280,29 +298,33 @@ def _blocks(
 ) -> Iterator[tuple[list[Row], ...]]:
     """Blocks in order, made by several processes."""
     jobs = [(index, corpus, scenes, str(folder)) for index in range(_num_blocks(scenes))]
-    num = min(num_processes or len(os.sched_getaffinity(0)), len(jobs))
+    num = min(num_processes or usable_cpus(), len(jobs))
     if num <= 1:
         _open_bank(folder / "sources")
         yield from map(_make_block, jobs)
         return
     # fork: the workers need numpy and soundfile only, and do not import the caller's script (torch, ray) again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until a worker has put the handler back
-    try:
-        made = multiprocessing.get_context("fork").Pool(num, _start_worker, (folder / "sources",))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with made as pool:
-        yield from pool.imap(_make_block, jobs, chunksize=max(1, min(16, len(jobs) // (4 * num))))
+    pool = ProcessPoolExecutor(num, multiprocessing.get_context("fork"), _start_worker, (folder / "sources",))
+    with pool:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until a worker has put the handler back
+        try:
+            made = pool.map(_make_block, jobs, chunksize=max(1, min(16, len(jobs) // (4 * num))))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            yield from made
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a process that makes scenes of {scenes.name}/{scenes.split} was killed: too little memory for {num} "
+                "of them, most likely; the same command goes on"
+            ) from error
 
 
 _bank: Bank  # of this process
 
 
 def _start_worker(folder: Path) -> None:
-    """A pool ends its workers by SIGTERM: a handler inherited from a job (`console.main`) would keep one of them.
-
-    Even one that is ended before it gets here: the signal waits until the handler is gone.
-    """
+    """SIGTERM ends a worker, whatever handler it has inherited from a job (`console.main`)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _open_bank(folder)

@@ -40,7 +40,9 @@ _MAY_CHANGE = {
     "position": set(_PLACES),
     "loudness": set(_LOUDNESS),
 }
-_VERSION = 1  # of the request: another one is another answer
+_COUNTS = {word: number for number, word in enumerate(_words("two three four five six"), 2)} | {"twice": 2}
+_BACKWARD, _TOGETHER = {"after", "preceded"}, {"while", "as", "with"}
+_VERSION = 2  # of the request: another one is another answer
 
 _TASK = """You write captions of recordings. Given a caption, write {positives} paraphrases of it that name the same
 sounds in the same order with the same attributes, and for the caption and for each paraphrase {negatives} wrong
@@ -48,8 +50,8 @@ captions. A wrong caption keeps the wording of the one it belongs to and changes
 sounds, which sound an attribute belongs to (binding), a count, a position in time, a change of loudness, or one sound
 for another (class; only where nothing else can be changed). A wrong caption must be false of every recording that the
 caption is true of. Never add what the caption does not say."""
-_JUDGE = """For each of the numbered texts: could it be true of a recording of which the caption is true? Answer with
-one boolean a text, in order."""
+_JUDGE = """For each of the numbered texts: of the recordings that the caption is true of, is it true of `all`, of
+`some` or of `none`? Answer with one of these words a text, in order."""
 
 
 class CaptionError(ValueError):
@@ -100,7 +102,7 @@ class LlmCaptions:
         num_positives, num_negatives: M and N of AF-CLAP (PAPER 1): caption and M - 1 paraphrases, N wrong ones each.
         cache: folder of answers; none: every caption is asked for anew.
         attempts: how often the model may write a set before it is given up.
-        judge: ask which wrong captions could still be true.
+        judge: ask of each paraphrase whether it must be true, and of each wrong caption whether it cannot be.
     """
 
     endpoint: Endpoint
@@ -125,7 +127,7 @@ class LlmCaptions:
         told: list[dict[str, str]] = []
         for _ in range(self.attempts):
             sets = self._write(caption, told)
-            reason = faults(caption, sets, self.num_positives, self.num_negatives) or self._still_true(caption, sets)
+            reason = faults(caption, sets, self.num_positives, self.num_negatives) or self._untrue(caption, sets)
             if not reason:
                 if path:
                     _keep(path, sets)
@@ -148,21 +150,27 @@ class LlmCaptions:
         found = self._ask(caption, [_message("system", task), _message("user", asked), *told], "sets", schema)
         return found if isinstance(found, list) else []
 
-    def _still_true(self, caption: str, sets: Sequence[dict[str, Any]]) -> str:
-        """The first wrong caption that could be true, as a reason; empty: none."""
+    def _untrue(self, caption: str, sets: Sequence[dict[str, Any]]) -> str:
+        """The first paraphrase that need not be true or wrong caption that could be, as a reason; empty: none."""
         if not self.judge:
             return ""
-        texts = [each["text"] for one in sets for each in one["negatives"]]
+        paraphrases = [one["text"] for one in sets[1:]]
+        texts = [*paraphrases, *(each["text"] for one in sets for each in one["negatives"])]
         if not texts:
             return ""
         listed = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
         asked = f"Caption: {caption}\nTexts:\n{listed}"
-        schema = {"type": "array", "items": {"type": "boolean"}, "minItems": len(texts), "maxItems": len(texts)}
+        items = {"enum": ["all", "some", "none"]}
+        schema = {"type": "array", "items": items, "minItems": len(texts), "maxItems": len(texts)}
         verdicts = self._ask(caption, [_message("system", _JUDGE), _message("user", asked)], "verdicts", schema)
         if not isinstance(verdicts, list) or len(verdicts) != len(texts):
-            return "the check of the wrong captions came back incomplete"
-        true = [text for text, verdict in zip(texts, verdicts, strict=True) if verdict]
-        return f"{true[0]!r} could be true too" if true else ""
+            return "the check of the set came back incomplete"
+        for place, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)):
+            if place < len(paraphrases) and verdict != "all":
+                return f"the paraphrase {text!r} says more or other than the caption"
+            if place >= len(paraphrases) and verdict != "none":
+                return f"{text!r} could be true too"
+        return ""
 
     def _ask(self, caption: str, messages: Any, key: str, schema: dict[str, Any]) -> Any:
         """The value of one key of a JSON answer."""
@@ -212,9 +220,9 @@ def faults(caption: str, sets: Any, num_positives: int, num_negatives: int) -> s
         return "the first set must be of the caption itself, unchanged"
     if len({_plain(text) for text in texts}) < len(texts):
         return "two of the paraphrases are the same"
-    numbers = {word for word in _words(caption) if word.isdigit()}
+    numbers = _counts(caption)
     for text, group in zip(texts, negatives, strict=True):
-        if {word for word in _words(text) if word.isdigit()} != numbers:
+        if _counts(text) != numbers:
             return f"{text!r} has other numbers than the caption"
         if len({_plain(wrong) for _, wrong in group}) < len(group):
             return f"two wrong captions of {text!r} are the same"
@@ -235,9 +243,23 @@ def _wrongly_wrong(texts: Sequence[str], text: str, relation: str, wrong: str) -
         return "" if after - before else f"{wrong!r} names no other sound"
     if extra := {word for word in changed if not word.isdigit()} - _MAY_CHANGE[relation]:
         return f"{wrong!r} is to be wrong in {relation} alone, and changes {sorted(extra)[0]!r} too"
+    if relation == "order" and _in_time(wrong) == _in_time(text):
+        return f"{wrong!r} tells of the same order"
     if relation in ("count", "position", "loudness") and not changed:
         return f"{wrong!r} changes no word of {relation}"
     return ""
+
+
+def _counts(text: str) -> set[int]:
+    """The numbers from two on that a text names."""
+    words = _words(text)
+    return {int(word) for word in words if word.isdigit()} | {_COUNTS[word] for word in words if word in _COUNTS}
+
+
+def _in_time(text: str) -> tuple[list[str], bool, bool]:
+    """What an order is told by: the words besides joins in their order, and whether joins turn or undo it."""
+    words = _words(text)
+    return [word for word in words if word not in _JOINS], bool({*words} & _BACKWARD), bool({*words} & _TOGETHER)
 
 
 def _plain(text: str) -> str:

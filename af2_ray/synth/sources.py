@@ -133,6 +133,14 @@ def self_rendered(seed: int, clips_each: int = 12) -> list[Clip]:
     return out
 
 
+def state(given: str) -> list[tuple[str, int, int]]:
+    """Name, size and date of each file of a folder of one's own, for what is made of it; empty for what is built in."""
+    if given in ("packages", "rendered"):
+        return []
+    files = (path for path in sorted(Path(given).glob("*/*")) if path.suffix.lower() in packages.SOUND_SUFFIXES)
+    return [(path.relative_to(given).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
 def from_folder(folder: Path) -> list[Clip]:
     """Clips of a folder of `label/clip.*`; a file is one group.
 

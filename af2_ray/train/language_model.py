@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from af2_ray.config import LanguageModelPretrain, LanguageModelSettings, Optimizer
+from af2_ray.cpus import usable_cpus
 from af2_ray.text import IGNORE, add_special_tokens, encode, train_tokenizer
 from af2_ray.train.engine import MuonAdamW, schedule
 from af2_ray.train.precision import Precision, autocast
@@ -110,7 +110,7 @@ def _pretrain(
     if not pairs:
         raise ValueError("model.lm.pretrain: the stages' manifests hold no text to train on")
     torch.manual_seed(seed)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cpus())
     readings, drills = (
         [pair for path in paths for pair in read_pairs(path)] for paths in (recipe.reading, recipe.drills)
     )

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from af2_ray.config import load_recipe
+from af2_ray.train import costs
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD = Path(os.environ.get("AF2_CRD", ROOT.parent / "shared" / "crd"))
@@ -161,7 +163,7 @@ def test_jobs_retry_end_and_clean_up_under_kueue(rendered: list[Document]) -> No
         assert spec["suspend"]  # applying everything starts nothing; Kueue admits
         assert spec["shutdownAfterJobFinishes"], "Kueue, and suspend, want it"
         assert spec["ttlSecondsAfterFinished"] > 0
-        assert 0 < spec["activeDeadlineSeconds"] <= 864_000
+        assert 0 < spec["activeDeadlineSeconds"] <= 2_592_000
         assert spec["backoffLimit"] >= 0
         assert not cluster_spec(document).get("enableInTreeAutoscaling"), "Kueue admits whole clusters"
         python, script, *_ = shlex.split(spec["entrypoint"])
@@ -203,6 +205,46 @@ def test_requests_fit_the_recipe(rendered: list[Document]) -> None:
             cpus += gpu["replicas"] * float(resources(gpu["template"])["cpu"])
         needed = workers.num_workers * workers.cpus_per_worker + workers.decode_cpus
         assert needed <= cpus, f"{name}: {needed} CPUs asked, {cpus} there"
+
+
+def test_the_head_holds_what_a_job_puts_together_on_it(rendered: list[Document]) -> None:
+    """The LM, and beside it the whole model that takes it over, in fp32; Ray and the job itself take 2 GiB."""
+    settings = named(rendered, "ConfigMap", "af2-settings")["data"]
+    plan = runpy.run_path(str(ROOT / "jobs" / "plan.py"))
+    counts = costs.parameters(costs.meta_model(plan["recipe_config"](load_recipe(settings["AF2_RECIPE"]))))
+    needed = 4 * (sum(counts.values()) + counts["lm"]) / 2**30 + 2
+    head = cluster_spec(named(rendered, "RayJob", "af2-train"))["headGroupSpec"]["template"]
+    assert float(resources(head)["memory"].removesuffix("Gi")) >= needed
+
+
+def test_a_change_of_model_or_recipe_is_one_of_the_service(rendered: list[Document]) -> None:
+    """KubeRay upgrades a service whose own document has changed; a ConfigMap's change it does not see."""
+    settings = named(rendered, "ConfigMap", "af2-settings")["data"]
+    head = cluster_spec(named(rendered, "RayService", "af2-serve"))["headGroupSpec"]["template"]
+    told = {"af2.ray/model": settings["AF2_MODEL"], "af2.ray/recipe": settings["AF2_RECIPE"]}
+    assert head["metadata"]["annotations"] == told
+
+
+def test_disruption_budgets_find_the_server_s_pods(rendered: list[Document]) -> None:
+    """By a label of our own: KubeRay puts its name for the service on clusters, not on pods."""
+    spec = cluster_spec(named(rendered, "RayService", "af2-serve"))
+    kinds = {"head": [spec["headGroupSpec"]], "worker": spec["workerGroupSpecs"]}
+    budgets = of_kind(rendered, "PodDisruptionBudget")
+    assert len(budgets) == 2
+    for budget in budgets:
+        assert budget["spec"]["minAvailable"] == 1, "without a scale subresource only a number is understood"
+        labels = budget["spec"]["selector"]["matchLabels"]
+        for pod in kinds[labels.pop("ray.io/node-type")]:
+            assert labels.items() <= pod["template"]["metadata"]["labels"].items()
+    others = [document for document in of_kind(rendered, *RAY_KINDS) if document["kind"] != "RayService"]
+    assert not any("af2.ray/service" in each["metadata"]["labels"] for each in pods(others))
+
+
+def test_mlflow_keeps_files_on_the_volume_where_they_have_a_path(rendered: list[Document]) -> None:
+    artifacts = named(rendered, "ConfigMap", "af2-settings")["data"]["AF2_ARTIFACTS"]
+    (container,) = named(rendered, "Deployment", "af2-mlflow")["spec"]["template"]["spec"]["containers"]
+    paths = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert artifacts.startswith(("s3://", *(f"{path}/" for path in paths)))
 
 
 def pods(documents: list[Document]) -> Iterator[Document]:
@@ -314,9 +356,6 @@ def test_the_service_s_pods_hold_its_replicas(rendered: list[Document]) -> None:
     assert options["num_gpus"] <= int(resources(where["template"]).get("nvidia.com/gpu", 0))
     assert service["spec"]["upgradeStrategy"]["type"] == "NewCluster"
     assert service["spec"]["rayClusterDeletionDelaySeconds"] >= 120, "the recipe's request_timeout_s"
-    for budget in of_kind(rendered, "PodDisruptionBudget"):
-        selected = budget["spec"]["selector"]["matchLabels"]
-        assert selected["ray.io/originated-from-cr-name"] == service["metadata"]["name"]
 
 
 def test_the_image_has_what_the_pods_need() -> None:

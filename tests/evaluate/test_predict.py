@@ -103,6 +103,19 @@ def test_on_ray_the_answers_are_the_same(model_dir: Path, samples: list[Sample],
     assert failures == []
 
 
+def test_captions_alone_are_evaluated(model_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    """A captioning benchmark has no closed question, so no accuracy; its captions are scored and written."""
+    facts = json.loads((corpus / "test.json").read_text())
+    facts["data"] = {key: row for key, row in facts["data"].items() if "caption" in row.get("skill", "").lower()}
+    manifest = corpus / "captions_only.json"
+    manifest.write_text(json.dumps(facts))
+    block = Evaluation(manifests=[Dataset(manifest=str(manifest))], **LIMITS)
+    result = evaluate_run(model_dir, block, out_dir=tmp_path)
+    assert result.accuracy == {"questions": 0}
+    assert result.details["captions"]["captions"] == len(facts["data"]) == 8
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 8
+
+
 def test_a_whole_evaluation(model_dir: Path, corpus: Path, tmp_path: Path) -> None:
     manifest = str(corpus / "test.json")
     block = Evaluation(manifests=[Dataset(manifest=manifest)], seen_manifests=[Dataset(manifest=manifest)], **LIMITS)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import multiprocessing.pool
+import os
 import signal
-import time
 from dataclasses import replace
 
 import cuts
@@ -83,20 +82,17 @@ def test_a_pool_ends_its_workers_whatever_the_job_does_on_sigterm(tmp_path, monk
 
 
 @pytest.mark.timeout(60)
-def test_a_pool_ends_workers_that_have_not_begun(tmp_path, monkeypatch):
-    """One worker did all there was; the other was sent SIGTERM before it had put the handler back, and stayed."""
-    slow, start = time.sleep, corpus._start_worker
-    monkeypatch.setattr(corpus, "_start_worker", lambda folder: (slow(0.5), start(folder)))
+def test_a_worker_that_is_killed_ends_the_corpus_with_an_error(tmp_path, monkeypatch):
+    """A pool put another worker in its place and waited for ever for what the first had been given."""
     monkeypatch.setattr(corpus, "_open_bank", lambda folder: None)
-    monkeypatch.setattr(corpus, "_make_block", _on_sigterm)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-    try:
-        scenes = SceneSet(name="any", split="train", num_scenes=16, duration_s=(10, 10), num_events=(1, 1))
-        blocks = corpus._blocks(None, scenes, tmp_path, 2)  # type: ignore[arg-type]
-        monkeypatch.setattr(multiprocessing.pool.Pool, "imap", lambda self, *given, **more: iter(("at once",)))
-        assert list(blocks) == ["at once"]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr(corpus, "_make_block", _killed)
+    scenes = SceneSet(name="any", split="train", num_scenes=16, duration_s=(10, 10), num_events=(1, 1))
+    with pytest.raises(RuntimeError, match="any/train was killed: too little memory"):
+        list(corpus._blocks(None, scenes, tmp_path, 2))  # type: ignore[arg-type]
+
+
+def _killed(job: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _on_sigterm(job: object) -> object:

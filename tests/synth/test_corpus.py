@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_same_bytes_with_two_processes_and_again_after_a_cut(made: Path, tmp_pat
     assert make_corpus(recipe(tmp_path, seed=1), num_processes=2).sha256 != first.sha256
 
 
+def test_two_jobs_that_need_a_corpus_make_it_once(made: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=make_corpus, args=(recipe(tmp_path / "c"),)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert make_corpus(recipe(tmp_path / "c")).sha256 == make_corpus(recipe(made)).sha256
+    assert not list((tmp_path / "c").glob("**/*.part*"))
+
+
 def test_every_closed_question_has_a_counterpart(made: Path) -> None:
     for name in ("short", "long"):
         pairs = defaultdict(list)
@@ -156,6 +169,8 @@ def test_a_folder_of_clips_is_a_source(tmp_path: Path) -> None:
     sets = [SceneSet(name="own", split="train", num_scenes=4, duration_s=(5, 6), num_events=(1, 2))]
     report = make_corpus(recipe(tmp_path / "out", sources=str(tmp_path / "clips"), sets=sets), num_processes=1)
     assert (report.num_classes, report.num_source_clips) == (7, 35)
+    soundfile.write(tmp_path / "clips" / "kind 2" / "0.wav", 0.5 * wave[::-1], 16000)  # another recording in its place
+    assert make_corpus(recipe(tmp_path / "out", sources=str(tmp_path / "clips"), sets=sets)).sha256 != report.sha256
     with pytest.raises(ValueError, match="no folder"):
         make_corpus(recipe(tmp_path / "none", sources=str(tmp_path / "nothing"), sets=sets))
 

@@ -44,6 +44,15 @@ def test_what_cannot_be_read_is_told(text: str, message: str) -> None:
         read_caption(text)
 
 
+@pytest.mark.parametrize("text", ["a loud dog followed by a bell", "a soft rain then a bell then a dog"])
+def test_one_loud_sound_alone_is_no_relation_to_change(text: str) -> None:
+    """Loud and soft are told of two sounds; the other wrong captions of such a text are made all the same."""
+    composition, phrases = read_caption(text)
+    others = {label: (label, label) for label in ("a cat", "a horn", "a saw")}
+    made = captions_of(composition, others | dict(phrases), [*others, *phrases], 3, 3, np.random.default_rng(0))
+    assert all(len(group) == 3 for group in made.negatives)
+
+
 def test_wrong_captions_differ_in_one_relation_and_belong_to_their_wording() -> None:
     composition, phrases = read_caption("a loud dog followed by a soft bell")
     made = captions_of(composition, phrases, list(phrases), 3, 2, np.random.default_rng(0))

@@ -71,7 +71,7 @@ def llm() -> Iterator[Scripted]:
 
 
 def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, tmp_path: Path) -> None:
-    llm.answers = [{"sets": GOOD}, {"verdicts": [False] * 4}]
+    llm.answers = [{"sets": GOOD}, {"verdicts": ["all"] + ["none"] * 4}]
     engine = LlmCaptions(llm.endpoint, 2, 2, cache=tmp_path)
     made = engine(CAPTION)
     assert made.caption == CAPTION
@@ -80,7 +80,7 @@ def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, t
     form = llm.asked[0]["response_format"]
     assert form["type"] == "json_schema"
     assert form["json_schema"]["schema"]["properties"]["sets"]["minItems"] == 2
-    assert "1. a bell followed by a dog" in llm.asked[1]["messages"][1]["content"]
+    assert "2. a bell followed by a dog" in llm.asked[1]["messages"][1]["content"]
     assert (engine.spent.requests, engine.spent.prompt_tokens, engine.spent.completion_tokens) == (2, 200, 20)
     assert engine.spent.cost(llm.endpoint) == pytest.approx(600e-6)
     again = LlmCaptions(llm.endpoint, 2, 2, cache=tmp_path)
@@ -90,14 +90,29 @@ def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, t
 
 def test_what_does_not_hold_is_told_and_tried_again(llm: Scripted) -> None:
     bad = [GOOD[0], one(CAPTION.upper(), *(("order", "a"), ("class", "b")))]
-    llm.answers = [{"sets": bad}, {"sets": GOOD}, {"verdicts": [False, True, False, False]}, 503, {"sets": GOOD}]
-    llm.answers.append({"verdicts": [False] * 4})
+    llm.answers = [
+        {"sets": bad},
+        {"sets": GOOD},
+        {"verdicts": ["all", "none", "some", "none", "none"]},
+        503,
+        {"sets": GOOD},
+    ]
+    llm.answers.append({"verdicts": ["all"] + ["none"] * 4})
     engine = LlmCaptions(llm.endpoint, 2, 2)
     assert engine(CAPTION).paraphrases == ("a bell after a dog",)
     told = [asked["messages"][-1]["content"] for asked in llm.asked]
     assert "two of the paraphrases are the same" in told[1]
     assert "'a cat followed by a bell' could be true too" in told[3]
     assert told[3] == told[4], "a busy endpoint is asked the same again"
+
+
+def test_a_paraphrase_that_says_more_or_another_number_is_told(llm: Scripted) -> None:
+    llm.answers = [{"sets": GOOD}, {"verdicts": ["some"] + ["none"] * 4}]
+    with pytest.raises(CaptionError, match="the paraphrase 'a bell after a dog' says more or other"):
+        LlmCaptions(llm.endpoint, 2, 2, attempts=1)(CAPTION)
+    twice = [one("a dog barks twice"), one("a dog barks three times")]
+    assert "other numbers than the caption" in faults("a dog barks twice", twice, 2, 0)
+    assert faults("a dog barks twice", [one("a dog barks twice"), one("two barks of a dog")], 2, 0) == ""
 
 
 def test_a_caption_that_never_works_is_an_error_with_the_last_reason(llm: Scripted) -> None:
@@ -127,6 +142,8 @@ def test_a_caption_that_never_works_is_an_error_with_the_last_reason(llm: Script
         ("rain at the end", "position", "rain in the middle", ""),
         ("rain", "class", "wind", ""),
         ("rain on a roof", "class", "rain on roof", "names no other sound"),
+        ("a dog then a bell", "order", "a dog before a bell", "tells of the same order"),
+        ("a dog then a bell", "order", "a dog after a bell", ""),
         ("rain", "mood", "sad rain", "none of the relations"),
     ],
 )
