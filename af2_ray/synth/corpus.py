@@ -43,15 +43,14 @@ from af2_ray.synth.captions import make_captions
 from af2_ray.synth.catalogue import BEDS, CLASSES
 from af2_ray.synth.curate import Clip, grouped, split_clips
 from af2_ray.synth.drills import make_drills
-from af2_ray.synth.reading import narrate
-from af2_ray.synth.scenes import Scene, compose_block, render_scene
-from af2_ray.synth.skills import Question, make_questions
+from af2_ray.synth.rows import Row, mark_gallery, question_row, reading_row, truth_row
+from af2_ray.synth.scenes import compose_block, render_scene
+from af2_ray.synth.skills import make_questions
 
 log = logging.getLogger(__name__)
 
 VERSION = 10  # raise it when the same recipe would give other bytes
 BLOCK = 4  # scenes
-Row = dict[str, Any]
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
@@ -82,9 +81,8 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
         if found := _made_before(corpus, folder, progress):
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(
-            folder.with_name(f".{folder.name}.lock")
-        ):  # of two jobs that need it, one makes it and the other waits
+        lock = folder.with_name(f".{folder.name}.lock")
+        with locked(lock):  # of two jobs that need it, one makes it and the other waits
             return _made_before(corpus, folder, progress) or _make_all(corpus, folder, progress, num_processes)
     name = _digest([corpus.dir, _fingerprint(corpus)])[:16]
     with locked(scratch("corpora") / f".{name}.lock"):
@@ -258,7 +256,7 @@ def _make_set(
         for kept, made in zip(parts, rows, strict=True):
             kept += made
         tell((number + 1) * BLOCK)
-    _mark_gallery(truth)
+    mark_gallery(truth)
     _write_lines(base / f"{scenes.split}.scenes.jsonl", truth)
     _write_lines(base / f"{scenes.split}.captions.jsonl", captions)
     _write_lines(base / f"{scenes.split}.reading.jsonl", readings)
@@ -358,73 +356,14 @@ def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], ...]
                 "relations": [scene.kind],
             }
         )
-        truth.append(_truth(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
+        truth.append(truth_row(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
     asked = make_questions(block, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng)
     drills = [drill for i, scene in enumerate(block) for drill in make_drills(i, scene, rng)]
     out = [truth, captions]
     for found in (asked, drills if scenes.split == "train" else []):
-        rows = [_question(question, scenes, block[question.scene], truth, captions) for question in found]
-        out += [rows, [_reading(row, block[question.scene]) for row, question in zip(rows, found, strict=True)]]
+        rows = [question_row(question, scenes, block[question.scene], truth, captions) for question in found]
+        out += [rows, [reading_row(row, block[question.scene]) for row, question in zip(rows, found, strict=True)]]
     return tuple(out)
-
-
-def _question(question: Question, scenes: SceneSet, scene: Scene, truth: Sequence[Row], captions: Sequence[Row]) -> Row:
-    """A manifest's row."""
-    row: Row = {
-        "name": truth[question.scene]["name"],
-        "prompt": question.prompt,
-        "output": question.answer or captions[question.scene]["caption"],
-        "duration": scene.duration_s,
-        "skill": question.skill,
-        "template": question.template,
-        "num_events": len(scene.events),
-    }
-    if question.pair:
-        row["pair"] = f"{scenes.name}-{scenes.split}-{question.pair}"
-    if question.options:
-        row["options"] = question.options
-    return row
-
-
-def _reading(row: Row, scene: Scene) -> Row:
-    """A question about a scene told in words."""
-    return {"prompt": f"{narrate(scene)} {row['prompt']}", "answer": row["output"]}
-
-
-def _truth(scene: Scene, name: str, digest: str) -> Row:
-    return {
-        "name": name,
-        "duration": scene.duration_s,
-        "pair": f"{scene.family:06d}",
-        "block": scene.block,
-        "mirror": scene.mirror,
-        "kind": scene.kind,
-        "relation": scene.relation,
-        "focus": scene.focus,
-        "together": scene.together,
-        "bed": {"kind": scene.bed_kind, "id": scene.bed.id, "db": round(scene.bed_db, 1)},
-        "events": [
-            {
-                "label": event.label,
-                "clip": event.clip.id,
-                "onsets_s": event.onsets_s,
-                "hit_s": event.hit_s,
-                "gains_db": event.gains_db,
-                "count": event.count,
-            }
-            for event in scene.events
-        ],
-        "audio_sha256": digest,
-    }
-
-
-def _mark_gallery(truth: list[Row]) -> None:
-    """Mark the first scene of every set of events: scenes marked `gallery` have pairwise different events."""
-    seen: set[tuple[str, ...]] = set()
-    for row in truth:
-        events = tuple(sorted({event["label"] for event in row["events"]}))
-        row["gallery"] = events not in seen
-        seen.add(events)
 
 
 def _write_lines(path: Path, rows: list[Row]) -> None:

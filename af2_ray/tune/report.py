@@ -142,7 +142,7 @@ def best(results: Sequence[Result], points: Sequence[Point], metric: str) -> Res
     ]
     if not scored:
         return None
-    number = max(scored)[-1]
+    number = max(scored, key=lambda item: item[:2])[-1]  # of equal ones the first
     members = [r for r in results if r.point == number and r.status == "done" and r.metric is not None]
     return max(members, key=lambda result: sign * (result.metric or 0.0))
 

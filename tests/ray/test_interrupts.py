@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import toy
 import yaml
 from mlflow import MlflowClient
+from test_s3_runs import wait_for
 from test_train import ROOT, _environment, _overrides
 
 from af2_ray.train.run import read_metrics
@@ -74,14 +73,6 @@ def start(job: str, *arguments: str) -> subprocess.Popen[bytes]:
     listens = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     command = [sys.executable, str(ROOT / "jobs" / job), *arguments]
     return subprocess.Popen(command, env=_environment(), preexec_fn=listens, start_new_session=True)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, "the job ended before that"
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def statuses(out: Path) -> Counter[str]:
