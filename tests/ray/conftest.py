@@ -24,7 +24,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[weed.Ser
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     try:
         running.start()
-        running.client().create_bucket(Bucket="audio")
         yield running
     finally:
         running.kill()
