@@ -7,6 +7,7 @@ ever sees: we keep it, at half the bytes of float32, until the mel front end.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ SAMPLE_RATE = 16_000
 WINDOW_S = 10
 WINDOW_SAMPLES = SAMPLE_RATE * WINDOW_S
 INT16_SCALE = 32_767
+
+ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 
 def num_windows(num_samples: int, max_windows: int | None = None) -> int:
@@ -60,3 +63,8 @@ def to_windows(mono: NDArray[np.floating], max_windows: int | None = None) -> ND
     scaled *= INT16_SCALE
     windows.reshape(-1)[: x.size] = scaled
     return windows
+
+
+def repeated(mono: NDArray[ScalarT]) -> NDArray[ScalarT]:
+    """A clip of less than a window, as often as it fits in whole; a longer one, or an empty one, as it is."""
+    return np.tile(mono, max(1, WINDOW_SAMPLES // len(mono))) if len(mono) else mono

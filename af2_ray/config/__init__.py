@@ -23,6 +23,7 @@ from af2_ray.config.read import RECIPE_DIR, load_recipe, recipe_names
 from af2_ray.config.recipe import NOT_STATED, Recipe
 from af2_ray.config.sweep import Asha, Sweep, Trial, load_sweep, sweep_names
 from af2_ray.config.training import (
+    Augment,
     Checkpoints,
     Clap,
     ClapTextTower,
@@ -40,6 +41,7 @@ __all__ = [
     "RECIPE_DIR",
     "Asha",
     "AudioTowerSettings",
+    "Augment",
     "Budget",
     "Checkpoints",
     "Clap",

@@ -124,6 +124,26 @@ class ClapTextTower(Strict):
     pooling: Literal["masked_mean", "mean"] = "masked_mean"
 
 
+class Augment(Strict):
+    """What AF-CLAP training changes in a clip each time it comes, so that its captions stay true; the default: nothing.
+
+    A clip's level is none of it: every clip is scaled to a peak of 1 before it is heard.
+    """
+
+    crop: bool = Field(False, description="of a clip longer than max_windows a random stretch, not its beginning")
+    eq_db: float = Field(0.0, ge=0, le=40, description="up to so much up or down at each of six frequencies")
+    noise_snr_db: tuple[float, float] | None = Field(
+        None, strict=False, description="white noise, so many dB below the clip's RMS: [least, most]"
+    )
+
+    @field_validator("noise_snr_db")
+    @classmethod
+    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value and value[0] > value[1]:
+            raise ValueError(f"a range [least, most] of dB, got {list(value)}")
+        return value
+
+
 class Clap(Strict):
     """AF-CLAP training (PAPER 1): M positives, M x N composition-aware negatives; M = 1, N = 0 is vanilla."""
 
@@ -135,6 +155,10 @@ class Clap(Strict):
     num_positives: int = Field(3, ge=1)
     num_negatives: int = Field(3, ge=0)
     max_windows: int = Field(1, ge=1)
+    short_clips: Literal["silence", "repeat"] = Field(
+        "silence", description="what fills the window after a short clip's end; `repeat`: the clip, as often as it fits"
+    )
+    augment: Augment = Augment()
     batch_size: int = Field(256, ge=2, description="clips of one contrastive batch, over all workers")
     symmetric: bool = Field(False, description="half of the loss from text to audio (the paper: audio to text only)")
     temperature: float = Field(0.07, gt=0, description="where it starts; it stays between 0.01 and 1")

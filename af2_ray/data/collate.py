@@ -14,14 +14,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from af2_ray import text
+from af2_ray.audio.augment import random_eq, random_noise
 from af2_ray.audio.decode import AudioError, Channel, decode
-from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES, to_windows
+from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES, repeated, to_windows
+from af2_ray.config import Augment
 from af2_ray.data import quarantine
 from af2_ray.data.batching import Row
 from af2_ray.data.manifest import CaptionSet, Sample, Stretch
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Array = Any  # numpy in a decode task, torch in the trainer
+ShortClips = Literal["silence", "repeat"]
+AS_IT_IS = Augment()
 ItemT = TypeVar("ItemT", Sample, CaptionSet)
 
 
@@ -150,8 +154,8 @@ class Source(Protocol):
     def silence(self) -> NDArray[Any]:
         """One window without any sound, for a row with no clip left."""
 
-    def read(self, stretch: Stretch, max_windows: int) -> NDArray[Any]:
-        """The windows of a stretch, [W, ...]; `AudioError` where it cannot be used."""
+    def read(self, stretch: Stretch, max_windows: int, number: int) -> NDArray[Any]:
+        """The windows of a stretch, the row's clip of that number, [W, ...]; `AudioError` where it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,37 @@ class _Audio:
     def silence(self) -> NDArray[np.int16]:
         return np.zeros((1, WINDOW_SAMPLES), np.int16)
 
-    def read(self, stretch: Stretch, max_windows: int) -> NDArray[np.int16]:
+    def read(self, stretch: Stretch, max_windows: int, number: int) -> NDArray[np.int16]:
         return read_windows(stretch, max_windows, channel=self.channel, allow_silent=self.allow_silent)
+
+
+@dataclass(frozen=True)
+class _VariedAudio(_Audio):
+    """Audio as `config.Clap` wants it heard, other draws for each place in the plan: (seed, the first clip's place)."""
+
+    short_clips: ShortClips
+    augment: Augment
+    first: tuple[int, int]
+
+    def read(self, stretch: Stretch, max_windows: int, number: int) -> NDArray[np.int16]:
+        rng = np.random.default_rng((self.first[0], self.first[1] + number))
+        mono = self._decode(stretch, float(max_windows * WINDOW_S), rng)
+        if self.augment.eq_db:
+            mono = random_eq(mono, self.augment.eq_db, rng)
+        if self.augment.noise_snr_db:
+            mono = random_noise(mono, self.augment.noise_snr_db, rng)
+        return to_windows(repeated(mono) if self.short_clips == "repeat" else mono, max_windows)
+
+    def _decode(self, stretch: Stretch, heard_s: float, rng: np.random.Generator) -> NDArray[np.float32]:
+        """The stretch, or `heard_s` of it. A cropped one that is silent, or not there, says nothing of the file."""
+        spare_s = stretch.duration_s - heard_s
+        options: dict[str, Any] = {"channel": self.channel, "allow_silent": self.allow_silent}
+        if self.augment.crop and spare_s > 0:
+            try:
+                return decode(stretch.uri, stretch.offset_s + rng.uniform(0, spare_s), heard_s, **options)
+            except AudioError:
+                pass  # its beginning decides
+        return decode(stretch.uri, stretch.offset_s, min(stretch.duration_s, heard_s), **options)
 
 
 @dataclass(frozen=True)
@@ -197,7 +230,14 @@ class LmCollator:
 
 @dataclass(frozen=True)
 class ClapCollator:
-    """Turns a row of caption sets into a `ClapBatch` (numpy), with at most M positives and N negatives for each."""
+    """Turns a row of caption sets into a `ClapBatch` (numpy), with at most M positives and N negatives for each.
+
+    Attributes:
+        max_windows: of a clip; what lies beyond is not read, unless `augment` crops elsewhere.
+        channel, allow_silent: see `audio.decode`.
+        short_clips, augment: see `config.Clap`.
+        seed: of what `augment` draws; a clip's place in the plan has its part in it, the number of workers none.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     max_windows: int = 1
@@ -206,6 +246,9 @@ class ClapCollator:
     num_negatives: int = 3
     channel: Channel = "first"
     allow_silent: bool = False
+    short_clips: ShortClips = "silence"
+    augment: Augment = AS_IT_IS
+    seed: int = 0
 
     def __call__(self, row: Row[CaptionSet]) -> ClapBatch:
         """Decode and collate one row."""
@@ -277,12 +320,16 @@ def collate_clap(
     num_negatives: int = 3,
     channel: Channel = "first",
     allow_silent: bool = False,
+    short_clips: ShortClips = "silence",
+    augment: Augment = AS_IT_IS,
+    seed: int = 0,
 ) -> ClapBatch:
     """Decode a row's clips and tokenise their captions, padded to the longest; see `ClapCollator`.
 
     A row with no clip left has one silent window and no caption (text tensors [0, 1]).
     """
-    clips, waveforms, failures = _hear(row, max_windows, _Audio(channel, allow_silent))
+    source = _VariedAudio(channel, allow_silent, short_clips, augment, (seed, row.index * len(row.clips)))
+    clips, waveforms, failures = _hear(row, max_windows, source)
     captions, places = [], []
     for owner, (clip, *_) in enumerate(clips):
         for slot, positive in enumerate((clip.caption, *clip.positives)[:num_positives]):
@@ -316,9 +363,9 @@ def _hear(
     With no clip left, one silent window stands in the second list.
     """
     clips, waveforms, failures = [], [], []
-    for clip in row.clips:
+    for number, clip in enumerate(row.clips):
         try:
-            waveforms.append(source.read(clip[0], max_windows))
+            waveforms.append(source.read(clip[0], max_windows, number))
             clips.append(clip)
         except AudioError as error:
             failures.append(

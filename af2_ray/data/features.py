@@ -187,7 +187,7 @@ class FeatureStore:
         """What stands in a row without clips: one window [1, F, D], of which nothing is learned."""
         return np.zeros((1, *self.shape), self.dtype)
 
-    def read(self, stretch: Stretch, max_windows: int) -> NDArray[Any]:
+    def read(self, stretch: Stretch, max_windows: int, number: int = 0) -> NDArray[Any]:
         """Features [W, F, D] of a stretch, as much of it as `max_windows` hold.
 
         Raises:

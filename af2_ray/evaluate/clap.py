@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from af2_ray.audio.decode import AudioError, decode, probe
-from af2_ray.audio.windows import WINDOW_S, to_windows
+from af2_ray.audio.windows import WINDOW_S, repeated, to_windows
 from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
 from af2_ray.data.quarantine import Failure
@@ -32,7 +32,6 @@ from af2_ray.evaluate.contrast import Vectors, alignment, first_hits, retrieval,
 from af2_ray.evaluate.layouts import Labelled, Table, read_csv
 from af2_ray.evaluate.marks import Mark, mark_of
 from af2_ray.models.afclap import AfClapModel
-from af2_ray.models.processing_afclap import repeated
 from af2_ray.remote import local_model
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import (
     AutoFeatureExtractor,
     AutoProcessor,
@@ -15,7 +14,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES
+from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES, repeated
 from af2_ray.models.afclap import AfClapConfig
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioInput
 
@@ -112,11 +111,6 @@ class AfClapProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """What the model takes."""
         return ["input_ids", "attention_mask", "waveforms", "windows_per_clip"]
-
-
-def repeated(mono: NDArray[Any]) -> NDArray[Any]:
-    """A clip of less than a window, as often as it fits in whole; a longer one, or an empty one, as it is."""
-    return np.tile(mono, max(1, WINDOW_SAMPLES // len(mono))) if len(mono) else mono
 
 
 AutoFeatureExtractor.register(AfClapConfig, AfClapFeatureExtractor, exist_ok=True)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from af2_ray.audio.windows import INT16_SCALE, SAMPLE_RATE, to_windows
+from af2_ray.audio.windows import INT16_SCALE, SAMPLE_RATE, repeated, to_windows
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
-from af2_ray.models.processing_afclap import AfClapProcessor, repeated
+from af2_ray.models.processing_afclap import AfClapProcessor
 from af2_ray.remote import local_model
 from af2_ray.serve.request import Clip, Embedded, Failure
 

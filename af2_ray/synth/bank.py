@@ -15,6 +15,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
+from af2_ray.audio.augment import EQ_KNOTS_HZ, equalised
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.synth.curate import LEVEL, Clip, loudness
 
@@ -51,10 +52,7 @@ def augmented(wave: Wave, rng: np.random.Generator) -> Wave:
     """A clip that could have been another recording: pitch (and length) +-3 semitones, EQ +-8 dB, a little noise."""
     factor = 2 ** (rng.uniform(-3, 3) / 12)
     shifted = soxr.resample(wave, SAMPLE_RATE, SAMPLE_RATE / factor, quality="LQ")
-    spectrum = np.fft.rfft(shifted)
-    knots_hz = np.array([0, 200, 600, 1500, 4000, 8000])
-    gain_db = np.interp(np.linspace(0, 8000, len(spectrum)), knots_hz, rng.uniform(-8, 8, len(knots_hz)))
-    shaped = np.fft.irfft(spectrum * 10 ** (gain_db / 20), len(shifted))
+    shaped = equalised(shifted, rng.uniform(-8, 8, len(EQ_KNOTS_HZ)))
     noise = rng.standard_normal(len(shaped)) * loudness(shaped.astype(np.float32)) * 10 ** (rng.uniform(-50, -30) / 20)
     out = shaped + noise * np.minimum(1, np.arange(len(shaped), 0, -1) / (0.02 * SAMPLE_RATE))
     return np.asarray(out * (LEVEL / loudness(out.astype(np.float32))), np.float32)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, ClapAudioConfig, T5Config
 
 from af2_ray.audio.decode import AudioError, decode
-from af2_ray.audio.windows import to_windows
+from af2_ray.audio.windows import WINDOW_S, repeated, to_windows
 from af2_ray.config import AudioTowerSettings, Clap, Dataset
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapCollator
@@ -78,6 +78,9 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
             max_windows=recipe.max_windows,
             num_positives=recipe.num_positives,
             num_negatives=recipe.num_negatives,
+            short_clips=recipe.short_clips,
+            augment=recipe.augment,
+            seed=run.recipe.seed,
         ),
         num_steps=recipe.steps,
         checkpoint_every=recipe.checkpoint_every,
@@ -137,6 +140,7 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
             text_config=text_config,
             projection_dim=recipe.joint_dim,
             text_pooling=text.pooling,
+            short_clips=recipe.short_clips,
             moments=recipe.moments,
             initial_temperature=recipe.temperature,
         )
@@ -144,7 +148,7 @@ def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:
     model.direct_heads(recipe.head_direction)
     if text.path:
         model.text_tower = load_text_encoder(text.path)
-    _set_mel_statistics(model, captions, recipe.mel_statistics_clips, run.recipe.seed)
+    _set_mel_statistics(model, captions, recipe, run.recipe.seed)
     with replacing(run.clap_dir / "start") as temporary:
         model.save_pretrained(temporary)
         AfClapProcessor.of(model.config, tokenizer, recipe.max_windows).save_pretrained(temporary)
@@ -163,13 +167,14 @@ def _tokenizer(run: Run, recipe: Clap, captions: Sequence[CaptionSet]) -> Any:
     return tokenizer
 
 
-def _set_mel_statistics(model: AfClapModel, captions: list[CaptionSet], num_clips: int, seed: int) -> None:
-    chosen = np.random.default_rng(seed).permutation(len(captions))[:num_clips]
+def _set_mel_statistics(model: AfClapModel, captions: list[CaptionSet], recipe: Clap, seed: int) -> None:
+    chosen = np.random.default_rng(seed).permutation(len(captions))[: recipe.mel_statistics_clips]
     windows = []
     for index in chosen:
         item = captions[index]
         try:
-            windows.append(to_windows(decode(item.uri, item.offset_s, item.duration_s), 1))
+            mono = decode(item.uri, item.offset_s, min(item.duration_s, float(WINDOW_S)))
+            windows.append(to_windows(repeated(mono) if recipe.short_clips == "repeat" else mono, 1))
         except AudioError as error:
             logger.warning("mel statistics go without %s", error)  # the feed counts and lists it
     if not windows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from af2_ray.audio.decode import decode
 from af2_ray.audio.windows import WINDOW_SAMPLES, to_windows
+from af2_ray.config import Augment
 from af2_ray.data.batching import Row
 from af2_ray.data.collate import ClapBatch, ClapCollator, LmBatch, LmCollator
 from af2_ray.data.manifest import CaptionSet, Sample
@@ -154,6 +156,49 @@ def test_clap_batch(make_sound: Callable[..., str], tiny_tokenizer: Any) -> None
     assert texts == ["a1", "x", "b1", "z", "a3", "x", "b3", "z"]
     assert batch.text_mask.sum(1).max() == batch.text_ids.shape[1], "padded to the longest, no further"
     assert same(ClapBatch.from_row(batch.to_row()), batch.tensors())
+
+
+def hear(collator: ClapCollator, *rows: Row[CaptionSet]) -> np.ndarray[Any, Any]:
+    return np.concatenate([collator(row).waveforms for row in rows])
+
+
+def test_a_clip_is_heard_anew_in_each_place_of_the_plan(make_sound: Callable[..., str], tiny_tokenizer: Any) -> None:
+    clip = (replace(captions(make_sound("l.flac", 25.0), 1), duration_s=25.0),)
+    augment = Augment(crop=True, eq_db=6.0, noise_snr_db=(20.0, 30.0))
+    collator = ClapCollator(tiny_tokenizer, augment=augment, seed=1)
+    one, two = hear(collator, Row(3, (clip, clip)))
+    assert (one != two).mean() > 0.9
+    np.testing.assert_array_equal(hear(collator, Row(6, (clip,)), Row(7, (clip,))), [one, two])  # of twice the workers
+    assert (hear(replace(collator, seed=2), Row(3, (clip,)))[0] != one).mean() > 0.9
+
+
+def test_a_crop_is_a_stretch_of_the_clip_and_a_silent_one_its_beginning(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    collator = ClapCollator(tiny_tokenizer, augment=Augment(crop=True))
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 30 * 16_000)
+    noise[5 * 16_000 :: 16_000] = 0.6  # the peak of every stretch
+    sf.write(tmp_path / "long.wav", noise, 16_000)
+    sf.write(tmp_path / "half.wav", np.concatenate([noise[: 8 * 16_000], np.zeros(52 * 16_000)]), 16_000)
+    long, half = (
+        replace(captions(str(tmp_path / name), 1), duration_s=duration_s)
+        for name, duration_s in (("long.wav", 30.0), ("half.wav", 60.0))
+    )
+    whole = decode(long.uri)
+    starts = []
+    for heard in hear(collator, *(Row(number, ((long,),)) for number in range(4))):
+        start = int(np.correlate(whole, heard[:400] / 32767, "valid").argmax())
+        np.testing.assert_array_equal(heard, to_windows(whole[start : start + WINDOW_SAMPLES])[0])
+        starts.append(start / 16_000)
+    assert len(set(starts)) == 4
+    assert 0 <= min(starts) < max(starts) <= 20
+    assert hear(collator, *(Row(number, ((half,),)) for number in range(6))).any(1).all()
+
+
+def test_short_clips_are_repeated(make_sound: Callable[..., str], tiny_tokenizer: Any) -> None:
+    uri = make_sound("s.flac", 3.0)
+    heard = hear(
+        ClapCollator(tiny_tokenizer, short_clips="repeat"), Row(0, ((replace(captions(uri, 1), duration_s=3.0),),))
+    )
+    np.testing.assert_array_equal(heard, to_windows(np.tile(decode(uri), 3)))
 
 
 def test_an_emptied_clap_row(tiny_tokenizer: Any) -> None:

@@ -20,8 +20,9 @@ from transformers import (
     pipeline,
 )
 
+from af2_ray.audio.windows import repeated
 from af2_ray.models.afclap import AfClapConfig, AfClapModel, load_text_encoder, pool
-from af2_ray.models.processing_afclap import AfClapFeatureExtractor, AfClapProcessor, repeated
+from af2_ray.models.processing_afclap import AfClapFeatureExtractor, AfClapProcessor
 
 T5 = T5Config(vocab_size=90, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
 BERT = BertConfig(vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)

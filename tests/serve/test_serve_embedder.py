@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import serve_toy
 
-from af2_ray.audio.windows import to_windows
-from af2_ray.models.processing_afclap import repeated
+from af2_ray.audio.windows import repeated, to_windows
 from af2_ray.serve.embedder import Embedder, Item
 from af2_ray.serve.request import Clip, Failure
 
