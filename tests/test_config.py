@@ -53,6 +53,9 @@ def test_overrides_reach_into_lists_by_name_and_by_index():
         ("faults.max_bad_share=2", "faults.max_bad_share"),
         ("deepspeed.zero_stage=1", "stages.pretrain.optimizer.muon_lr works on whole fp32 matrices"),
         ("model.lm.pretrain.drill_share=0.8", "model.lm.pretrain: reading_share=0.35 and drill_share=0.8"),
+        ("model.audio.patch_size=8", "depths and num_heads need 3 numbers each"),
+        ("model.audio.patch_size=5", "model.audio.patch_size"),
+        ("clap.augment.noise_snr_db=[30, 20]", "a range [least, most] of dB"),
         ("clap.optimizer.muon_lr=1e-3", "Muon is for the fusion of the stages"),
     ],
 )

@@ -13,6 +13,9 @@ class AudioTowerSettings(Strict):
     """HTSAT (Swin) audio tower; the defaults are the paper's HTSAT-large (PAPER 1, about 200 M parameters)."""
 
     embed_dim: int = Field(256, ge=8)
+    patch_size: Literal[4, 8, 16] = Field(
+        4, description="mel bins and frames of a patch; 8 goes with 3 stages, 16 with 2, and saves the most expensive"
+    )
     depths: list[int] = [2, 2, 12, 2]
     num_heads: list[int] = [4, 8, 16, 32]
     window_size: int = 8
@@ -24,9 +27,13 @@ class AudioTowerSettings(Strict):
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
-    def _four_stages(self) -> AudioTowerSettings:
-        if len(self.depths) != 4 or len(self.num_heads) != 4:
-            raise ValueError("depths and num_heads need 4 numbers each, one a Swin stage")
+    def _stages_end_in_64_features(self) -> AudioTowerSettings:
+        num_stages = {4: 4, 8: 3, 16: 2}[self.patch_size]
+        if len(self.depths) != num_stages or len(self.num_heads) != num_stages:
+            raise ValueError(
+                f"depths and num_heads need {num_stages} numbers each, one a Swin stage, with patch_size="
+                f"{self.patch_size}: each stage halves the sides of a window's features, and 8 x 8 must be left"
+            )
         return self
 
 

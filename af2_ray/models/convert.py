@@ -277,7 +277,6 @@ def infer_tower_config(weights: Mapping[str, Tensor], prefix: str) -> ClapAudioC
         window_size=(int(tables[0].shape[0] ** 0.5) + 1) // 2,
         num_mel_bins=weights[prefix + "bn0.weight"].shape[0],
         patch_size=patch,
-        patch_stride=[patch, patch],
         patch_embed_input_channels=channels,
         mlp_ratio=weights[prefix + "layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         **settings,

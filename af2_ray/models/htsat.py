@@ -35,6 +35,7 @@ def tower_config(
     depths: Sequence[int],
     num_heads: Sequence[int],
     *,
+    patch_size: int = 4,
     window_size: int = 8,
     mlp_ratio: float = 4.0,
     **settings: Any,
@@ -48,6 +49,8 @@ def tower_config(
         hidden_size=embed_dim * 2 ** (len(depths) - 1),
         depths=list(depths),
         num_attention_heads=list(num_heads),
+        patch_size=patch_size,
+        patch_stride=[patch_size, patch_size],
         window_size=window_size,
         mlp_ratio=float(mlp_ratio),  # transformers checks the type
         **settings,
@@ -157,7 +160,7 @@ class AudioTower(nn.Module):
         return x.transpose(1, 2).reshape(num, rows * columns, width)
 
     def _embed_patches(self, mel: Tensor) -> Tensor:
-        """[S, frames, 64] -> patches [S, 64, 64, C]: normalise, stretch to 1024 frames, fold to 256 x 256, convolve."""
+        """[S, frames, 64] -> patches [S, R, R, C]: normalise, stretch to 1024 frames, fold to 256 x 256, convolve."""
         encoder = self.model.audio_encoder
         norm, embed = encoder.batch_norm, encoder.patch_embed
         num, frames, bins = mel.shape

@@ -107,6 +107,7 @@ def audio_config_of(settings: AudioTowerSettings) -> ClapAudioConfig:
         settings.embed_dim,
         settings.depths,
         settings.num_heads,
+        patch_size=settings.patch_size,
         window_size=settings.window_size,
         mlp_ratio=settings.mlp_ratio,
         hidden_act=settings.hidden_act,

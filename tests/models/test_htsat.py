@@ -8,10 +8,13 @@ from transformers import ClapAudioModel
 from af2_ray.models.htsat import AudioTower, tower_config
 
 
-@pytest.mark.parametrize("num_heads", [(1, 2, 4, 8), (2, 4, 8, 16)])
-def test_features_are_those_of_clap_audio_model(num_heads: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "patch_size"), [((1, 2, 4, 8), 4), ((2, 4, 8, 16), 4), ((1, 2, 4), 8), ((2, 4), 16)]
+)
+def test_features_are_those_of_clap_audio_model(num_heads: tuple[int, ...], patch_size: int) -> None:
     torch.manual_seed(0)
-    tower = AudioTower(tower_config(16, (2, 2, 2, 2), num_heads)).eval()
+    tower = AudioTower(tower_config(16, [2] * len(num_heads), num_heads, patch_size=patch_size)).eval()
+    assert tower.window_shape == (2, 32)
     for parameter in tower.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     windows = make_windows(2)
