@@ -52,21 +52,28 @@ class Recipe(Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ, got {names}")
+        trained = {f"stages.{stage.name}": stage.optimizer for stage in self.stages}
+        for name, optimizer in (trained | ({"clap": self.clap.optimizer} if self.clap else {})).items():
+            if optimizer.muon_lr is not None and (self.deepspeed.zero_stage or self.deepspeed.precision == "bf16"):
+                raise ValueError(
+                    f"{name}.optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: "
+                    "set deepspeed.zero_stage=0 and deepspeed.precision=fp32 (or mixed), or leave muon_lr out"
+                )
         for stage in self.stages:
             if stage.budget.step_batches % self.cluster.num_workers:
                 raise ValueError(
                     f"stages.{stage.name}.budget.step_batches={stage.budget.step_batches} is not a multiple of "
                     f"cluster.num_workers={self.cluster.num_workers}: every rank takes equally many rows a step"
                 )
-            if stage.optimizer.muon_lr is not None and (
-                self.deepspeed.zero_stage or self.deepspeed.precision == "bf16"
-            ):
-                raise ValueError(
-                    f"stages.{stage.name}.optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: "
-                    "set deepspeed.zero_stage=0 and deepspeed.precision=fp32 (or mixed), or leave muon_lr out"
-                )
-        if self.clap and self.clap.optimizer.muon_lr is not None:
-            raise ValueError("clap.optimizer.muon_lr: Muon is for the fusion of the stages; leave it out here")
+        if (
+            self.clap
+            and self.clap.optimizer.muon_lr is not None
+            and not {"clap", "lm"} & {*self.clap.optimizer.muon_groups}
+        ):
+            raise ValueError(
+                "clap.optimizer.muon_lr has nothing to train: set clap.optimizer.muon_groups=[clap, lm] (the audio "
+                "tower; the text tower and both heads)"
+            )
         if self.clap and self.clap.batch_size % self.cluster.num_workers:
             raise ValueError(
                 f"clap.batch_size={self.clap.batch_size} is not a multiple of "

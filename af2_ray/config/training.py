@@ -11,7 +11,7 @@ from af2_ray.config.data import Budget, Dataset
 
 
 class Optimizer(Strict):
-    """AdamW (the fusion's matrices by Muon, if so set), warm-up, then constant or cosine (PAPER 3: AdamW, constant)."""
+    """AdamW (matrices by Muon, if so set), warm-up, then constant or cosine (PAPER 3: AdamW, constant)."""
 
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -25,8 +25,12 @@ class Optimizer(Strict):
     muon_lr: float | None = Field(
         None,
         gt=0,
-        description="rate of Muon for the matrices of `transform` and `xattn` (lr_scale is not applied to it); needs "
+        description="rate of Muon for the matrices of `muon_groups` (lr_scale is not applied to it); needs "
         "deepspeed.zero_stage=0 and fp32 (or mixed). None: AdamW for all, as in the paper",
+    )
+    muon_groups: list[Group] = Field(
+        ["transform", "xattn"],
+        description="best for what starts at random; of AF-CLAP: `clap` (audio tower), `lm` (text tower and heads)",
     )
     batch_rule: Literal["none", "sqrt", "linear"] = Field(
         "none", description="how the rate of a step follows its number of answer tokens, from `batch_labels` on"

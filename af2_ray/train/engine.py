@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -22,7 +23,6 @@ from af2_ray.models.htsat import AudioTower
 from af2_ray.train.precision import Precision, resolve
 
 NO_DECAY_GROUPS = {"tokens"}
-MUON_GROUPS = {"transform", "xattn"}  # what starts at random beside trained parts
 MUON_MOMENTUM = 0.95
 
 
@@ -69,7 +69,7 @@ def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if settings.muon_lr is not None and parameter.ndim == 2 and group_of(name) in MUON_GROUPS:
+        if settings.muon_lr is not None and _multiplies(name, parameter) and group_of(name) in settings.muon_groups:
             matrices.append(parameter)
             continue
         group = "gates" if name.rsplit(".", 1)[-1].endswith("gate") else group_of(name)
@@ -83,6 +83,11 @@ def optimizer_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
         decay = settings.weight_decay
         out.append({"params": matrices, "lr": settings.muon_lr, "weight_decay": decay, "muon": True})
     return out
+
+
+def _multiplies(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix that vectors are multiplied with: no kernel, no table of embeddings or positions."""
+    return parameter.ndim == 2 and not re.search(r"(shared|embed\w*|relative_\w*bias\w*)(\.weight)?$", name)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
+from af2_ray.models.afclap import AfClapConfig, AfClapModel
+from af2_ray.models.htsat import tower_config
 from af2_ray.train.engine import (
     MuonAdamW,
     deepspeed_config,
@@ -98,6 +101,24 @@ def test_muon_takes_the_matrices_of_the_fusion_and_adamw_the_rest():
     assert moved["audio_transform.bias"] == pytest.approx(0.05, rel=1e-4)  # the rate of its group
     assert 0 < moved["audio_transform.weight"] < 0.02  # Muon: its own rate, as large as an AdamW update usually is
     assert moved["language_model.head.weight"] == 0
+
+
+def test_muon_takes_the_matrices_of_af_clap_but_no_table():
+    text = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    audio = tower_config(8, [1, 1, 1, 1], [1, 2, 4, 8])
+    model = AfClapModel(AfClapConfig(text_config=text, audio_config=audio, projection_dim=16))
+    settings = Optimizer(muon_lr=0.02, muon_groups=["clap", "lm"])
+    *others, muon = optimizer_groups(model, settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = {names[id(parameter)] for parameter in muon["params"]}
+    left = {names[id(parameter)] for group in others for parameter in group["params"] if parameter.ndim == 2}
+    tables = ("relative_position_bias_table", "relative_attention_bias.weight", "shared.weight")
+    assert left
+    assert all(name.endswith(tables) for name in left)
+    parts = {"audio_tower", "text_tower", "audio_projection", "text_projection"}
+    assert {name.split(".")[0] for name in taken} == parts
+    only = optimizer_groups(model, settings.model_copy(update={"muon_groups": ["clap"]}))[-1]["params"]
+    assert {names[id(parameter)].split(".")[0] for parameter in only} == {"audio_tower"}
 
 
 def test_muon_goes_on_from_a_saved_state_to_the_bit():
