@@ -66,10 +66,12 @@ def afclap_loss(
     negative_mask: Tensor,
     scale: Tensor,
     *,
+    every_positive: bool = False,
     symmetric: bool = False,
 ) -> Tensor:
     """AF-CLAP's loss (PAPER 1) of one batch: `afclap_loss_sum` over the number of clips that count."""
-    loss, count = afclap_loss_sum(audio, positives, negatives, positive_mask, negative_mask, scale, symmetric=symmetric)
+    options = {"every_positive": every_positive, "symmetric": symmetric}
+    loss, count = afclap_loss_sum(audio, positives, negatives, positive_mask, negative_mask, scale, **options)
     return loss / count.clamp(min=1)
 
 
@@ -81,6 +83,7 @@ def afclap_loss_sum(
     negative_mask: Tensor,
     scale: Tensor,
     *,
+    every_positive: bool = False,
     symmetric: bool = False,
     gather: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -95,6 +98,9 @@ def afclap_loss_sum(
         negatives: [C, M, N, J] unit vectors: for each positive, captions with another order or binding.
         positive_mask: bool [C, M]; negative_mask: bool [C, M, N]: which captions exist.
         scale: the factor on dot products (`clamp_scale`), one element.
+        every_positive: the mean of log s over a clip's positives in place of the log of their sum (L_out and L_in of
+            supervised contrastive learning, Khosla et al. 2020). The paper's sum is as large as its largest term: one
+            caption near its clip is enough, and where paraphrases end up is hardly asked. Here each must be near.
         symmetric: half of this loss and half of the same from text to audio: each positive must find its clip among
             all clips; the positives of a clip share its weight.
         gather: the clips are this rank's of a process group: they meet the captions of all ranks, and gradients go
@@ -121,10 +127,10 @@ def afclap_loss_sum(
     harder = torch.cat([harder, lowest], dim=1).logsumexp(dim=1)
     weight = valid.to(audio.dtype)
     denominators = sum_logsumexp(audio, all_positives.flatten(0, 1), all_masks.flatten(), harder, weight, scale)
-    numerators = (weight * _masked(own, positive_mask).logsumexp(dim=1)).sum(dtype=torch.float64)
-    loss = denominators - numerators
+    share = positive_mask / positive_mask.sum(dim=1, keepdim=True).clamp(min=1).to(audio.dtype)
+    numerators = (share * own).sum(dim=1) if every_positive else weight * _masked(own, positive_mask).logsumexp(dim=1)
+    loss = denominators - numerators.sum(dtype=torch.float64)
     if symmetric:
-        share = positive_mask / positive_mask.sum(dim=1, keepdim=True).clamp(min=1).to(audio.dtype)
         back = sum_logsumexp(
             positives.flatten(0, 1),
             all_audio,

@@ -110,6 +110,31 @@ def test_no_table_of_similarities_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(kept) <= 64 * 3 * 4  # the table would have 64 * 192
 
 
+def test_every_positive_is_a_mean_of_logs_over_the_positives_that_exist() -> None:
+    audio, positives, negatives, positive_mask, negative_mask = captions(4, 3, 2)
+    positive_mask[1, 1:] = positive_mask[3] = False
+    args = (audio, positives, negatives, positive_mask, negative_mask, torch.tensor(3.0))
+    terms = [torch.stack([3 * audio[i] @ positives[i, m] for m in positive_mask[i].nonzero().flatten()]) for i in range(3)]
+    more = torch.stack([term.logsumexp(0) - term.mean() for term in terms]).mean()
+    torch.testing.assert_close(afclap_loss(*args, every_positive=True), afclap_loss(*args) + more)
+    alone = (audio, positives[:, :1], negatives[:, :1], positive_mask[:, :1], negative_mask[:, :1], args[-1])
+    torch.testing.assert_close(afclap_loss(*alone, every_positive=True), afclap_loss(*alone))
+
+
+def test_the_papers_sum_lets_a_far_paraphrase_be_and_every_positive_does_not() -> None:
+    """What the option is for: of a clip's two positives one is near, one opposite; who pulls the far one?"""
+    audio = torch.eye(2, 4)
+    positives = torch.stack([audio, -audio], dim=1).requires_grad_()
+    args = (torch.zeros(2, 2, 0, 4), torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2, 0, dtype=torch.bool))
+    pull = []
+    for every_positive in (False, True):
+        loss = afclap_loss(audio, positives, *args, torch.tensor(10.0), every_positive=every_positive)
+        (gradient,) = torch.autograd.grad(loss, positives)
+        pull.append(-gradient[0, 1, 0].item())
+    assert pull[0] < 1e-6
+    assert pull[1] > 1
+
+
 def test_symmetric_vanilla_is_clips_loss() -> None:
     audio, positives, negatives, positive_mask, negative_mask = captions(5, 1, 0)
     loss = afclap_loss(audio, positives, negatives, positive_mask, negative_mask, torch.tensor(3.0), symmetric=True)

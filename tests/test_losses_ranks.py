@@ -19,7 +19,7 @@ from af2_ray.losses import afclap_loss, afclap_loss_sum, clamp_scale
 
 CLIPS, M, N, J = 7, 2, 2, 6
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-CASES = list(product(TOLERANCE, (False, True)))
+CASES = list(product(TOLERANCE, ({}, {"symmetric": True}, {"every_positive": True})))
 
 
 def _tensors(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,11 +39,11 @@ def _rank(rank: int, world: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     mine = [slice(0, 2), slice(2, CLIPS if world == 2 else 3), slice(3, CLIPS)][rank]  # uneven, as after a broken file
     found = []
-    for dtype, symmetric in CASES:
+    for dtype, options in CASES:
         features, mask, negative_mask, log_scale = _tensors(dtype)
         leaves = [tensor[mine].clone().requires_grad_() for tensor in features] + [log_scale.requires_grad_()]
         loss, _ = afclap_loss_sum(
-            *leaves[:3], mask[mine], negative_mask[mine], clamp_scale(leaves[3]), symmetric=symmetric, gather=True
+            *leaves[:3], mask[mine], negative_mask[mine], clamp_scale(leaves[3]), **options, gather=True
         )
         loss.backward()
         found.append([leaf.grad for leaf in leaves])
@@ -58,13 +58,13 @@ def test_uneven_ranks_give_the_gradients_of_one(world: int, tmp_path: Path) -> N
         port = probe.getsockname()[1]
     mp.spawn(_rank, args=(world, port, str(tmp_path)), nprocs=world)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    for case, (dtype, symmetric) in enumerate(CASES):
+    for case, (dtype, options) in enumerate(CASES):
         features, mask, negative_mask, log_scale = _tensors(dtype)
         leaves = [tensor.requires_grad_() for tensor in (*features, log_scale)]
         scale = clamp_scale(leaves[3])
-        (6 * afclap_loss(*leaves[:3], mask, negative_mask, scale, symmetric=symmetric)).backward()  # 6 clips count
+        (6 * afclap_loss(*leaves[:3], mask, negative_mask, scale, **options)).backward()  # 6 clips count
         parts = [rank[case] for rank in ranks]
         together = [torch.cat([part[index] for part in parts]) for index in range(3)]
         together.append(torch.stack([part[3] for part in parts]).sum(0))
         for gradient, leaf in zip(together, leaves, strict=True):
-            assert (gradient - leaf.grad).norm() <= TOLERANCE[dtype] * leaf.grad.norm(), (dtype, symmetric)
+            assert (gradient - leaf.grad).norm() <= TOLERANCE[dtype] * leaf.grad.norm(), (dtype, options)

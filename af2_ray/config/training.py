@@ -164,6 +164,9 @@ class Clap(Strict):
     )
     augment: Augment = Augment()
     batch_size: int = Field(256, ge=2, description="clips of one contrastive batch, over all workers")
+    every_positive: bool = Field(
+        False, description="each positive must be near its clip (the paper: one is enough, the sum is inside the log)"
+    )
     symmetric: bool = Field(False, description="half of the loss from text to audio (the paper: audio to text only)")
     temperature: float = Field(0.07, gt=0, description="where it starts; it stays between 0.01 and 1")
     learn_temperature: bool = True

@@ -61,6 +61,7 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
             recipe.optimizer,
             recipe.num_positives,
             recipe.num_negatives,
+            every_positive=recipe.every_positive,
             symmetric=recipe.symmetric,
             learn_temperature=recipe.learn_temperature,
             windows_per_chunk=recipe.windows_per_chunk,

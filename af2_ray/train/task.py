@@ -122,6 +122,7 @@ class ClapTask:
     optimizer: Optimizer
     num_positives: int
     num_negatives: int
+    every_positive: bool = False
     symmetric: bool = False
     learn_temperature: bool = True
     windows_per_chunk: int | None = None
@@ -166,6 +167,7 @@ class ClapTask:
             positive_mask,
             negative_mask,
             clamp_scale(log_scale),
+            every_positive=self.every_positive,
             symmetric=self.symmetric,
             gather=True,
         )
