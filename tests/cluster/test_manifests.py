@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -111,7 +112,6 @@ def test_the_strict_schema_sees_a_mistyped_field(rendered: list[Document]) -> No
 
 
 def test_every_other_document_fits_kubernetes_own_schema(rendered: list[Document]) -> None:
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate==1.37.0")
     others = [document for document in rendered if document["kind"] not in RAY_KINDS | MONITORING_KINDS]
     assert {"Deployment", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= {each["kind"] for each in others}
     for document in others:
