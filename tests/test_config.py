@@ -56,7 +56,7 @@ def test_overrides_reach_into_lists_by_name_and_by_index():
         ("model.audio.patch_size=8", "depths and num_heads need 3 numbers each"),
         ("model.audio.patch_size=5", "model.audio.patch_size"),
         ("clap.augment.noise_snr_db=[30, 20]", "a range [least, most] of dB"),
-        ("clap.optimizer.muon_lr=1e-3", "clap.optimizer.muon_lr has nothing to train"),
+        ("clap.optimizer.muon_groups=[xattn]", "clap.optimizer.muon_lr has nothing to train"),
     ],
 )
 def test_a_bad_key_or_value_is_named(override, told):
