@@ -4,7 +4,8 @@
     python jobs/evaluate_clap.py runs/mine/clap/model ESC-50/meta/esc50.csv clotho/clotho_captions_evaluation.csv
 
 Captions: JSON lines, Parquet and the rest of the manifests, or the CSV of AudioCaps or Clotho. Labels: the CSV of
-ESC-50 or UrbanSound8K, or any with a file name and a label. All figures go to OUT as JSON.
+ESC-50 or UrbanSound8K, or any with a file name and a label, or the truth of composed scenes (`test.scenes.jsonl`). All
+figures go to OUT as JSON.
 """
 
 from __future__ import annotations

@@ -163,9 +163,16 @@ def evaluate_clap(
 
 
 def read_benchmark(uri: str, root: str | None = None) -> Table:
-    """Caption sets (`read_captions`) or a benchmark's CSV (`layouts`); unusable items are among its failures."""
+    """Caption sets (`read_captions`), scenes' labels (`x/test.scenes.jsonl`, its clips in `x/test`) or a benchmark's
+    CSV (`layouts`); unusable items are among its failures.
+    """
     if uri.endswith((".csv", ".tsv")):
         return read_csv(uri, root)
+    if uri.endswith(".scenes.jsonl"):
+        folder = root or uri.removesuffix(".scenes.jsonl")
+        scenes = read_scenes(uri).items()
+        clips = [Labelled(f"{folder}/{name}", 0.0, s["duration"], tuple(sorted(event_labels(s)))) for name, s in scenes]
+        return Table([], clips, [])
     captions, bad = check_samples(fill_durations(read_captions(uri, root), uri, fallback=tempfile.gettempdir())[0])
     return Table(captions, [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])
 

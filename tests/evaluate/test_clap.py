@@ -213,6 +213,20 @@ def test_labelled_benchmarks(layout: str, tmp_path: Path, make_sound: Any) -> No
     assert len(found["failures"]) == 1
 
 
+def test_scenes_are_classed_by_their_truth(tmp_path: Path, make_sound: Any) -> None:
+    """All of them, where captions are asked for in a gallery of different sets of events only."""
+    rows = []
+    for label, hz in {"low": 220, "high": 1760}.items():
+        for take in range(2):
+            path = Path(make_sound(f"test/{label}{take}.wav", 4.0, hz=hz))
+            rows.append({"name": path.name, "duration": 4.0, "events": [{"label": label}]})
+    truth = tmp_path / "test.scenes.jsonl"
+    truth.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "name": "gone.wav"}]))
+    found = clap.score_labels(Ears(), Reader(), clap.read_benchmark(str(truth)))  # type: ignore[arg-type]
+    assert (found["clips"], found["classes"], found["top1"]) == (4, 2, 1.0)
+    assert [failure.uri for failure in found["failures"]] == [str(tmp_path / "test" / "gone.wav")]
+
+
 def test_captioned_benchmarks(tmp_path: Path, make_sound: Any) -> None:
     for name in ("evaluation/rain on tin.wav", "evaluation/bell.wav"):
         make_sound(name, 1.0)
