@@ -42,7 +42,7 @@ class Sweep(Strict):
     metric: Literal["accuracy", "composition", "loss"] = Field(
         "accuracy",
         description="accuracy on evaluation.manifests; composition: of AF-CLAP alone, mirrored pairs of "
-        "evaluation.captions of which both captions are found; loss: the last one",
+        "evaluation.captions of which both texts are found, over captions and paraphrases; loss: the last one",
     )
     share: list[Literal["lm", "clap", "features"]] = Field(
         [],

@@ -194,8 +194,8 @@ def score_captions(
         uri: of the captions; if the scenes' truth lies beside them (`scenes_uri_of`), it chooses the gallery and the
             mirrored pairs, and names the classes.
         gallery: clips in the retrieval; none: all. Without truth each of them is asked for by all its captions.
-        marks: takes the items of `composition` and `composition_reworded` (`composition.score_pairs`), `t2a_r1`,
-            `t2a_r1_reworded` (asked for by paraphrases, with truth), `a2t_r1` and `zero_shot`.
+        marks: takes the items of `composition` (`composition.score_pairs`), `t2a_r1`, `t2a_r1_reworded` (asked for by
+            paraphrases, with truth), `a2t_r1` and `zero_shot`.
 
     Returns:
         gallery; r1, r5, r10 and map10 of `t2a_` and `a2t_`; t2a_r1_chance; alignment; uniformity (audio, text);

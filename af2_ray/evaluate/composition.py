@@ -47,7 +47,8 @@ def score_pairs(
     Args:
         audio: vectors [J] of the clips that could be read, by index; pairs that lack one are left out.
         embed: texts to vectors [N, J].
-        marks: takes the items of `composition` and `composition_reworded` (right if both clips find their text).
+        marks: takes the items of `composition`, a pair in one wording each (right if both clips find their text),
+            grouped by kind, by wording (captions, paraphrases), and by both.
 
     Returns:
         By kind: `pairs`, `accuracy` and `both` by captions (chance 1/2 and 1/4), and, where both scenes have
@@ -63,11 +64,10 @@ def score_pairs(
         reworded: list[bool] = []
         for one, two in found:
             told.append(_own_is_nearer(audio[one], audio[two], *(vectors[captions[i].caption] for i in (one, two))))
-            marks.append(mark_of("composition", captions[one], float(told[-1].all()), kind))
+            marks.append(_mark(captions[one], told[-1].all(), kind, "captions"))
             for number, words in enumerate(zip(captions[one].positives, captions[two].positives, strict=False)):
-                both = bool(_own_is_nearer(audio[one], audio[two], *(vectors[text] for text in words)).all())
-                reworded.append(both)
-                marks.append(mark_of("composition_reworded", captions[one], float(both), kind, part=str(number)))
+                reworded.append(bool(_own_is_nearer(audio[one], audio[two], *(vectors[text] for text in words)).all()))
+                marks.append(_mark(captions[one], reworded[-1], kind, "paraphrases", part=str(number)))
         if told:
             result[kind] = {
                 "pairs": len(told),
@@ -75,6 +75,10 @@ def score_pairs(
                 "both": round(float(np.mean([pair.all() for pair in told])), 4),
             } | ({"both_reworded": round(float(np.mean(reworded)), 4)} if reworded else {})
     return result
+
+
+def _mark(clip: CaptionSet, right: bool | np.bool_, kind: str, wording: str, part: str = "") -> Mark:
+    return mark_of("composition", clip, float(right), kind, wording, f"{kind}, {wording}", part=part)
 
 
 def _own_is_nearer(first: Vectors, second: Vectors, text: Vectors, other: Vectors) -> NDArray[np.bool_]:

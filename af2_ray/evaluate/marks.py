@@ -21,12 +21,11 @@ class Mark:
     """One item: a question, a mirrored pair of clips, a query.
 
     Attributes:
-        measure: what it is an item of: `accuracy`, `composition`, `t2a_r1`, `a2t_r1`, `zero_shot`, and
-            `_reworded` ones.
+        measure: what it is an item of: `accuracy`, `composition`, `t2a_r1`, `t2a_r1_reworded`, `a2t_r1`, `zero_shot`.
         item: unique within its measure, the same in all runs on the same data.
         unit: items of one unit are right or wrong together (all that shares a recording, or a pair).
         right: 0 or 1.
-        groups: parts of the measure it belongs to: a skill, a duration band, a kind of relation.
+        groups: parts of the measure it belongs to: a skill, a duration band, a kind of relation, a wording.
     """
 
     measure: str

@@ -89,7 +89,12 @@ def test_a_model_that_has_learned_the_form_of_words_is_told_from_one_that_reads(
         found = clap.evaluate_clap("", str(corpus / "test.captions.jsonl"), gallery=4, max_windows=2, marks=marks)
         assert found["choice"] == {"order": {"pairs": 4, "accuracy": 1.0, "both": 1.0, "both_reworded": right}}
         assert found["t2a_r1_reworded"] == right
-        assert (mean(marks, "composition"), mean(marks, "composition_reworded")) == (1.0, right)
+        both = {
+            wording: [m.right for m in marks if f"order, {wording}" in m.groups]
+            for wording in ("captions", "paraphrases")
+        }
+        assert both == {"captions": [1.0] * 4, "paraphrases": [right] * 4}
+        assert mean(marks, "composition") == (1 + right) / 2
         assert len({(mark.measure, mark.item) for mark in marks}) == len(marks)
 
 
