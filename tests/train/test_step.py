@@ -11,6 +11,8 @@ import torch
 import torch.multiprocessing as mp
 
 CUTS = [cut for cut in cuts.CUTS if cut != (1, 1)]
+UNSEEN = "attention.self.key.bias"
+"""Adds the same to all scores of a query: softmax does not see it, its gradient is rounding alone."""
 
 
 def step_of(cut: tuple[int, int], folder: Path, *, with_fault: bool, zero_stage: int | None = None) -> dict[str, Any]:
@@ -24,12 +26,14 @@ def step_of(cut: tuple[int, int], folder: Path, *, with_fault: bool, zero_stage:
     return torch.load(folder / "step.pt", weights_only=True)
 
 
-def assert_same_step(got: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> None:
+def assert_same_step(got: dict[str, Any], wanted: dict[str, Any], tolerance: float | dict[str, float]) -> None:
+    """Gradients within `tolerance` (relative L2, of all tensors or by name), the same counts and loss."""
     assert got["gradients"].keys() == wanted["gradients"].keys()
     for name, gradient in wanted["gradients"].items():
-        if name.endswith("attention.self.key.bias"):
-            continue  # adds the same to all scores of a query: softmax does not see it, its gradient is rounding alone
-        assert cuts.relative_l2(got["gradients"][name], gradient) <= tolerance, name
+        if name.endswith(UNSEEN):
+            continue
+        most = tolerance[name] if isinstance(tolerance, dict) else tolerance
+        assert cuts.relative_l2(got["gradients"][name], gradient) <= most, name
     for name in ("labels", "clips", "set_aside"):  # a row without clips adds a silent window
         assert got["metrics"][name] == wanted["metrics"][name], name
     assert got["metrics"]["loss"] == pytest.approx(wanted["metrics"]["loss"], rel=1e-5)
@@ -57,11 +61,21 @@ def test_ranks_differ_tenfold_in_answers_and_the_faulty_clip_is_one_rank_s_alone
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_every_cut_gives_the_gradients_of_one_batch_through_deepspeed(tmp_path: Path, zero_stage: int) -> None:
-    """fp32, the tower training too: relative L2 of each tensor at most 1e-5 against one float64 batch."""
+    """fp32, the tower training too: relative L2 of each tensor at most 1e-5 against one float64 batch.
+
+    One or two tensors whose gradients are small sums of large terms (the bias of a norm) are further off by rounding
+    alone, in one uncut batch as well: there a cut may be off by twice what the uncut step is, which may be 1.5e-5.
+    """
     truth = step_of((1, 1), tmp_path / "truth", with_fault=True)
-    for cut in [(1, 1), *CUTS]:
+    uncut = step_of((1, 1), tmp_path / "1x1", with_fault=True, zero_stage=zero_stage)
+    assert_same_step(uncut, truth, 1.5e-5)
+    exact = {name: true for name, true in truth["gradients"].items() if not name.endswith(UNSEEN)}
+    rounding = {name: cuts.relative_l2(uncut["gradients"][name], true) for name, true in exact.items()}
+    assert sum(error > 1e-5 for error in rounding.values()) <= 2
+    for cut in CUTS:
         folder = tmp_path / f"{cut[0]}x{cut[1]}"
-        assert_same_step(step_of(cut, folder, with_fault=True, zero_stage=zero_stage), truth, 1e-5)
+        got = step_of(cut, folder, with_fault=True, zero_stage=zero_stage)
+        assert_same_step(got, truth, {name: max(1e-5, 2 * error) for name, error in rounding.items()})
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
