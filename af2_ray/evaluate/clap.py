@@ -169,9 +169,14 @@ def read_benchmark(uri: str, root: str | None = None) -> Table:
     if uri.endswith((".csv", ".tsv")):
         return read_csv(uri, root)
     if uri.endswith(".scenes.jsonl"):
-        folder = root or uri.removesuffix(".scenes.jsonl")
-        scenes = read_scenes(uri).items()
-        clips = [Labelled(f"{folder}/{name}", 0.0, s["duration"], tuple(sorted(event_labels(s)))) for name, s in scenes]
+        folder, scenes = root or uri.removesuffix(".scenes.jsonl"), read_scenes(uri)
+        try:
+            clips = [
+                Labelled(f"{folder}/{name}", 0.0, float(scene["duration"]), tuple(sorted(event_labels(scene))))
+                for name, scene in scenes.items()
+            ]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{uri}: a scene needs `duration` and `events` with a `label` each: {error!r}") from error
         return Table([], clips, [])
     captions, bad = check_samples(fill_durations(read_captions(uri, root), uri, fallback=tempfile.gettempdir())[0])
     return Table(captions, [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])

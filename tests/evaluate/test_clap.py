@@ -230,6 +230,9 @@ def test_scenes_are_classed_by_their_truth(tmp_path: Path, make_sound: Any) -> N
     found = clap.score_labels(Ears(), Reader(), clap.read_benchmark(str(truth)))  # type: ignore[arg-type]
     assert (found["clips"], found["classes"], found["top1"]) == (4, 2, 1.0)
     assert [failure.uri for failure in found["failures"]] == [str(tmp_path / "test" / "gone.wav")]
+    truth.write_text('{"name": "low0.wav", "duration": 4.0}\n')
+    with pytest.raises(ValueError, match="a scene needs `duration` and `events`"):
+        clap.read_benchmark(str(truth))
 
 
 def test_captioned_benchmarks(tmp_path: Path, make_sound: Any) -> None:

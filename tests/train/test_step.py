@@ -64,7 +64,8 @@ def test_every_cut_gives_the_gradients_of_one_batch_through_deepspeed(tmp_path: 
     """fp32, the tower training too: relative L2 of each tensor at most 1e-5 against one float64 batch.
 
     One or two tensors whose gradients are small sums of large terms (the bias of a norm) are further off by rounding
-    alone, in one uncut batch as well: there a cut may be off by twice what the uncut step is, which may be 1.5e-5.
+    alone, in one uncut batch as well (1.2e-5 under ZeRO 3): then the test is an expected failure that names them, and
+    only if no cut is off by more than twice what the uncut step is.
     """
     truth = step_of((1, 1), tmp_path / "truth", with_fault=True)
     uncut = step_of((1, 1), tmp_path / "1x1", with_fault=True, zero_stage=zero_stage)
@@ -72,10 +73,14 @@ def test_every_cut_gives_the_gradients_of_one_batch_through_deepspeed(tmp_path: 
     exact = {name: true for name, true in truth["gradients"].items() if not name.endswith(UNSEEN)}
     rounding = {name: cuts.relative_l2(uncut["gradients"][name], true) for name, true in exact.items()}
     assert sum(error > 1e-5 for error in rounding.values()) <= 2
+    over = {name for name, error in rounding.items() if error > 1e-5}
     for cut in CUTS:
         folder = tmp_path / f"{cut[0]}x{cut[1]}"
         got = step_of(cut, folder, with_fault=True, zero_stage=zero_stage)
         assert_same_step(got, truth, {name: max(1e-5, 2 * error) for name, error in rounding.items()})
+        over |= {name for name in exact if cuts.relative_l2(got["gradients"][name], exact[name]) > 1e-5}
+    if over:
+        pytest.xfail(f"over 1e-5 by rounding: {', '.join(sorted(over))}")
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
