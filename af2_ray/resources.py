@@ -6,12 +6,14 @@ for what it has now.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 
 import ray
 
 from af2_ray.config import Cluster
+from af2_ray.cpus import usable_cpus
 
 WAIT_S = 20.0  # for nodes that are joining, and for what an ended job still holds
 TRIAL_CPUS = 0.1  # what a sweep's trial holds itself, beside its job's workers and decode task
@@ -28,6 +30,29 @@ def capacity() -> dict[str, float]:
     have: dict[str, float] = dict(ray.cluster_resources())
     most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     return {name: max(have.get(name, 0.0), float(most.get(name, 0.0))) for name in {*have, *most}}
+
+
+def prospect() -> dict[str, float] | None:
+    """What the cluster has that is connected, or would be: one that runs already, or this machine.
+
+    None in a task or an actor of a cluster, whose nodes may be on their way yet.
+    """
+    if ray.is_initialized():
+        return None if ray._private.worker.global_worker.mode == ray.WORKER_MODE else capacity()
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError:
+        return {"CPU": float(usable_cpus()), "GPU": float(_local_gpus())}
+    try:
+        return capacity()
+    finally:
+        ray.shutdown()
+
+
+def _local_gpus() -> int:
+    import torch  # a server's ingress does without
+
+    return torch.cuda.device_count()
 
 
 def uses_gpu(cluster: Cluster) -> bool:

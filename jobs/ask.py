@@ -15,12 +15,9 @@ from af2_ray import console
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with the answer on standard output, 2 for input that cannot be used."""
     args = _arguments(argv)
-    from transformers.utils.logging import disable_progress_bar  # heavy imports after the arguments are checked
-
-    from af2_ray.audio.decode import AudioError
+    from af2_ray.audio.decode import AudioError  # heavy imports after the arguments are checked
     from af2_ray.evaluate.predict import answer_one, load_model
 
-    disable_progress_bar()
     try:
         model, tokenizer = load_model(args.model)
         answer = answer_one(

@@ -13,13 +13,12 @@ import argparse
 import html
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from af2_ray import console as job
 from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
@@ -33,7 +32,7 @@ STYLE += "td:first-child,th:first-child{text-align:left}.bad{color:#a33}svg{widt
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: clean, 1: faults found, 2: input that cannot be used."""
     args = _arguments(argv)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False)
     try:
         datasets, max_bad_share = _datasets(args)
         most = None if args.files < 0 else args.files
@@ -42,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"check_data: {error}", file=sys.stderr)
         return 2
     found = faults(surveys, max_bad_share)
-    console.print(_table(surveys))
+    for line in _lines(surveys):
+        console.print(line, markup=False)
     for line in found:
         console.print(f"[bold red]fault:[/] {html.escape(line, quote=False)}", highlight=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,33 +68,37 @@ def _datasets(args: argparse.Namespace) -> tuple[list[tuple[Dataset, str]], floa
     return [(dataset, split) for (_, split), dataset in found.items()], max_bad_share
 
 
-HEADINGS = ("manifest", "split", "weight", "samples", "clips", "hours", "median s", "words", "set aside", "unreadable",
-            "twice")  # fmt: skip
+HEADINGS = ("samples", "clips", "hours", "median s", "words", "set aside", "unreadable", "twice")
+WIDTHS = (9, 9, 8, 9, 6, 10, 16, 6)  # 73 in all: the lines fit 80 columns, however long a manifest's name is
 
 
 def _row(one: Survey) -> list[str]:
     return [
-        one.manifest,
-        one.split,
-        f"{one.weight:g}",
         f"{one.num_samples:,}",
         f"{one.num_clips:,}",
         f"{one.hours:.2f}",
         f"{np.median(one.duration_s):.1f}" if one.duration_s else "-",
         f"{np.median(one.text_words):.0f}" if one.text_words else "-",
-        str(sum(one.set_aside.values())),
-        f"{len(one.unreadable)} of {one.num_probed:,}",
-        str(len(one.duplicates)),
+        f"{sum(one.set_aside.values()):,}",
+        f"{len(one.unreadable):,} of {one.num_probed:,}",
+        f"{len(one.duplicates):,}",
     ]
 
 
-def _table(surveys: Sequence[Survey]) -> Table:
-    table = Table(header_style="bold")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right", overflow="fold")
+def _title(one: Survey) -> str:
+    return f"{one.manifest} ({one.split}" + (f", weight {one.weight:g})" if one.split == "train" else ")")
+
+
+def _lines(surveys: Sequence[Survey]) -> Iterator[str]:
+    """Headings once; for each manifest its name, and its figures below."""
+    yield _aligned(HEADINGS)
     for one in surveys:
-        table.add_row(*_row(one))
-    return table
+        yield _title(one)
+        yield _aligned(_row(one))
+
+
+def _aligned(cells: Sequence[str]) -> str:
+    return "".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
 
 
 def page(surveys: Sequence[Survey], found: Sequence[str]) -> str:
@@ -102,8 +106,9 @@ def page(surveys: Sequence[Survey], found: Sequence[str]) -> str:
     parts = [f"<!doctype html><meta charset=utf-8><title>check_data</title><style>{STYLE}</style><h1>Data check</h1>"]
     verdict = "".join(f"<li class=bad>{html.escape(line)}</li>" for line in found)
     parts.append(f"<ul>{verdict}</ul>" if found else "<p>Nothing stands against training on these.</p>")
-    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(one)) + "</tr>" for one in surveys)
+    head = "".join(f"<th>{heading}</th>" for heading in ("manifest", *HEADINGS))
+    cells = ([_title(one), *_row(one)] for one in surveys)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
     parts.append(f"<table><tr>{head}</tr>{rows}</table>")
     for one in surveys:
         parts.append(f"<h2>{html.escape(one.manifest)}</h2>{_histograms(one)}")

@@ -45,11 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
-    from transformers.utils.logging import disable_progress_bar  # heavy imports after the arguments are checked
+    from af2_ray.evaluate.run import evaluate_run  # heavy imports after the arguments are checked
 
-    from af2_ray.evaluate.run import evaluate_run
-
-    disable_progress_bar()
     train = [Dataset(manifest=manifest, root=args.root) for manifest in args.train]
     if not args.shards:
         return evaluate_run(args.model, evaluation, train=train, out_dir=args.out)
@@ -63,10 +60,8 @@ def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
 
 
 def _table(details: dict[str, Any]) -> Table:
-    table = Table(title="right answers, %", title_justify="left", header_style="bold")
-    table.add_column("")
-    for heading in ("questions", "model", "95 %", "pairs", "deaf", "majority", "text only", "chance"):
-        table.add_column(heading, justify="right")
+    headings = ("questions", "model", "95 %", "pairs", "deaf", "majority", "text\nonly", "chance")
+    table = job.table("", *headings, title="right answers, %")
     groups = [
         *([("all", details["all"])] if "all" in details else []),
         *details["by_skill"].items(),

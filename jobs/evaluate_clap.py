@@ -21,16 +21,15 @@ from typing import Any
 
 from rich.console import Console
 
+from af2_ray import console as job
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when scored, 2 for input that cannot be used."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from transformers.utils.logging import disable_progress_bar  # heavy imports after the arguments are checked
+    from af2_ray.evaluate import clap  # heavy imports after the arguments are checked
 
-    from af2_ray.evaluate import clap
-
-    disable_progress_bar()
     console, results = Console(), {}
     try:
         model, tokenizer = clap.load_clap(args.model)
@@ -105,4 +104,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.main(lambda: sys.exit(main()))

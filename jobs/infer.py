@@ -137,4 +137,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.main(lambda: sys.exit(main()))

@@ -195,4 +195,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.main(lambda: sys.exit(main()))

@@ -6,7 +6,6 @@ of their budget. Nothing is started and no weights are read.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -48,17 +47,17 @@ def main() -> None:
     )
     parser.add_argument("--price", type=float, default=2.0, help="of a GPU hour (default: %(default)s)")
     parser.add_argument("--fill", type=float, default=0.8, help="of a row's budget (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="all figures as one JSON object, and nothing else")
     arguments = parser.parse_args()
     if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or not 0 < arguments.fill <= 1 or arguments.price < 0:
         raise ValueError("--gpus must be 1 or more, --mfu and --fill in (0, 1], --price 0 or more")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     cluster = Cluster(arguments.gpus, arguments.gpu, arguments.mfu, arguments.price, arguments.fill)
     result = plan(recipe, cluster)
-    for table in (_stage_table(result, cluster), *map(_memory_table, result["stages"])):
-        console.console.print(table)
-    for note in result["notes"]:
-        console.console.print(f"note: {note}")
-    console.console.print(json.dumps(result, default=float))
+    if arguments.json:
+        console.console.print_json(data=result, default=float, indent=None)
+    else:
+        _show(result, cluster)
 
 
 def plan(recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
@@ -128,34 +127,46 @@ def _plan_stage(recipe: Recipe, stage: Stage, model: Any, counts: dict[str, int]
     }
 
 
-def _stage_table(result: dict[str, Any], cluster: Cluster) -> Table:
-    millions = ", ".join(f"{group} {number / 1e6:.0f} M" for group, number in result["parameters"].items())
-    title = f"{result['recipe']} on {cluster.gpus} x {cluster.gpu} at MFU {cluster.mfu:.0%}: {millions}"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for heading in ("stage", "trains", "steps", "PFLOP/step", "s/step", "windows/s", "hours", "cost", "paper's hours"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
+def _show(result: dict[str, Any], cluster: Cluster) -> None:
+    """The plan as tables."""
+    write = console.console.print
+    write(f"{result['recipe']} on {cluster.gpus} x {cluster.gpu} at MFU {cluster.mfu:.0%}")
+    millions = (f"{group} {number / 1e6:,.0f}" for group, number in result["parameters"].items() if number >= 5e5)
+    write(f"millions of parameters: {', '.join(millions)}\n")
+    write(_stage_table(result))
+    for stage in result["stages"]:
+        write()
+        write(_memory_table(stage))
+    for note in result["notes"]:
+        write(f"\nnote: {note}")
+
+
+def _stage_table(result: dict[str, Any]) -> Table:
+    table = console.table(
+        *("stage", "millions\ntrained", "steps", "PFLOP\na step", "seconds\na step", "windows\na second"),
+        *("hours", "cost", "hours of\nthe paper"),
+    )
     for stage in result["stages"]:
         paper = stage["paper_hours_here"]
         table.add_row(
             stage["name"],
-            f"{stage['trained'] / 1e6:.0f} M",
-            str(stage["steps"]),
+            f"{stage['trained'] / 1e6:,.0f}",
+            f"{stage['steps']:,}",
             f"{stage['step_pflop']:.1f}",
             f"{stage['step_s']:.2f}",
-            f"{stage['windows_per_s']:.0f}",
-            f"{stage['hours']:.1f}",
-            f"{stage['cost']:.0f}",
-            "" if paper is None else f"{paper:.1f}",
+            f"{stage['windows_per_s']:,.0f}",
+            f"{stage['hours']:,.1f}",
+            f"{stage['cost']:,.0f}",
+            "" if paper is None else f"{paper:,.1f}",
         )
-    table.add_row("all", "", "", "", "", "", f"{result['total']['hours']:.1f}", f"{result['total']['cost']:.0f}", "")
+    total = result["total"]
+    table.add_row("all", "", "", "", "", "", f"{total['hours']:,.1f}", f"{total['cost']:,.0f}", "")
     return table
 
 
 def _memory_table(stage: dict[str, Any]) -> Table:
-    table = Table(title=f"{stage['name']}: GiB a GPU", title_justify="left", header_style="bold")
     parts = list(next(iter(stage["memory_gib"].values())))
-    for heading in ("ZeRO", *parts, ""):
-        table.add_column(heading, justify="right")
+    table = console.table("ZeRO", *parts, "", title=f"{stage['name']}: GiB a GPU")
     for zero_stage, memory in stage["memory_gib"].items():
         fits = "fits" if memory["total"] <= stage["gpu_gib"] else f"over {stage['gpu_gib']:.0f}"
         table.add_row(str(zero_stage), *(f"{memory[part]:.1f}" for part in parts), fits)

@@ -73,9 +73,7 @@ def _with_budget(stage: Stage, best: Found, num_workers: int) -> Stage:
 def table_of(found: Found) -> Table:
     """The trials of a stage."""
     title = f"{found.windows_per_row} windows x {found.text_tokens_per_row} text tokens a row"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for heading in ("row", "windows", "text tokens", "GiB", "s"):
-        table.add_column(heading, justify="left" if heading == "row" else "right")
+    table = console.table("row", "windows", "text tokens", "GiB", "s", title=title)
     for trial in found.trials:
         peak = "does not fit" if trial.peak_gib == float("inf") else f"{trial.peak_gib:.2f}"
         table.add_row(trial.shape, str(trial.windows), str(trial.text_tokens), peak, f"{trial.seconds:.2f}")

@@ -20,6 +20,7 @@ import soundfile as sf
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
+from af2_ray import console as job
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.data.manifest import CaptionSet, read_captions
@@ -79,4 +80,4 @@ def _ogg(each: CaptionSet) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.main(lambda: sys.exit(main()))

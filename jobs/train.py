@@ -20,7 +20,7 @@ def main() -> None:
         __doc__ or "",
         epilog="examples:\n  python jobs/train.py tiny\n"
         "  python jobs/train.py tiny stages.pretrain.steps=20 --run runs/try\n"
-        "  ray job submit --working-dir . -- python jobs/train.py tiny storage=/shared/runs\n"
+        "  ray job submit --runtime-env runtime_env.yaml -- python jobs/train.py tiny storage=/shared/runs\n"
         "  python jobs/train.py tiny data=s3://bucket/data storage=s3://bucket/runs",
     )
     parser.add_argument(

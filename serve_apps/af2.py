@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import cloudpickle, serve
 
 from af2_ray.config import Serve, load_recipe
+from af2_ray.resources import capacity, prospect, shortage
 from af2_ray.serve.keys import Keys
 from serve_apps import ingress
 from serve_apps.clap import REQUESTS_PER_PASS, Clap
@@ -29,6 +29,8 @@ from serve_apps.model import Model
 
 APP_NAME = "af2"
 _LEAVING_S = 5.0
+_INGRESS_CPUS = 0.25
+_LEAST_CPUS = 0.1
 _INGRESS_REQUESTS = 64  # a replica of the ingress holds this many bodies at most
 
 # By value, once the module is whole: `serve.ingress` rewrites the signatures of the handlers in this process, and a
@@ -78,6 +80,9 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         raise ValueError(
             f"serve.min_replicas={settings.min_replicas} exceeds serve.max_replicas={settings.max_replicas}"
         )
+    have = prospect()
+    cpus, gpus = _cpus(settings, have, clap=bool(clap)), _gpus(settings, have)
+    _check_fit(settings, have, cpus, gpus, clap=bool(clap))
     leaving_s = settings.request_timeout_s + _LEAVING_S  # a replica that leaves writes its answers to their end
     scaling = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
     model = _MODEL.options(
@@ -90,7 +95,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
                 "policy_kwargs": {"windows": settings.target_windows, "requests": settings.target_ongoing_requests},
             },
         },
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": _num_gpus(settings)},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         graceful_shutdown_timeout_s=leaving_s,
         max_ongoing_requests=4 * settings.num_slots,
         max_queued_requests=8 * settings.num_slots,
@@ -101,26 +106,55 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": _INGRESS_REQUESTS / 4,
         },
-        ray_actor_options={"num_cpus": 0.25},
+        ray_actor_options={"num_cpus": _INGRESS_CPUS},
         graceful_shutdown_timeout_s=leaving_s,
     )
     embedder = _CLAP.options(
-        autoscaling_config={"min_replicas": min(1, settings.min_replicas), "max_replicas": settings.max_replicas},
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.embedding_gpus},
+        autoscaling_config={"min_replicas": _min_embedders(settings), "max_replicas": settings.max_replicas},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": settings.embedding_gpus},
         graceful_shutdown_timeout_s=leaving_s,
     )
     keys = Keys.digests_of_environment()  # of who deploys: a replica's environment may be another
     return front.bind(model.bind(folder, settings), settings, embedder.bind(clap) if clap else None, keys)
 
 
-def _num_gpus(settings: Serve) -> float:
+def _cpus(settings: Serve, have: Mapping[str, float] | None, *, clap: bool) -> float:
+    """CPUs of a replica of the model, and of AF-CLAP."""
+    if settings.cpus_per_replica != "auto":
+        return settings.cpus_per_replica
+    standing = max(1, settings.min_replicas) + (max(1, _min_embedders(settings)) if clap else 0)
+    if have is None or have.get("CPU", 0.0) >= standing + _INGRESS_CPUS:
+        return 1.0
+    return max(_LEAST_CPUS, round((have.get("CPU", 0.0) - _INGRESS_CPUS) / standing - 0.0005, 3))
+
+
+def _gpus(settings: Serve, have: Mapping[str, float] | None) -> float:
+    """GPUs of a replica of the model."""
     if settings.gpus_per_replica != "auto":
         return float(settings.gpus_per_replica)
-    if ray.is_initialized():
-        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-    import torch  # the ingress does without
+    return 1.0 if (capacity() if have is None else have).get("GPU", 0.0) >= 1 else 0.0
 
-    return float(torch.cuda.is_available())  # `serve run` asks before it connects: this machine stands for the cluster
+
+def _min_embedders(settings: Serve) -> int:
+    return min(1, settings.min_replicas)
+
+
+def _check_fit(settings: Serve, have: Mapping[str, float] | None, cpus: float, gpus: float, *, clap: bool) -> None:
+    """A server whose first replicas never fit is an error; Serve would wait for room without end."""
+    if have is None:
+        return
+    models, embedders = settings.min_replicas, _min_embedders(settings) if clap else 0
+    need = {
+        "CPU": models * cpus + embedders * cpus + _INGRESS_CPUS,
+        "GPU": models * gpus + embedders * settings.embedding_gpus,
+    }
+    if missing := shortage(need, have):
+        raise ValueError(
+            f"the server needs {missing}: {models} x {cpus:g} CPUs and {gpus:g} GPUs for the model"
+            + (f", {embedders} x {cpus:g} CPUs and {settings.embedding_gpus:g} GPUs for AF-CLAP" if clap else "")
+            + f", {_INGRESS_CPUS:g} CPUs for the ingress; lower serve.min_replicas, serve.cpus_per_replica or "
+            "serve.gpus_per_replica, or start more nodes"
+        )
 
 
 def _absolute(model: str) -> str:

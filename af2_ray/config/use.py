@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,11 @@ class Serve(Strict):
     target_windows: float = Field(60, gt=0, strict=False, description="10 s windows a replica is to have at a time")
     upscale_delay_s: float = Field(15.0, ge=0, strict=False)
     downscale_delay_s: float = Field(300.0, ge=0, strict=False)
-    cpus_per_replica: float = Field(1.0, ge=0, strict=False)
+    cpus_per_replica: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        union_mode="left_to_right",
+        description="of the model, and of AF-CLAP; auto: one, or an equal share where the cluster has not so many",
+    )
     gpus_per_replica: float | Literal["auto"] = Field(
         "auto",
         union_mode="left_to_right",

@@ -189,7 +189,7 @@ def label(
     """Answer the chunks that have no file in `folder` yet, on the Ray cluster that is connected.
 
     Args:
-        num_actors: engines; each takes `settings.cpus_per_replica` CPUs, and GPUs as `settings.gpus_per_replica` says.
+        num_actors: engines; each takes CPUs and GPUs as a replica of the server does (`auto`: one CPU, a GPU if any).
         progress: called with the counts of each chunk as it is done.
     """
     import ray.data
@@ -202,7 +202,9 @@ def label(
     ]
     if not items:
         return
-    gpus = settings.gpus_per_replica
+    cpus, gpus = settings.cpus_per_replica, settings.gpus_per_replica
+    if cpus == "auto":
+        cpus = 1.0
     if gpus == "auto":
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
     done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -213,11 +215,11 @@ def label(
             folder,
             max_new_tokens,
             max_windows,
-            max(1, int(settings.cpus_per_replica)),
+            max(1, int(cpus)),
         ),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(items)), max_tasks_in_flight_per_actor=2),
-        num_cpus=settings.cpus_per_replica,
+        num_cpus=cpus,
         num_gpus=gpus or None,
     )
     for row in done.iter_rows():

@@ -20,8 +20,10 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+import af2_ray
 from af2_ray.config import load_recipe
 from af2_ray.train import costs
+from serve_apps import af2
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD = Path(os.environ.get("AF2_CRD", ROOT.parent / "shared" / "crd"))
@@ -136,7 +138,7 @@ def test_the_operators_own_rules(rendered: list[Document]) -> None:
         for each in [spec["headGroupSpec"], *groups]:
             assert all(isinstance(value, str) for value in each["rayStartParams"].values())
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "the head runs no work"
-        assert f"ray=={spec['rayVersion']}\n" in locked
+        assert f"ray=={spec['rayVersion']} \\\n" in locked
         assert document["metadata"]["namespace"] == "af2"
 
 
@@ -323,8 +325,9 @@ def test_network_policies_open_only_what_is_there(rendered: list[Document]) -> N
         assert any(wanted <= each.items() for each in labels), policy["metadata"]["name"]
 
 
-def test_the_service_is_what_serve_builds(rendered: list[Document]) -> None:
+def test_the_service_is_what_serve_builds(rendered: list[Document], monkeypatch: pytest.MonkeyPatch) -> None:
     """`serve build` calls these two functions; it takes no application with arguments itself."""
+    monkeypatch.setattr(af2, "prospect", lambda: None)  # as in a task of the cluster
     from ray.serve._private.build_app import build_app
     from ray.serve.schema import ServeDeploySchema
     from ray.serve.scripts import deployment_to_schema
@@ -363,14 +366,21 @@ def test_the_image_has_what_the_pods_need() -> None:
     for line in re.findall(r"^COPY ((?!--from).+)$", dockerfile, re.MULTILINE):
         *sources, _ = line.split()
         assert all((ROOT / source).exists() for source in sources), line
-    assert "-r requirements.lock" in dockerfile
+    assert "pip install --require-hashes -r requirements.lock" in dockerfile
+    assert "requirements-dev" not in dockerfile, "no test tools in the image"
     stages = re.split(r"^FROM ", dockerfile, flags=re.MULTILINE)[1:]
     assert [stage.split()[0] for stage in stages] == [
-        *("python:3.11-slim-bookworm", "python:3.11-slim-bookworm", "base", "base", "${VARIANT}")
+        *("${PYTHON_IMAGE}", "${PYTHON_IMAGE}", "base", "base", "${VARIANT}")
     ]
     assert "g++" in stages[0]
     assert all("g++" not in stage for stage in stages[1:]), "no compiler at run time"
     assert "USER 1000" in stages[1]
+
+
+def test_images_are_named_by_the_version() -> None:
+    for path in (ROOT / "cluster").rglob("settings.yaml"):
+        tags = re.findall(r"af2-ray:([\w.]+)", path.read_text())
+        assert set(tags) <= {af2_ray.__version__}, path
 
 
 def test_runtime_env_carries_code_only(tmp_path: Path) -> None:
