@@ -110,20 +110,23 @@ compiler_lacks() {
         say "no headers of $("$1" --version)"
 }
 
-# pip's lines as one that moves (a terminal) or one in 25 packages (a file).
+# pip's lines as one that moves (on a terminal), or one in 25 packages.
 progress() {
-    local terminal=0; [ -t 1 ] && terminal=1
-    awk -v total="$(grep -c '==' "$LOCK")" -v terminal="$terminal" '
-        function show(text) {
-            if (terminal) { printf "\r\033[K%s", substr(text, 1, 78); fflush() }
-        }
-        /^(Collecting|Requirement already satisfied:|Ignoring) / { done++; name = $1 == "Requirement" ? $4 : $2
-            sub(/:$/, "", name)
-            show(sprintf("[%3d/%d] %s", done, total, name))
-            if (!terminal && done % 25 == 0) { printf "[%3d/%d]\n", done, total; fflush() } }
-        /^ +Downloading .* \([0-9.]+ [GM]B\)/ { show(sprintf("[%3d/%d] %s, downloading %s %s", done, total, name, $(NF-1), $NF)) }
-        /^Installing collected packages/ { show("unpacking"); if (!terminal) { print "unpacking"; fflush() } }
-        END { if (terminal) printf "\r\033[K" }'
+    local total done=0 name='' line; total=$(grep -c '==' "$LOCK")
+    show() { [ -t 1 ] && printf '\r\033[K%s' "${1:0:78}"; return 0; }
+    while IFS= read -r line; do
+        case $line in
+            Collecting\ * | Requirement\ already\ satisfied:\ * | Ignoring\ *)
+                line=${line#Requirement already satisfied: } line=${line#Collecting } line=${line#Ignoring }
+                name=${line%%[ :]*} done=$((done + 1))
+                show "[$done/$total] $name"
+                [ -t 1 ] || [ $((done % 25)) -gt 0 ] || say "[$done/$total]" ;;
+            *Downloading*[0-9]\ [GM]B\)*) show "[$done/$total] $name, downloading $(t=${line##*(}; printf %s "${t%)}")" ;;
+            *Building\ wheel*) show "[$done/$total] building ${line##*Building wheel for }" ;;
+            Installing\ collected*) show unpacking; [ -t 1 ] || say unpacking ;;
+        esac
+    done
+    show ''
 }
 
 install() {
@@ -134,7 +137,7 @@ install() {
     pip install --no-deps --no-build-isolation --editable . >>"$LOG" 2>&1 || pip_failed
 }
 
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+pip() { "$VENV/bin/python" -u -m pip --disable-pip-version-check --no-input "$@"; }
 
 pip_failed() {
     grep -E '^ *(ERROR|error):?' "$LOG" | tail -5 >&2 || tail -5 "$LOG" >&2

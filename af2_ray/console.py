@@ -230,8 +230,10 @@ def cluster(log_dir: Path) -> Iterator[Any]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 
+    from af2_ray.resources import connect
+
     owned = not ray.is_initialized()
-    context = ray.init(
+    context = connect(
         ignore_reinit_error=True,
         include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
         log_to_driver=False,

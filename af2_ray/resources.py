@@ -9,14 +9,33 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 
 from af2_ray.config import Cluster
 from af2_ray.cpus import usable_cpus
 
+NO_CLUSTER = "Could not find any running Ray instance"  # what `ray.init(address="auto")` says then
 WAIT_S = 20.0  # for nodes that are joining, and for what an ended job still holds
 TRIAL_CPUS = 0.1  # what a sweep's trial holds itself, beside its job's workers and decode task
+
+
+def connect(**options: Any) -> Any:
+    """`ray.init`, whose refusals say what mends them.
+
+    Raises:
+        ConnectionError: a cluster is named (`RAY_ADDRESS`) or runs on this machine, and does not take this process.
+    """
+    try:
+        return ray.init(**options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        if NO_CLUSTER in str(error):
+            raise
+        raise ConnectionError(
+            f"{str(error).splitlines()[0]}: is it up (`ray status`)? One that wants a token is joined with `export "
+            "RAY_AUTH_MODE=token` and its token in ~/.ray/auth_token; `ray get-auth-token` there tells it"
+        ) from error
 
 
 def needed(cluster: Cluster, *, use_gpu: bool, in_sweep: bool = False) -> dict[str, float]:
@@ -40,8 +59,10 @@ def prospect() -> dict[str, float] | None:
     if ray.is_initialized():
         return None if ray._private.worker.global_worker.mode == ray.WORKER_MODE else capacity()
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
+        connect(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        if NO_CLUSTER not in str(error):
+            raise
         return {"CPU": float(usable_cpus()), "GPU": float(_local_gpus())}
     try:
         return capacity()

@@ -50,17 +50,17 @@ def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
     train = [Dataset(manifest=manifest, root=args.root) for manifest in args.train]
     if not args.shards:
         return evaluate_run(args.model, evaluation, train=train, out_dir=args.out)
-    import ray
+    from af2_ray.resources import capacity
 
-    ray.init(ignore_reinit_error=True, log_to_driver=args.verbose)
-    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= args.shards else 0.0
-    return evaluate_run(
-        args.model, evaluation, train=train, out_dir=args.out, num_shards=args.shards, gpus_per_shard=gpus
-    )
+    with job.cluster(args.out / "logs"):
+        gpus = 1.0 if capacity().get("GPU", 0) >= args.shards else 0.0
+        return evaluate_run(
+            args.model, evaluation, train=train, out_dir=args.out, num_shards=args.shards, gpus_per_shard=gpus
+        )
 
 
 def _table(details: dict[str, Any]) -> Table:
-    headings = ("questions", "model", "95 %", "pairs", "deaf", "majority", "text\nonly", "chance")
+    headings = ("asked", "model", "95 %", "pairs", "deaf", "majority", "text\nonly", "chance")
     table = job.table("", *headings, title="right answers, %")
     groups = [
         *([("all", details["all"])] if "all" in details else []),

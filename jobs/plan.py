@@ -144,7 +144,7 @@ def _show(result: dict[str, Any], cluster: Cluster) -> None:
 def _stage_table(result: dict[str, Any]) -> Table:
     table = console.table(
         *("stage", "millions\ntrained", "steps", "PFLOP\na step", "seconds\na step", "windows\na second"),
-        *("hours", "cost", "hours of\nthe paper"),
+        *("hours", "cost", "paper's\nhours"),
     )
     for stage in result["stages"]:
         paper = stage["paper_hours_here"]

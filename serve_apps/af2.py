@@ -9,6 +9,7 @@ model's replicas answer by continuous batching (`af2_ray.serve.engine`); with `c
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +126,8 @@ def _cpus(settings: Serve, have: Mapping[str, float] | None, *, clap: bool) -> f
     standing = max(1, settings.min_replicas) + (max(1, _min_embedders(settings)) if clap else 0)
     if have is None or have.get("CPU", 0.0) >= standing + _INGRESS_CPUS:
         return 1.0
-    return max(_LEAST_CPUS, round((have.get("CPU", 0.0) - _INGRESS_CPUS) / standing - 0.0005, 3))
+    share = (have.get("CPU", 0.0) - _INGRESS_CPUS) / standing
+    return max(_LEAST_CPUS, math.floor(1000 * share) / 1000)
 
 
 def _gpus(settings: Serve, have: Mapping[str, float] | None) -> float:

@@ -26,7 +26,8 @@ def ray_cluster() -> Iterator[Any]:
     import ray
     import ray.data
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    reports = {"metrics_report_interval_ms": 1000}  # the default of ten seconds is only waited for
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _system_config=reports)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray
     ray.shutdown()

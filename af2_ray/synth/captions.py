@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -125,10 +126,15 @@ def parse(text: str, phrases: Phrases) -> Composition:
 
 def _written(phrases: Phrases) -> dict[str, Item]:
     """Every way to write every item."""
+    return _written_of(tuple((label, tuple(both)) for label, both in phrases.items()))
+
+
+@lru_cache(maxsize=8)  # one for a corpus: writing it anew took nine tenths of reading a caption
+def _written_of(phrases: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Item]:
     attributes = ("", "loud", "soft", "louder", "softer", *PARTS, *map(str, TIMES))
     return {
         _item(Item(label, attribute), phrase): Item(label, attribute)
-        for label, both in phrases.items()
+        for label, both in phrases
         for phrase in both
         for attribute in attributes
     }

@@ -59,9 +59,8 @@ class LoopConfig:
     tower_checkpointing: bool = False
 
 
-def train_loop(config: dict[str, LoopConfig]) -> None:
+def train_loop(loop: LoopConfig) -> None:
     """Ray Train's entry point on every worker: restore, train to the last step, export."""
-    loop = config["loop"]
     context = ray.train.get_context()
     _quiet(loop, context.get_world_rank())
     torch.manual_seed(loop.seed)

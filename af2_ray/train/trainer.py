@@ -11,24 +11,23 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.data
-import ray.train
-from pyarrow.fs import FileSystem, FileType
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from af2_ray import resources
 from af2_ray.config import Cluster
 from af2_ray.data.batching import Plan
-from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config, make_dataset
+from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config
 from af2_ray.remote import is_remote
 from af2_ray.train.loop import LoopConfig, train_loop
+from af2_ray.train.restart import Feed
 from af2_ray.train.run import Run, read_metrics, write_atomic
 from af2_ray.train.task import Task
 from af2_ray.train.tracking import ReportCallback, Tracker
@@ -88,10 +87,9 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
     storage = checkpoint_storage(run, job)
     run.keep()
     trainer = _Trainer(
-        train_loop,
-        train_loop_config={"loop": loop},
+        partial(train_loop, loop),  # not as its configuration, which the controller would load with all it refers to
         scaling_config=scaling(recipe.cluster),
-        datasets={"train": _feed(job, storage, recipe.cluster.decode_cpus)},
+        datasets={"train": Feed(job.plan, job.collator, storage, recipe.cluster.decode_cpus)},
         dataset_config=data_config(),
         run_config=RunConfig(
             name="train",
@@ -142,15 +140,6 @@ def checkpoint_storage(run: Run, job: Job) -> str:
     return f"{base.rstrip('/')}/{run.root.name}-{mark}/{job.folder.relative_to(run.root)}"
 
 
-def last_step(storage: str) -> int:
-    """Steps that the last checkpoint in a job's storage had done; 0 before the first one."""
-    filesystem, path = FileSystem.from_uri(storage)
-    if filesystem.get_file_info(f"{path}/train/checkpoint_manager_snapshot.json").type == FileType.NotFound:
-        return 0
-    metrics = Result.from_path(f"{storage}/train").metrics
-    return int(metrics["step"]) if metrics else 0
-
-
 def summary(job: Job) -> dict[str, Any]:
     """Facts of a finished job from its metrics and its plan."""
     history = read_metrics(job.folder)
@@ -180,17 +169,6 @@ def _check_plan(job: Job) -> None:
         check_cursor(job.plan, Cursor(**json.loads(path.read_text())))
     except ValueError as error:
         raise ValueError(f"{job.folder}: {error}") from error
-
-
-def _feed(job: Job, storage: str, decode_cpus: float) -> Callable[[], ray.data.Dataset]:
-    """The dataset from the last checkpoint's step on; Ray calls it anew at every start of a worker group."""
-
-    def dataset() -> ray.data.Dataset:
-        last = len(job.plan) - job.plan.step_batches  # all trained, only the export missing: the feed is not read
-        start = min(last_step(storage) * job.plan.step_batches, last)
-        return make_dataset(job.plan, job.collator, start=start, decode_cpus=decode_cpus)
-
-    return dataset
 
 
 def _is_number(value: Any) -> bool:

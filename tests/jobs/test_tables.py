@@ -1,0 +1,84 @@
+"""What jobs print fits a terminal of 80 columns, with long names and large numbers in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from af2_ray import console
+from af2_ray.data.survey import Survey
+from jobs import check_data, evaluate
+
+JOBS = Path(__file__).parents[2] / "jobs"
+SURVEY = Survey(
+    manifest="s3://a-bucket-with-a-name/of/a/team/and/a/corpus/with/a/long/name/train.json",
+    split="train",
+    weight=0.25,
+    num_samples=8_037_712,
+    num_clips=2_000_000,
+    hours=22_326.98,
+    duration_s=(10.0, 300.0),
+    text_words=(12, 14),
+    set_aside={"empty answer": 1234},
+    unreadable={f"{number}.flac": "missing" for number in range(1000)},
+    num_probed=200_000,
+    duplicates=("x",) * 999,
+    clips=frozenset(),
+)
+
+
+def printed(what: Any) -> list[str]:
+    """Its lines on a terminal of 80 columns."""
+    file = io.StringIO()
+    Console(file=file, width=80).print(what)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def test_check_data(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = list(check_data._lines([SURVEY, replace(SURVEY, manifest="mine/train.json", split="test")]))
+    assert [line for line in lines if len(line) > 80] == [f"{SURVEY.manifest} (train, weight 0.25)"], "a name is whole"
+    assert "mine/train.json (test)" in lines
+    assert " ".join(lines[2].split()) == "8,037,712 2,000,000 22326.98 155.0 13 1,234 1,000 of 200,000 999"
+    places = [len(lines[0][: lines[0].index(heading)]) + len(heading) for heading in check_data.HEADINGS]
+    assert all(lines[2][place - 1] != " " for place in places), "figures end below their headings"
+
+
+def test_evaluate() -> None:
+    row = {"questions": 12_345, "ci95": {"model": (0.475, 0.555)}}
+    row |= dict.fromkeys(("model", "pairs", "deaf", "majority", "text_only", "chance"), 1.0)
+    details = {"all": row, "by_skill": {"identification": row}, "by_duration": {"90-300": row}}
+    lines = printed(evaluate._table(details))
+    assert max(map(len, lines)) <= 80
+    assert any("identification" in line and "47.5-55.5" in line and "12345" in line for line in lines)
+
+
+def test_plan_and_its_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = runpy.run_path(str(JOBS / "plan.py"))
+    for more in ([], ["--json"]):
+        screen = io.StringIO()
+        monkeypatch.setattr(console, "console", Console(file=screen, width=80))
+        monkeypatch.setattr(sys, "argv", ["plan.py", "af2-0.5b", "--gpus", "100000", *more])
+        plan["main"]()
+        if more:
+            assert {"stages", "total", "notes"} <= json.loads(screen.getvalue()).keys()
+        else:
+            lines = screen.getvalue().splitlines()
+            assert max(len(line.rstrip()) for line in lines) <= 80
+            assert "…" not in screen.getvalue()
+            assert "{" not in screen.getvalue()
+
+
+def test_loading_bars_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_progress_bar()
+    console.main(lambda: None)
+    assert not transformers_logging.is_progress_bar_enabled()
