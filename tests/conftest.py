@@ -18,6 +18,18 @@ import pytest
 import soundfile as sf
 
 MakeSound = Callable[..., str]
+_RAY = Path(__file__).parent / "ray"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: all of tests/ray in one process, for it shares a cluster, and first, for it is long.
+
+    Other files go whole to a process, for what a file's tests share is made once.
+    """
+    items.sort(key=lambda item: _RAY not in item.path.parents)
+    for item in items:
+        group = "ray" if _RAY in item.path.parents else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

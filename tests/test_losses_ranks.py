@@ -1,7 +1,4 @@
-"""AF-CLAP's loss over ranks equals the loss of one process, gradients included.
-
-In a file of its own: what it imports, every rank imports again.
-"""
+"""AF-CLAP's loss over ranks equals the loss of one process, gradients included."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import ranks as ranks_in_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from af2_ray.losses import afclap_loss, afclap_loss_sum, clamp_scale
 
@@ -56,7 +53,7 @@ def test_uneven_ranks_give_the_gradients_of_one(world: int, tmp_path: Path) -> N
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(world, port, str(tmp_path)), nprocs=world)
+    ranks_in_processes.run(_rank, world, world, port, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for case, (dtype, options) in enumerate(CASES):
         features, mask, negative_mask, log_scale = _tensors(dtype)

@@ -7,8 +7,8 @@ from typing import Any
 
 import cuts
 import pytest
+import ranks
 import torch
-import torch.multiprocessing as mp
 
 CUTS = [cut for cut in cuts.CUTS if cut != (1, 1)]
 UNSEEN = "attention.self.key.bias"
@@ -22,7 +22,7 @@ def step_of(cut: tuple[int, int], folder: Path, *, with_fault: bool, zero_stage:
     if cut[0] == 1 and zero_stage is None:
         cuts.run_rank(0, *arguments)
     else:
-        mp.spawn(cuts.run_rank, args=arguments, nprocs=cut[0])
+        ranks.run(cuts.run_rank, cut[0], *arguments)
     return torch.load(folder / "step.pt", weights_only=True)
 
 

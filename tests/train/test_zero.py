@@ -9,7 +9,7 @@ from typing import Any
 import cuts
 import numpy as np
 import pytest
-import torch.multiprocessing as mp
+import ranks
 
 from af2_ray.config import DeepSpeedSettings
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def curve(folder: Path, **settings: Any) -> list[float]:
     """Losses of two ranks that train everything but the LM on the same eight questions."""
     folder.mkdir()
-    mp.spawn(cuts.run_curve, args=(str(folder), DeepSpeedSettings(**settings), NUM_STEPS), nprocs=2)
+    ranks.run(cuts.run_curve, 2, str(folder), DeepSpeedSettings(**settings), NUM_STEPS)
     losses: list[float] = json.loads((folder / "losses.json").read_text())
     return losses
 
