@@ -17,16 +17,20 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Table
 
-from af2_ray.config import Recipe, recipe_names
+from af2_ray.config import Corpus, Recipe, recipe_names
 from af2_ray.train.run import read_metrics
+
+if TYPE_CHECKING:
+    from af2_ray.synth.corpus import CorpusReport
 
 POLL_S = 0.5
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -170,6 +174,24 @@ def bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, note="")
         yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+def corpus(settings: Corpus) -> CorpusReport:
+    """Make a recipe's corpus: heading, bar, what could not be had and why, counts."""
+    from af2_ray.synth.corpus import make_corpus
+
+    heading("corpus")
+    handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    logger = logging.getLogger("af2_ray.synth")
+    logger.addHandler(handler)
+    try:
+        with bar("scenes", sum(scenes.num_scenes for scenes in settings.sets)) as update:
+            report = make_corpus(settings, progress=lambda done, _, what: update(done, what))
+    finally:
+        logger.removeHandler(handler)
+    counts = f"{report.num_source_clips} source clips of {report.num_classes} classes"
+    console.print(f"{counts}, {report.hours:.1f} h of scenes in {report.dir}")
+    return report
 
 
 @contextmanager

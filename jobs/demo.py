@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 from openai import OpenAI
 
 from af2_ray import console
-from af2_ray.config import Corpus, load_recipe
+from af2_ray.config import load_recipe
 from af2_ray.data.manifest import Sample, read_samples
 from af2_ray.evaluate.clap import read_scenes, scenes_uri_of
 from af2_ray.evaluate.report import licence_rows, write_report
@@ -25,7 +26,7 @@ from af2_ray.evaluate.run import EvaluationResult, choose_examples, evaluate_run
 from af2_ray.memory import watch_memory
 from af2_ray.remote import is_remote
 from af2_ray.synth.bank import Bank
-from af2_ray.synth.corpus import CorpusReport, make_corpus
+from af2_ray.synth.corpus import CorpusReport
 from af2_ray.train.run import Run, finished, mark_finished, read_metrics, write_atomic
 from af2_ray.train.stages import train_run
 from af2_ray.train.tracking import Tracker
@@ -50,7 +51,7 @@ def main() -> None:
     clock = Clock(run.root / "timing.json")
     with run.lock(), watch_memory() as peak:
         with console.logs_to(run.root / "logs" / "demo.log"):
-            corpus = clock.time("corpus", lambda: _corpus(recipe.corpus))
+            corpus = clock.time("corpus", partial(console.corpus, recipe.corpus))
             with console.cluster(run.root / "logs"):
                 steps = clock.time("training", lambda: train_run(run, watch=console.watch))
                 scores = clock.time("evaluation", lambda: _evaluate(run))
@@ -63,17 +64,6 @@ def main() -> None:
         report = _report(run, summary, scores)
     _tell(summary)
     console.console.print(f"\nreport:  {report}\nsummary: {run.root / 'summary.json'}\nmodel:   {run.model_dir}")
-
-
-def _corpus(corpus: Corpus) -> CorpusReport:
-    console.heading("corpus")
-    total = sum(scenes.num_scenes for scenes in corpus.sets)
-    with console.bar("scenes", total) as update:
-        report = make_corpus(corpus, progress=lambda done, _, what: update(done, what))
-    console.console.print(
-        f"{report.num_source_clips} source clips of {report.num_classes} classes, {report.hours:.1f} h of scenes"
-    )
-    return report
 
 
 def _evaluate(run: Run) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from af2_ray import console
 from af2_ray.config import load_sweep, sweep_names
-from af2_ray.synth.corpus import make_corpus
 
 
 def main() -> None:
@@ -37,8 +36,7 @@ def main() -> None:
     run = SweepRun(sweep, root, arguments.overrides)
     with console.logs_to(run.root / "logs" / "sweep.log"):
         if recipe.corpus is not None:
-            console.heading("corpus")
-            make_corpus(recipe.corpus)
+            console.corpus(recipe.corpus)
         with console.cluster(run.root / "logs"):
             console.heading(f"sweep {sweep.name}: {len(trials)} trials")
             results = run.run(notify=lambda text: console.console.print(text, markup=False))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from af2_ray import console, resources
 from af2_ray.config import load_recipe
-from af2_ray.synth.corpus import make_corpus
 from af2_ray.train.fork import fork
 from af2_ray.train.run import Run
 from af2_ray.train.stages import train_run
@@ -41,9 +40,7 @@ def main() -> None:
         run = Run.open(recipe, arguments.run)
     with run.lock(), console.logs_to(run.root / "logs" / "train.log"):
         if recipe.corpus is not None:
-            console.heading("corpus")
-            report = make_corpus(recipe.corpus)
-            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {report.dir}")
+            console.corpus(recipe.corpus)
         with console.cluster(run.root / "logs"):
             resources.preflight(recipe.cluster)
             for facts in train_run(run, watch=console.watch):

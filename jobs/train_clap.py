@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from af2_ray import console, resources
 from af2_ray.config import load_recipe
-from af2_ray.synth.corpus import make_corpus
 from af2_ray.train.clap import train_clap
 from af2_ray.train.run import Run
 from af2_ray.train.tracking import Tracker
@@ -30,9 +29,7 @@ def main() -> None:
     run = Run.open(recipe, arguments.run)
     with run.lock(), console.logs_to(run.root / "logs" / "train_clap.log"):
         if recipe.corpus is not None:
-            console.heading("corpus")
-            report = make_corpus(recipe.corpus)
-            console.console.print(f"{report.num_source_clips} clips, {report.hours:.1f} h in {report.dir}")
+            console.corpus(recipe.corpus)
         with console.cluster(run.root / "logs"), console.watch("AF-CLAP", run.clap_dir, recipe.clap.steps):
             resources.preflight(recipe.cluster)
             tracker = Tracker(run)
