@@ -24,14 +24,14 @@ fail() { say "setup: $*" >&2; exit 1; }
 
 os() { sed -n "s/^$1=\"\{0,1\}\([^\"]*\)\"\{0,1\}$/\1/p" "${OS_RELEASE:-/etc/os-release}" 2>/dev/null || true; }
 
-# The command that installs Python, headers and compiler on this system; $1: which Python, as `python3.13`.
+# The command that installs a Python with venv on this system; $1: which one, as `python3.13`.
 mend() {
     local python=${1:-python3} sudo='sudo '
     [ "$(id -u)" != 0 ] || sudo=
     [ "$(os ID)-$(os VERSION_ID)-$python" != ubuntu-22.04-python3 ] || python=python3.11
     case $(os ID) in
-        debian | ubuntu) say "${sudo}apt-get install -y $python $python-venv $python-dev g++ make" ;;
-        *) say "install Python 3.11 to 3.13 with its venv and headers, g++ and make with this system's packages" ;;
+        debian | ubuntu) say "${sudo}apt-get install -y $python $python-venv make" ;;
+        *) say "install Python 3.11 to 3.13 with its venv, and make, from this system's packages" ;;
     esac
 }
 
@@ -98,15 +98,6 @@ check_machine() {
     [ "$(nproc)" -ge 2 ] || say "note: one CPU; recipes want two, or cluster.num_workers=1"
 }
 
-# DeepSpeed compiles an op for workers that share a machine; it can do without.
-check_compiler() {
-    local lacks=''
-    command -v "${CXX:-c++}" >/dev/null || lacks="no C++ compiler (${CXX:-c++})"
-    "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-        lacks=${lacks:-"no headers (Python.h)"}
-    [ -z "$lacks" ] || { say "note: $lacks, so workers of one machine exchange gradients over sockets. With it: $(mend)"; return 1; }
-}
-
 # --- Making it ---------------------------------------------------------------------------------------------------
 
 pip() { "$VENV/bin/python" -u -m pip --disable-pip-version-check --no-input "$@"; }
@@ -144,19 +135,10 @@ install() {
     pip install --no-deps --no-build-isolation --editable . >>"$LOG" 2>&1 || pip_failed
 }
 
-compile() {
-    say "compiling DeepSpeed's op for workers that share a machine's memory (once a machine and Python)"
-    DS_ACCELERATOR=cpu "$VENV/bin/python" -c \
-        "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)" >>"$LOG" 2>&1 ||
-        say "note: it does not compile ($LOG says why), so workers of one machine exchange gradients over sockets"
-}
-
 keep_environment || choose_python
 check_disk
 check_machine
-compiles=yes; check_compiler || compiles=
 [ "${1:-}" != --check ] || exit 0
 [ "$PYTHON" = "$VENV/bin/python" ] || "$PYTHON" -m venv --clear "$VENV"
 install
-[ -z "$compiles" ] || compile
 say "ready: . $VENV/bin/activate"

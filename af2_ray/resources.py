@@ -7,16 +7,17 @@ for what it has now.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray._private.services import find_bootstrap_address
 
 from af2_ray.config import Cluster
 from af2_ray.cpus import usable_cpus
 
-NO_CLUSTER = "Could not find any running Ray instance"  # what `ray.init(address="auto")` says then
 WAIT_S = 20.0  # for nodes that are joining, and for what an ended job still holds
 TRIAL_CPUS = 0.1  # what a sweep's trial holds itself, beside its job's workers and decode task
 
@@ -30,8 +31,6 @@ def connect(**options: Any) -> Any:
     try:
         return ray.init(**options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        if NO_CLUSTER in str(error):
-            raise
         raise ConnectionError(
             f"{str(error).splitlines()[0]}: is it up (`ray status`)? One that wants a token is joined with `export "
             "RAY_AUTH_MODE=token` and its token in ~/.ray/auth_token; `ray get-auth-token` there tells it"
@@ -58,12 +57,10 @@ def prospect() -> dict[str, float] | None:
     """
     if ray.is_initialized():
         return None if ray._private.worker.global_worker.mode == ray.WORKER_MODE else capacity()
-    try:
-        connect(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        if NO_CLUSTER not in str(error):
-            raise
+    address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)  # as `ray.init` chooses
+    if address in (None, "local"):
         return {"CPU": float(usable_cpus()), "GPU": float(_local_gpus())}
+    connect(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         return capacity()
     finally:

@@ -6,7 +6,6 @@ recipe says nothing of the worker count and means the same after it changes.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -15,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,8 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.models.htsat import AudioTower
 from af2_ray.train.precision import Precision, resolve
-
-logger = logging.getLogger(__name__)
 
 NO_DECAY_GROUPS = {"tokens"}
 MUON_MOMENTUM = 0.95
@@ -210,8 +206,9 @@ def start_engine(
     config = deepspeed_config(settings, optimizer, accumulation=accumulation, precision=precision)
     if universal and config["zero_optimization"]["stage"]:
         config = _merge(config, {"checkpoint": {"load_universal": True}})
-    if not on_gpu:
-        _settle_shared_memory_op()
+    # DeepSpeed would compile this op at its start and end the worker without a compiler. It serves tensor-parallel
+    # inference alone (`inference_all_reduce`): gradients go over the process group with it or without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=made,
@@ -220,30 +217,6 @@ def start_engine(
         dist_init_required=False,
     )
     return engine
-
-
-def _settle_shared_memory_op() -> None:
-    """Leave out DeepSpeed's op for workers of one machine where it cannot be had: gloo then exchanges the gradients.
-
-    DeepSpeed takes the op for compatible everywhere, compiles it at its start, and ends a worker without a compiler.
-    All ranks go one way, for each would wait for the others. A single worker exchanges nothing.
-    """
-    import deepspeed
-
-    builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
-    reason = "there is one worker" if dist.get_world_size() == 1 else ""
-    if not reason:
-        try:
-            builder.load(verbose=False)
-        except Exception as error:  # no compiler, no headers, a compiler that fails: each has an error of its own
-            reason = f"{type(error).__name__}: {error}"
-        lacking = torch.tensor(int(bool(reason)))
-        dist.all_reduce(lacking)
-        if lacking:
-            reason = reason or "another rank has none"
-            logger.warning("no %s, so gradients are exchanged by gloo: %s", builder.NAME, reason)
-    if reason:
-        deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
 def _anchored(tower: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -67,10 +67,19 @@ def test_a_cluster_that_wants_a_token_says_which_commands_give_it(monkeypatch: p
 
 
 def test_without_a_cluster_this_machine_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(**options: Any) -> None:
-        raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to")
-
-    monkeypatch.setattr(ray, "init", none)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(resources, "find_bootstrap_address", lambda folder: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(resources, "usable_cpus", lambda: 3)
     assert (resources.prospect() or {})["CPU"] == 3.0
+
+
+def test_the_cluster_that_would_be_joined_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["address"]))
+    monkeypatch.setattr(ray, "shutdown", lambda: asked.append("left"))
+    monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 64.0})
+    assert resources.prospect() == {"CPU": 64.0}
+    assert asked == ["10.0.0.1:6379", "left"]
