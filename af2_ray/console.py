@@ -178,14 +178,14 @@ def bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
 def corpus(settings: Corpus) -> CorpusReport:
     """Make a recipe's corpus: heading, bar, what could not be had and why, counts."""
-    from af2_ray.synth.corpus import make_corpus
+    from af2_ray.synth.corpus import make_corpus, num_scenes
 
     heading("corpus")
     handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     logger = logging.getLogger("af2_ray.synth")
     logger.addHandler(handler)
     try:
-        with bar("scenes", sum(scenes.num_scenes for scenes in settings.sets)) as update:
+        with bar("scenes", num_scenes(settings)) as update:
             report = make_corpus(settings, progress=lambda done, _, what: update(done, what))
     finally:
         logger.removeHandler(handler)

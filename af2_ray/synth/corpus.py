@@ -112,17 +112,18 @@ def _made_before(corpus: Corpus, folder: Path, progress: Progress | None) -> Cor
     if not path.is_file() or (known := json.loads(path.read_text()))["fingerprint"] != _fingerprint(corpus):
         return None
     if progress:
-        progress(_num_scenes(corpus), _num_scenes(corpus), "made before")
+        progress(num_scenes(corpus), num_scenes(corpus), "made before")
     return CorpusReport(**known["report"])
 
 
-def _num_scenes(corpus: Corpus) -> int:
+def num_scenes(corpus: Corpus) -> int:
+    """Scenes that will be made: each set rounded up to whole blocks."""
     return sum(_num_blocks(scenes) * BLOCK for scenes in corpus.sets)
 
 
 def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
     tell = progress or (lambda done, total, what: None)
-    total = _num_scenes(corpus)
+    total = num_scenes(corpus)
     tell(0, total, "source clips")
     facts = _make_sources(corpus, folder)
     done, hours, digests = 0, 0.0, [facts["sha256"]]

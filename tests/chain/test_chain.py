@@ -57,7 +57,7 @@ def test_the_chain_gives_what_it_gave(checkout: Path) -> None:
 def test_it_learned_at_every_step(checkout: Path) -> None:
     summary = json.loads((checkout / "runs" / "demo" / "summary.json").read_text())
     steps = {step["name"]: step for step in summary["steps"] if "loss_last" in step}
-    assert {"lm", "clap", "pretrain", "long"} == steps.keys()
+    assert {"lm", "afclap", "pretrain", "long"} == steps.keys()
     assert all(step["loss_last"] < step["loss_first"] for step in steps.values())
     assert summary["mlflow_runs"] == 1 + len(steps) + 1  # the run, its steps, its evaluation
 
