@@ -88,7 +88,7 @@ def test_commands_name_what_there_is(document: str) -> None:
 
 def short_of(name: str, first: str, data: Path) -> list[str]:
     """What makes a job short: few steps, small models, the toy corpus in `data`."""
-    small = toy.overrides(data, "runs")[1:]  # without `storage`, which commands give
+    small = [word for word in toy.overrides(data, "runs") if not word.startswith("storage=")]  # commands give theirs
     if name == "train":
         return small
     if name == "train_clap":
@@ -103,11 +103,11 @@ def shortened(text: str, data: Path) -> str:
     """The block with more words at the end of each job's line."""
 
     def more(found: re.Match[str]) -> str:
-        line, comment = found[1], found[2] or ""
+        line, comment = found["line"], found["comment"] or ""
         words = short_of(found["job"], shlex.split(line.split(".py", 1)[1])[0], data)
         return f"{line} {shlex.join(words)} {comment}"
 
-    return re.sub(r"(python jobs/(?P<job>\w+)\.py(?:\\\n|[^\n#])*)(#[^\n]*)?", more, text)
+    return re.sub(r"(?P<line>python jobs/(?P<job>\w+)\.py(?:\\\n|[^\n#])*)(?P<comment>#[^\n]*)?", more, text)
 
 
 def on_own_cluster(text: str) -> str:
@@ -148,7 +148,8 @@ def _text_encoder(folder: Path, like: Path) -> None:
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(like)
-    T5EncoderModel(T5Config(len(tokenizer), 16, 8, 32, 1, num_heads=2)).save_pretrained(folder)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
