@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    console = Console()
+    console = Console(highlight=False)
     console.print(_table(result.details))
     for line in _closing_lines(result, args.out):
         console.print(line)

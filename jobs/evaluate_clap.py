@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     from af2_ray.evaluate import clap  # heavy imports after the arguments are checked
 
-    console, results = Console(), {}
+    console, results = Console(highlight=False), {}
     try:
         model, tokenizer = clap.load_clap(args.model)
         limits = {"max_windows": args.max_windows, "batch_windows": args.batch_windows}

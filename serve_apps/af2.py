@@ -151,12 +151,17 @@ def _check_fit(settings: Serve, have: Mapping[str, float] | None, cpus: float, g
         "GPU": models * gpus + embedders * settings.embedding_gpus,
     }
     if missing := shortage(need, have):
+        parts = [f"{models} x {_amount(cpus, gpus)} for the model"]
+        if clap:
+            parts.append(f"{embedders} x {_amount(cpus, settings.embedding_gpus)} for AF-CLAP")
         raise ValueError(
-            f"the server needs {missing}: {models} x {cpus:g} CPUs and {gpus:g} GPUs for the model"
-            + (f", {embedders} x {cpus:g} CPUs and {settings.embedding_gpus:g} GPUs for AF-CLAP" if clap else "")
-            + f", {_INGRESS_CPUS:g} CPUs for the ingress; lower serve.min_replicas, serve.cpus_per_replica or "
-            "serve.gpus_per_replica, or start more nodes"
+            f"the server needs {missing}: {', '.join(parts)}, {_INGRESS_CPUS:g} CPUs for the ingress; lower "
+            "serve.min_replicas, serve.cpus_per_replica or serve.gpus_per_replica, or start more nodes"
         )
+
+
+def _amount(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def _absolute(model: str) -> str:
