@@ -82,13 +82,13 @@ check_disk() {
     if [ "$(disk_of "$where")" = "$(disk_of "$temporary")" ]; then
         need=$((need + WHEELS_MB))
     elif [ "$(free_mb "$temporary")" -lt "$WHEELS_MB" ]; then
-        fail "$temporary has $(free_mb "$temporary") MB free; wheels on their way need $WHEELS_MB: set TMPDIR to another folder"
+        fail "$temporary has $(free_mb "$temporary") MB free; wheels on their way need $WHEELS_MB MB: set TMPDIR to another folder"
     fi
     free=$(free_mb "$where")
     [ "$free" -ge "$need" ] ||
-        fail "$(cd "$where" && pwd) has $free MB free; the environment needs $need: make room, or put it elsewhere (VENV=...)"
+        fail "$(cd "$where" && pwd) has $free MB free; the environment needs $need MB: make room, or put it elsewhere (VENV=...)"
     [ "$free" -ge $((need + DEMO_MB)) ] ||
-        say "note: $free MB of disk are free; \`make demo\` wants $DEMO_MB beside the $need of the environment"
+        say "note: $free MB of disk are free; \`make demo\` wants $DEMO_MB MB beside the $need MB of the environment"
 }
 
 check_machine() {
