@@ -65,7 +65,7 @@ keep_environment() {
     [ -x "$own" ] && [ -z "$(unfit "$own")" ] || return 1
     version=$(version_of "$own")
     if [ -n "${PYTHON:-}" ] && [ "$(version_of "$PYTHON")" != "$version" ]; then
-        fail "$VENV is of Python $version, and PYTHON=$PYTHON is asked for: remove $VENV, or name another folder (VENV=...)"
+        fail "$VENV is of Python $version, not of $PYTHON as asked for: remove it, or name another folder (VENV=...)"
     fi
     PYTHON=$own
     say "Python $version of $VENV"
@@ -82,11 +82,13 @@ check_disk() {
     if [ "$(disk_of "$where")" = "$(disk_of "$temporary")" ]; then
         need=$((need + WHEELS_MB))
     elif [ "$(free_mb "$temporary")" -lt "$WHEELS_MB" ]; then
-        fail "$temporary has $(free_mb "$temporary") MB free; wheels on their way need $WHEELS_MB MB: set TMPDIR to another folder"
+        free=$(free_mb "$temporary")
+        fail "$temporary has $free MB free; wheels on their way need $WHEELS_MB MB: set TMPDIR to another folder"
     fi
     free=$(free_mb "$where")
+    where=$(cd "$where" && pwd)
     [ "$free" -ge "$need" ] ||
-        fail "$(cd "$where" && pwd) has $free MB free; the environment needs $need MB: make room, or put it elsewhere (VENV=...)"
+        fail "$where has $free MB free; the environment needs $need MB: make room, or put it elsewhere (VENV=...)"
     [ "$free" -ge $((need + DEMO_MB)) ] ||
         say "note: $free MB of disk are free; \`make demo\` wants $DEMO_MB MB beside the $need MB of the environment"
 }
