@@ -23,7 +23,7 @@ demo: setup
 	$(RUN) jobs/demo.py
 
 test: setup
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(RUN) -m pytest -n 2 -m "not slow"
 
 test-all: setup
 	$(RUN) -m pytest

@@ -16,20 +16,26 @@ import nodes
 import numpy as np
 import pytest
 import soundfile as sf
+from xdist.scheduler import LoadScopeScheduling
 
 MakeSound = Callable[..., str]
-_RAY = Path(__file__).parent / "ray"
+_RAY, _CHAIN = Path(__file__).parent / "ray", Path(__file__).parent / "chain"
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """For `-n 2`: a file goes whole to a process, for what its tests share is made once; tests/ray all to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith("tests/ray/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: all of tests/ray in one process, for it shares a cluster, and first, for it is long.
-
-    Other files go whole to a process, for what a file's tests share is made once.
-    """
-    items.sort(key=lambda item: _RAY not in item.path.parents)
-    for item in items:
-        group = "ray" if _RAY in item.path.parents else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """What needs Ray first, for it takes longest; the whole chain, which keeps both cores busy, last."""
+    items.sort(key=lambda item: (_CHAIN in item.path.parents) - (_RAY in item.path.parents))
 
 
 @pytest.fixture(scope="session")
