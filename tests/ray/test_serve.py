@@ -232,7 +232,7 @@ def test_the_curl_commands_of_the_readme(url: str, tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     commands = re.findall(r"```bash\n(curl .*?)```", readme, re.DOTALL)
     assert len(commands) == 2
-    (tmp_path / "a.wav").write_bytes(serve_toy.wav(20))  # more than fits into an argument of a command
+    (tmp_path / "clip.wav").write_bytes(serve_toy.wav(20))  # more than fits into an argument of a command
     for command in commands:
         here = command.replace("localhost:8000", url.removeprefix("http://").removesuffix("/v1"))
         done = subprocess.run(["bash", "-c", here], cwd=tmp_path, capture_output=True, timeout=60, check=True)
