@@ -95,7 +95,7 @@ def short_of(name: str, first: str, data: Path) -> list[str]:
         return [word for word in small if not word.startswith("clap.text.")]
     if name == "make_data":
         scenes = "{name: short, split: train, num_scenes: 8, duration_s: [5, 8], num_events: [1, 2]}"
-        return ["corpus.num_classes=4", f"corpus.sets=[{scenes}]"]
+        return ["corpus.num_classes=6", f"corpus.sets=[{scenes}]"]
     return ["--list"] if name == "sweep" and not first.endswith(".yaml") else []
 
 
@@ -127,8 +127,8 @@ def furnished(checkout: Path) -> Path:
     clip = checkout / "data/demo/short" / test["split_path"] / test["data"]["0"]["name"]
     soundfile.write(checkout / "clip.wav", *soundfile.read(clip))
     shutil.copytree(checkout / "data/demo/short", checkout / "mine")
-    for label in list(RENDERERS)[:5]:
-        for number in range(6):
+    for label in list(RENDERERS)[:10]:
+        for number in range(8):
             path = checkout / "my/sounds" / label.replace(" ", "_") / f"{number}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, render(label, np.random.default_rng(number)), 16_000)
