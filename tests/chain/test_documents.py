@@ -172,7 +172,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_blocks_run(document: str, furnished: Path, home: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -205,7 +205,7 @@ def _run(block: Block, text: str, folder: Path, environment: dict[str, str]) -> 
     command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", text]
     started = time.monotonic()
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
     print(f"--- {block.place}, {time.monotonic() - started:.0f} s\n{text}\n{done.stdout[-6000:]}")
     assert done.returncode == 0, (
