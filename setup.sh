@@ -13,7 +13,7 @@ VENV=${VENV:-.venv}
 LOCK=${LOCK:-requirements-dev.lock}
 LOG=$VENV/setup.log
 ENVIRONMENT_MB=7400 # measured, with all packages
-WHEELS_MB=3300      # measured: the wheels on their way
+WHEELS_MB=3500      # measured: the wheels on their way
 DEMO_MB=4200        # `make demo` leaves 3.4 GB; the files of the sound packages come and go
 DEMO_GIB=11         # measured: its peak is 9.2 to 10.5
 

@@ -29,7 +29,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "80", **no_compiler},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1500,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{_tail(folder / 'runs/demo/logs/demo.log')}"

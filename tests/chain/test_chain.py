@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.timeout(1800)  # three minutes of an idle machine, many of a busy one
+
 SCORES = Path(__file__).with_name("scores.json")
 LOSS_SHARE = 0.1  # losses of another CPU or Python may differ by a tenth
 SCORE_POINTS = 0.15  # and shares of 60 to 90 questions by as much: training is short, and single answers tip over
