@@ -195,6 +195,7 @@ def test_blocks_run(document: str, furnished: Path, home: Path) -> None:
             if block.marker in ("short", "cluster"):
                 text = shortened(text, furnished / "toy")
             if block.marker == "cluster":
+                _end(running)  # it has the dashboard's port
                 text = on_own_cluster(text)
             _run(block, text, furnished, environment)
     finally:
