@@ -1,7 +1,7 @@
 """The whole chain on rendered sounds: corpus, LM, AF-CLAP, two stages, evaluation, an answer over HTTP, a report.
 
-Its figures are kept in `scores.json` for each kind of CPU that it was run on. There they must come out equal to the last
-digit, on any Python (3.11, 3.12 and 3.13 give the same), so that a refactoring that changes any number is seen. Another
+Its figures are kept in `scores.json` for each kind of CPU that it was run on. There they must come out equal to the
+last digit, on any Python (3.11 and 3.13 gave the same), so that a refactoring that changes any number is seen. Another
 CPU rounds its sums otherwise: there the figures must be within the tolerances below of those of the first entry.
 
 After a change that is meant to change them: `KEEP_SCORES=1 python -m pytest tests/chain`.
