@@ -62,7 +62,8 @@ choose_python() {
 # An environment that is there and works stays; another Python that is asked for needs another folder.
 keep_environment() {
     local own=$VENV/bin/python version
-    [ -x "$own" ] && [ -z "$(unfit "$own")" ] || return 1
+    # One that was stopped while it was made has no pip, or no whole one: it is made anew.
+    [ -x "$own" ] && [ -z "$(unfit "$own")" ] && "$own" -m pip --version >/dev/null 2>&1 || return 1
     version=$(version_of "$own")
     if [ -n "${PYTHON:-}" ] && [ "$(version_of "$PYTHON")" != "$version" ]; then
         fail "$VENV is of Python $version, not of $PYTHON as asked for: remove it, or name another folder (VENV=...)"

@@ -23,6 +23,7 @@ _PUBLIC = {
     "Clip": "serve.request",
     "Request": "serve.request",
     "decode": "audio.decode",
+    "to_windows": "audio.windows",
 }
 __all__ = ["__version__", *_PUBLIC]
 

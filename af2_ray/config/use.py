@@ -40,7 +40,7 @@ class Serve(Strict):
     cpus_per_replica: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         union_mode="left_to_right",
-        description="of the model, and of AF-CLAP; auto: one, or an equal share where the cluster has not so many",
+        description="CPUs of a replica of the model, or of AF-CLAP; auto: one, on a small machine a share",
     )
     gpus_per_replica: float | Literal["auto"] = Field(
         "auto",
