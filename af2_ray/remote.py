@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
+from af2_ray.files import DIGESTS, check_digests
+from af2_ray.storage import inner_name, is_remote, locate, within
 
 ResultT = TypeVar("ResultT")
 
@@ -37,23 +39,27 @@ _UNUSED_S = 24 * 3600.0  # after which a machine's copy of a folder is removed
 Wanted = Callable[[str], bool]  # of a path relative to its folder
 
 
-def is_remote(place: str | Path) -> bool:
-    """Whether a path is an address such as `s3://bucket/folder`."""
-    return "://" in str(place)
-
-
-def retried(call: Callable[[], ResultT], retries: int = _RETRIES) -> ResultT:
+def retried(call: Callable[[], ResultT], retries: int = _RETRIES, limit_s: float | None = None) -> ResultT:
     """What `call` returns; a passing fault is tried again, any fault of a store's client is an `OSError`.
+
+    Args:
+        limit_s: of each try; one that takes longer is tried once more.
 
     Raises:
         PermissionError: the store refuses the credentials, or there are none.
+        TimeoutError: two tries took longer than `limit_s`.
         OSError: it still fails after so many retries, or this machine's disk is full or read-only.
     """
+    num_late = 0
     for attempt in range(retries + 1):
         try:
-            return call()
+            return call() if limit_s is None else within(limit_s, call)
         except (FileNotFoundError, PermissionError):
             raise
+        except TimeoutError:
+            num_late += 1
+            if num_late == 2 or attempt == retries:
+                raise
         except Exception as error:
             if type(error).__name__ in _NO_KEYS:
                 raise PermissionError(f"{error}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role") from error
@@ -69,7 +75,7 @@ def retried(call: Callable[[], ResultT], retries: int = _RETRIES) -> ResultT:
 
 def send(names: Iterable[str], folder: Path, uri: str) -> None:
     """Send files of a folder, named relative to it, to the same names below `uri`; marks of what is whole go last."""
-    fs, root = fsspec.url_to_fs(uri.rstrip("/"))
+    fs, root = locate(uri.rstrip("/"))
     waves: dict[int, dict[str, int]] = {}
     for name in sorted(names):
         waves.setdefault(_wave(name), {})[name] = (folder / name).stat().st_size
@@ -80,7 +86,11 @@ def send(names: Iterable[str], folder: Path, uri: str) -> None:
 
 
 def fetch(uri: str, folder: Path, wanted: Wanted = lambda name: True) -> list[str]:
-    """Fetch the files below `uri` whose relative names are wanted into `folder`, and return their names."""
+    """Fetch the files below `uri` whose relative names are wanted into `folder`, and return their names.
+
+    Raises:
+        ValueError: the store has a key there that would lead out of `folder`; the message names it.
+    """
     fs, root, found = _listed(uri)
     return _fetched(fs, root, {name: facts for name, facts in found.items() if wanted(name)}, folder)
 
@@ -95,23 +105,55 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def scratch(kind: str) -> Path:
-    """A folder of this user in the system's folder for temporary files (`TMPDIR`), the same for all processes."""
-    return Path(tempfile.gettempdir()) / f"af2_ray_{kind}_{os.getuid()}"
+    """This user's own folder among the temporary files (`TMPDIR`), the same for all processes; made where it is not.
+
+    Raises:
+        PermissionError: somebody else could have put files there, which would be taken for ours.
+    """
+    folder = Path(tempfile.gettempdir()) / f"af2_ray_{kind}_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(
+            f"{folder} belongs to another user, or others may write to it: remove it, or set TMPDIR to your own"
+        )
+    folder.chmod(0o700)
+    return folder
 
 
 def local_model(folder: str | Path) -> Path:
     """A Hugging Face folder on this machine's disk: the folder itself, or a copy of it that all processes here share.
 
     A copy is known by what the store lists, so a folder that was written anew is fetched anew. Copies lie in `TMPDIR`;
-    with each new one those go that were not asked for within a day.
+    with each new one those go that were not asked for within a day. A folder that has digests is compared with them,
+    once a day and machine.
 
     Raises:
-        ValueError: it is no such folder.
+        ValueError: it is no such folder, or (`files.Damaged`) a file of it is not as it was written.
     """
     path = _shared_copy(str(folder).rstrip("/")) if is_remote(folder) else Path(folder)
     if not (path / "config.json").is_file():
         raise ValueError(f"no model in {folder}: name the folder that an export wrote, the one with config.json")
+    _check_once(path)
     return path
+
+
+def _check_once(folder: Path) -> None:
+    """Compare a folder with its digests, unless a process of this machine has done so since its files last changed."""
+    if not (folder / DIGESTS).is_file():
+        return
+    found = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
+    states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
+    told = json.dumps([str(folder.absolute()), states])
+    seen = scratch("checked") / hashlib.sha256(told.encode()).hexdigest()[:32]
+    if seen.exists() and time.time() - seen.stat().st_mtime < _UNUSED_S:
+        return
+    check_digests(folder)
+    for other in seen.parent.iterdir():
+        with suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > _UNUSED_S:
+                other.unlink()
+    seen.touch()
 
 
 def _wave(name: str) -> int:
@@ -139,11 +181,22 @@ def _fetched(fs: Any, root: str, found: Mapping[str, Mapping[str, Any]], folder:
 
 
 def _listed(uri: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
-    """The store, its own name of a folder, and what it knows of each file below, by relative name."""
-    fs, root = fsspec.url_to_fs(uri.rstrip("/"))
+    """The store, its own name of a folder, and what it knows of each file below, by relative name.
+
+    Raises:
+        ValueError: a key there is not fit to be the name of a file below a folder of this machine.
+    """
+    fs, root = locate(uri.rstrip("/"))
     fs.invalidate_cache()
     found = retried(lambda: fs.find(root, detail=True), PATIENCE)
-    files = {path.removeprefix(f"{root}/"): facts for path, facts in found.items() if not path.endswith("/")}
+    files = {}
+    for path, facts in found.items():
+        if path.endswith("/"):
+            continue  # what a console leaves for an empty folder
+        try:
+            files[inner_name(path.removeprefix(f"{root}/"))] = facts
+        except ValueError as error:
+            raise ValueError(f"{uri}: {error}") from error
     return fs, root, files
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._private.services import find_bootstrap_address
 
+from af2_ray import storage
 from af2_ray.config import Cluster
 from af2_ray.cpus import usable_cpus
 
@@ -23,11 +24,14 @@ TRIAL_CPUS = 0.1  # what a sweep's trial holds itself, beside its job's workers 
 
 
 def connect(**options: Any) -> Any:
-    """`ray.init`, whose refusals say what mends them.
+    """`ray.init`, whose refusals say what mends them. Its workers may open what this process may (`storage.allow`).
 
     Raises:
         ConnectionError: a cluster is named (`RAY_ADDRESS`) or runs on this machine, and does not take this process.
     """
+    if allowed := storage.environment():
+        env = dict(options.get("runtime_env") or {})
+        options["runtime_env"] = env | {"env_vars": allowed | env.get("env_vars", {})}
     try:
         return ray.init(**options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:

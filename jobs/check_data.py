@@ -23,6 +23,7 @@ from rich.console import Console
 from af2_ray import console as job
 from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
 from af2_ray.data.survey import Survey, faults, leakage, shorten, survey
+from af2_ray.storage import allow, shown
 
 STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#26323b}"
 STYLE += "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #e4e2db}"
@@ -58,6 +59,7 @@ def _datasets(args: argparse.Namespace) -> tuple[list[tuple[Dataset, str]], floa
     for name in args.inputs:
         if name in recipe_names() or name.endswith((".yaml", ".yml")):
             recipe = load_recipe(name)
+            allow(recipe.access.schemes, parents=recipe.access.parents)
             max_bad_share = recipe.faults.max_bad_share
             for stage in recipe.stages:
                 found |= {(dataset.manifest, "train"): dataset for dataset in stage.data}
@@ -95,6 +97,7 @@ def _lines(surveys: Sequence[Survey]) -> Iterator[str]:
     for one in surveys:
         yield _title(one)
         yield _aligned(_row(one))
+        yield from (f"  {shown(remark)}" for remark in shorten(one.remarks, 5))
 
 
 def _aligned(cells: Sequence[str]) -> str:
@@ -113,8 +116,9 @@ def page(surveys: Sequence[Survey], found: Sequence[str]) -> str:
     for one in surveys:
         parts.append(f"<h2>{html.escape(one.manifest)}</h2>{_histograms(one)}")
         listed = {
+            "remarks": list(one.remarks),
             "set aside": [f"{reason}: {count}" for reason, count in one.set_aside.items()],
-            "unreadable": [f"{uri}: {reason}" for uri, reason in one.unreadable.items()],
+            "unreadable": [f"{shown(uri)}: {reason}" for uri, reason in one.unreadable.items()],
             "asked twice": list(one.duplicates),
         }
         parts += [_list(title, lines) for title, lines in listed.items() if lines]

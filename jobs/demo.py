@@ -23,11 +23,12 @@ from af2_ray.data.manifest import Sample, read_samples
 from af2_ray.evaluate.clap import read_scenes, scenes_uri_of
 from af2_ray.evaluate.report import licence_rows, write_report
 from af2_ray.evaluate.run import EvaluationResult, choose_examples, evaluate_run
+from af2_ray.files import write_whole
 from af2_ray.memory import watch_memory
-from af2_ray.remote import is_remote
+from af2_ray.storage import is_remote
 from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import CorpusReport
-from af2_ray.train.run import Run, finished, mark_finished, read_metrics, write_atomic
+from af2_ray.train.run import Run, finished, mark_finished, read_metrics
 from af2_ray.train.stages import train_run
 from af2_ray.train.tracking import Tracker
 from serve_apps.af2 import run_app
@@ -60,7 +61,7 @@ def main() -> None:
         clock.keep_peak(peak.gib)
         summary |= {"seconds": clock.seconds}
         summary |= {"total_s": round(sum(clock.seconds.values()), 1), "peak_rss_gib": round(clock.peak_gib, 2)}
-        write_atomic(run.root / "summary.json", json.dumps(summary, indent=1))
+        write_whole(run.root / "summary.json", json.dumps(summary, indent=1))
         report = _report(run, summary, scores)
     _tell(summary)
     console.console.print(f"\nreport:  {report}\nsummary: {run.root / 'summary.json'}\nmodel:   {run.model_dir}")
@@ -250,7 +251,7 @@ class Clock:
 
     def _keep(self) -> None:
         kept = {"seconds": self.seconds, "done": self.done, "peak_gib": self.peak_gib}
-        write_atomic(self._path, json.dumps(kept, indent=1))
+        write_whole(self._path, json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":

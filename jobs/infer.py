@@ -12,14 +12,12 @@ import argparse
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import fsspec
-
 from af2_ray import console
 from af2_ray.config import Serve, load_recipe
+from af2_ray.storage import allow, locate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _infer(args: argparse.Namespace) -> None:
     from af2_ray.data.durations import fill_durations  # heavy imports after the arguments are checked
     from af2_ray.data.manifest import fingerprint, read_samples
+    from af2_ray.remote import scratch
     from af2_ray.serve.offline import join, label, model_facts, parts_there, plan_chunks, read_asked
 
-    settings = load_recipe(args.recipe, args.overrides).serve if args.recipe else Serve()
+    settings = Serve()
+    if args.recipe:
+        recipe = load_recipe(args.recipe, args.overrides)
+        allow(recipe.access.schemes, parents=recipe.access.parents)
+        settings = recipe.serve
     settings = settings.model_copy(
         update={
             "num_slots": args.slots or settings.num_slots,
@@ -52,7 +55,7 @@ def _infer(args: argparse.Namespace) -> None:
     facts = model_facts(model)
     max_windows = min(args.max_windows, facts["max_windows"] or args.max_windows)
     read = read_samples(args.manifest, args.root)
-    samples, _ = fill_durations(read, args.manifest, fallback=tempfile.gettempdir())
+    samples, _ = fill_durations(read, args.manifest, fallback=str(scratch("durations")))
     asked, refused = read_asked(samples, args.question)
     chunks = plan_chunks(asked, args.chunk, max_windows)
     out = args.out if "://" in args.out else str(Path(args.out).absolute())
@@ -73,7 +76,7 @@ def _infer(args: argparse.Namespace) -> None:
     there = len(parts_there(folder))
     console.heading(f"{len(asked)} questions in {len(chunks)} chunks, {there} done before; {len(refused)} set aside")
     done, errors = 0, len(refused)
-    with console.cluster(Path("/tmp") / "af2_infer"), console.bar("chunks", len(chunks)) as update:
+    with console.cluster(scratch("infer")), console.bar("chunks", len(chunks)) as update:
 
         def progress(answers: int, failed: int) -> None:
             nonlocal done, errors
@@ -98,7 +101,7 @@ def _infer(args: argparse.Namespace) -> None:
 
 def _check_same_job(folder: str, facts: dict[str, object]) -> None:
     """Chunks of another job must not be taken for this one's."""
-    fs, path = fsspec.url_to_fs(folder)
+    fs, path = locate(folder)
     file, text = f"{path}/job.json", json.dumps(facts, sort_keys=True)
     if fs.exists(file):
         if fs.cat_file(file).decode() != text:

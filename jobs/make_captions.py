@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from af2_ray import console as job
+from af2_ray.remote import scratch
 from af2_ray.synth.captions import Captions, captions_of
 from af2_ray.synth.free_captions import read_caption
 from af2_ray.synth.llm_captions import CaptionError, Endpoint, LlmCaptions, Spent
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"make_captions: {error}", file=sys.stderr)
         return 2
-    with job.cluster(Path(tempfile.gettempdir()) / "af2_make_captions"):
+    with job.cluster(scratch("captions")):
         failed, spent = write(_made(rows, engine, args.concurrency), args.out)
     console = Console(soft_wrap=True)
     console.print(f"{len(rows) - failed} of {len(rows)} captions have their sets in {args.out}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import fsspec
-
 from af2_ray import console
 from af2_ray.config import load_recipe
+from af2_ray.storage import allow, open_text
 
 
 def main() -> None:
@@ -19,10 +18,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    allow(recipe.access.schemes, parents=recipe.access.parents)
     if recipe.corpus is None:
         raise ValueError(f"recipe {recipe.name!r} has no corpus block: its data is made elsewhere")
     report = console.corpus(recipe.corpus)
-    with fsspec.open(f"{recipe.corpus.dir.rstrip('/')}/sources/done.json", "rt") as file:
+    with open_text(f"{recipe.corpus.dir.rstrip('/')}/sources/done.json") as file:
         made = json.load(file)
     console.console.print(f"classes: {', '.join(made['classes'])}\nsha256 {report.sha256[:16]}")
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from af2_ray import console
 from af2_ray.config import Recipe, Stage, load_recipe
+from af2_ray.storage import allow
 from af2_ray.train import costs
 from af2_ray.train.costs import Work
 from af2_ray.train.sizes import recipe_config
@@ -52,6 +53,7 @@ def main() -> None:
     if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or not 0 < arguments.fill <= 1 or arguments.price < 0:
         raise ValueError("--gpus must be 1 or more, --mfu and --fill in (0, 1], --price 0 or more")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    allow(recipe.access.schemes, parents=recipe.access.parents)
     cluster = Cluster(arguments.gpus, arguments.gpu, arguments.mfu, arguments.price, arguments.fill)
     result = plan(recipe, cluster)
     if arguments.json:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from af2_ray import console
 from af2_ray.config import Recipe, Stage, load_recipe
+from af2_ray.storage import allow
 from af2_ray.train.probe import Found, largest_budget, try_row
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     if not 0 <= arguments.margin < 1:
         raise ValueError("--margin is a share from 0 to 1")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    allow(recipe.access.schemes, parents=recipe.access.parents)
     memory_gib = arguments.memory_gib or device_gib(recipe)
     limit = memory_gib * (1 - arguments.margin)
     console.console.print(f"{memory_gib:.1f} GiB a worker, of which {limit:.1f} are used")

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Literal, cast
 
-import fsspec
 import numpy as np
 import soundfile as sf
 import soxr
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from af2_ray.audio import shards
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.remote import retried
+from af2_ray.storage import READ_S, NameRefused, is_remote, locate, open_local, shown
 
 MAX_BYTES = 4 * 2**30
 MAX_DURATION_S = 3600.0
@@ -37,6 +37,8 @@ Channel = Literal["first", "mix"]
 _BLOCK = 2**16  # frames read at a time: a header that claims a day costs nothing, and a block stays in the cache
 _WHOLE_BYTES = 8 * 2**20  # a remote object up to this size comes in one request
 _RANGE_BYTES = 2**20  # block of a ranged read of a larger one
+_PART_BYTES = 2**18  # of a block that are handed on at a time
+_INDEX_S = 600.0  # to list a shard of many gigabytes, once
 _INT16_STEP = 2.0**-15
 _SILENCE = _INT16_STEP  # a smaller peak, or a smaller swing around a constant, carries no sound
 _SHORT_SHARE, _SHORT_S = 0.05, 0.5  # a stretch may fall short of its stated length by this much (rounding, codec delay)
@@ -48,9 +50,9 @@ class AudioError(Exception):
 
     Attributes:
         uri: the file.
-        reason: short and stable, for counting: `missing`, `forbidden`, `empty file`, `unreadable`, `no samples`,
-            `truncated`, `not finite`, `silent`, `constant`, `zero duration`, `starts past the end`, `too long`,
-            `too large`.
+        reason: short and stable, for counting: `missing`, `forbidden`, `timed out`, `empty file`, `unreadable`, `no
+            samples`, `truncated`, `not finite`, `silent`, `constant`, `zero duration`, `starts past the end`, `too
+            long`, `too large`, and those of `storage.NameRefused`.
         detail: what the decoder said, for reading.
     """
 
@@ -59,7 +61,7 @@ class AudioError(Exception):
         self.uri, self.reason, self.detail = uri, reason, detail
 
     def __str__(self) -> str:
-        return f"{self.uri}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return f"{shown(self.uri)}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 def decode(
@@ -75,8 +77,8 @@ def decode(
     """Read a stretch of an audio file.
 
     Args:
-        uri: local path, `file://`, `s3://` or another scheme of fsspec, or `shard.tar#member` of these; credentials
-            come from the environment.
+        uri: local path, or an address of a scheme that is allowed (`storage`), or `shard.tar#member` of these;
+            credentials come from the environment.
         offset_s: where the stretch begins.
         duration_s: its length; none: to the end of the file.
         channel: `first` keeps channel 0 (the reference), `mix` the mean of all.
@@ -134,17 +136,25 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
     """Open a uri as a sound file; every failure of the way there is an `AudioError`."""
     path = uri.removeprefix("file://")
     try:
-        if "://" in path or shards.split_member(path):
+        if is_remote(path) or shards.split_member(path):
             stream, size = _open_remote(path, max_bytes)
         else:
-            stream = open(path, "rb")  # noqa: SIM115 - closed below, with the sound file
+            stream = open_local(path)
             size = os.fstat(stream.fileno()).st_size
+    except NameRefused as error:
+        raise AudioError(uri, error.reason, error.detail) from error
     except FileNotFoundError as error:
         raise AudioError(uri, "missing") from error
     except PermissionError as error:
         raise AudioError(uri, "forbidden", str(error)) from error
+    except TimeoutError as error:
+        raise AudioError(uri, "timed out", str(error)) from error
     except (OSError, ValueError) as error:
         raise AudioError(uri, "unreadable", str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a file system of somebody else may raise anything: one file must not end a run
+        raise AudioError(uri, "unreadable", f"{type(error).__name__}: {error}") from error
     with stream:
         if size > max_bytes:
             raise AudioError(uri, "too large", f"{size} bytes, the limit is {max_bytes}")
@@ -154,15 +164,24 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
 
 def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
     """Open an object or a shard's file: whole if it is small, else for ranged reads; a passing fault is tried again."""
-    if shards.split_member(uri):
-        stream, size = retried(lambda: shards.open_member(uri, min(_WHOLE_BYTES, max_bytes)))
-        return (stream if isinstance(stream, io.BytesIO) else cast(IO[bytes], _Patient(stream))), size
-    fs, path = fsspec.url_to_fs(uri)
-    size = int(retried(lambda: fs.info(path)["size"]))
-    if size <= min(_WHOLE_BYTES, max_bytes):
-        return io.BytesIO(retried(lambda: fs.cat_file(path))), size
-    stream = retried(lambda: fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"))
-    return cast(IO[bytes], _Patient(stream)), size
+    whole_bytes = min(_WHOLE_BYTES, max_bytes)
+    if split := shards.split_member(uri):
+        retried(lambda: shards.places(split[0]), limit_s=_INDEX_S)
+        stream, size = retried(lambda: shards.open_member(uri, whole_bytes), limit_s=READ_S)
+        return (stream if isinstance(stream, io.BytesIO) else _patient(stream)), size
+    fs, path = locate(uri)
+    info = retried(lambda: fs.info(path), limit_s=READ_S)
+    size = int(info["size"] or 0)
+    if info.get("type") == "directory":
+        raise IsADirectoryError(f"{uri} is a folder")
+    if size <= whole_bytes:
+        return io.BytesIO(retried(lambda: fs.cat_file(path), limit_s=READ_S)), size
+    stream = retried(lambda: fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"), limit_s=READ_S)
+    return _patient(stream), size
+
+
+def _patient(stream: IO[bytes]) -> IO[bytes]:
+    return cast(IO[bytes], io.BufferedReader(_Patient(stream), _PART_BYTES))
 
 
 class _Patient(io.RawIOBase):
@@ -190,7 +209,7 @@ class _Patient(io.RawIOBase):
             self._stream.seek(place)
             return self._stream.read(len(buffer))
 
-        data = retried(read)
+        data = retried(read, limit_s=READ_S)
         buffer[: len(data)] = data
         return len(data)
 

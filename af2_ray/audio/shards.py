@@ -3,27 +3,50 @@
 Millions of clips as millions of objects cost a request and a directory entry each; WebDataset's way of packing them
 into plain tar files does not. A tar has no table of contents, so one is made at the first use (one pass over the
 headers) and kept beside the shard as `shard.tar.index.json`, or in this process alone where that place cannot be
-written. From then on a clip is one ranged read, in any order.
+written. From then on a clip is one ranged read, in any order. The read takes the clip's own tar header along: one that
+is not as the index knows it shows that the shard was written anew, and it is listed anew. That costs 512 bytes a clip
+and no request.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import io
 import json
 import logging
 import tarfile
-from typing import IO
-
-import fsspec
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
 
 from af2_ray.remote import version_of
+from af2_ray.storage import locate
 
 logger = logging.getLogger(__name__)
 
 _MARK = ".tar#"
 _BLOCK_BYTES = 2**20  # of a remote read
-Places = dict[str, tuple[int, int]]
+_FORMAT = 2  # of the index
+_MOST_KNOWN = 256  # shards whose index this process keeps
+
+
+class Place(NamedTuple):
+    """Where a file is in its shard: offset and size in bytes, and a digest of the 512 bytes of its tar header."""
+
+    offset: int
+    size: int
+    mark: str
+
+
+Places = dict[str, Place]
+
+
+@dataclass(frozen=True)
+class _Index:
+    version: str  # of the shard, by what its store tells
+    files: Places
+
+
+_known: dict[str, _Index] = {}
 
 
 def split_member(uri: str) -> tuple[str, str] | None:
@@ -37,36 +60,64 @@ def member_uris(shard: str) -> list[str]:
     return [f"{shard}#{member}" for member in places(shard)]
 
 
-@functools.lru_cache(maxsize=256)
 def places(shard: str) -> Places:
-    """Offset and size in bytes of each file in a shard, from its index, which is made where there is none.
+    """Where each file of a shard is, from its index, which is made where there is none.
 
     Raises:
         FileNotFoundError: there is no such shard.
         ValueError: it is not a tar file, or cut.
     """
-    fs, path = fsspec.url_to_fs(shard)
+    index = _known.get(shard)
+    if index is None:
+        while len(_known) >= _MOST_KNOWN:
+            _known.pop(next(iter(_known)), None)
+        index = _known[shard] = _read_index(shard)
+    return index.files
+
+
+def _read_index(shard: str) -> _Index:
+    fs, path = locate(shard)
     # Not by its size: tars come in whole blocks of 10 kB, and the same clips in another order are as many.
-    index, version = f"{path}.index.json", version_of(fs.info(path))
+    beside, version = f"{path}.index.json", version_of(fs.info(path))
     try:
-        known = json.loads(fs.cat_file(index))
-        if known["version"] == version:
-            return {name: (int(offset), int(length)) for name, (offset, length) in known["files"].items()}
-    except (OSError, ValueError, KeyError):
-        pass  # none yet, half written, or of another shard: made anew
-    found: Places = {}
+        known = json.loads(fs.cat_file(beside))
+        if known["format"] == _FORMAT and known["version"] == version:
+            return _Index(version, {name: _place(*told) for name, told in known["files"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # none yet, half written, of another form or of another shard: made anew
     try:
-        with fs.open(path, "rb", block_size=_BLOCK_BYTES) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            found = {entry.name: (entry.offset_data, entry.size) for entry in tar if entry.isfile()}
+        with fs.open(path, "rb", block_size=_BLOCK_BYTES) as stream:
+            files = _listed(stream)
     except tarfile.TarError as error:
         raise ValueError(
             f"{shard}: not a readable tar file (a compressed one cannot be read by offset): {error}"
         ) from error
     try:
-        fs.pipe_file(index, json.dumps({"version": version, "files": found}).encode())
+        told = {"format": _FORMAT, "version": version, "files": files}
+        fs.pipe_file(beside, json.dumps(told).encode())
     except OSError as error:
         logger.info("%s: the index is kept in memory only: %s", shard, error)
+    return _Index(version, files)
+
+
+def _place(offset: int, size: int, mark: str) -> Place:
+    if int(offset) < tarfile.BLOCKSIZE or int(size) < 0:
+        raise ValueError("no place in a tar file")
+    return Place(int(offset), int(size), str(mark))
+
+
+def _listed(stream: IO[bytes]) -> Places:
+    found: Places = {}
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        for entry in tar:
+            if entry.isfile():
+                stream.seek(entry.offset_data - tarfile.BLOCKSIZE)
+                found[entry.name] = Place(entry.offset_data, entry.size, _mark(stream.read(tarfile.BLOCKSIZE)))
     return found
+
+
+def _mark(header: bytes) -> str:
+    return hashlib.sha256(header).hexdigest()[:16]
 
 
 def open_member(uri: str, whole_bytes: int) -> tuple[IO[bytes], int]:
@@ -74,20 +125,37 @@ def open_member(uri: str, whole_bytes: int) -> tuple[IO[bytes], int]:
 
     Raises:
         FileNotFoundError: no such shard, or no such member in it.
+        OSError: the shard changes while it is read.
     """
     split = split_member(uri)
     if split is None:
         raise ValueError(f"{uri}: not the uri of a file in a shard (shard.tar#member)")
     shard, member = split
-    try:
-        offset, size = places(shard)[member]
-    except KeyError as error:
-        raise FileNotFoundError(f"{shard} has no {member}") from error
-    fs, path = fsspec.url_to_fs(shard)
-    if size <= whole_bytes:
-        return io.BytesIO(fs.cat_file(path, start=offset, end=offset + size)), size
+    fs, path = locate(shard)
+    for _ in range(2):
+        place = places(shard).get(member)
+        if place is None and _known[shard].version == version_of(fs.info(path)):
+            raise FileNotFoundError(f"{shard} has no {member}")
+        if place is not None and (found := _opened(fs, path, place, whole_bytes)):
+            return found
+        _known.pop(shard, None)  # it was written anew since it was listed
+    raise OSError(f"{shard} changes while it is read: {member} is not where its headers say; read it when it is whole")
+
+
+def _opened(fs: Any, path: str, place: Place, whole_bytes: int) -> tuple[IO[bytes], int] | None:
+    """The member at a place; none if another one is there now."""
+    start = place.offset - tarfile.BLOCKSIZE
+    if place.size <= whole_bytes:
+        data = fs.cat_file(path, start=start, end=place.offset + place.size)
+        if _mark(data[: tarfile.BLOCKSIZE]) != place.mark:
+            return None
+        return io.BytesIO(data[tarfile.BLOCKSIZE :]), place.size
     stream = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="blockcache")
-    return io.BufferedReader(_Part(stream, offset, size)), size
+    stream.seek(start)
+    if _mark(stream.read(tarfile.BLOCKSIZE)) != place.mark:
+        stream.close()
+        return None
+    return io.BufferedReader(_Part(stream, place.offset, place.size)), place.size
 
 
 class _Part(io.RawIOBase):

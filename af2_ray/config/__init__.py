@@ -10,7 +10,7 @@ after three days that `learing_rate` was ignored. A recipe may name another as i
 """
 
 from af2_ray.config.base import Group, Split, Strict
-from af2_ray.config.data import Budget, Corpus, Dataset, Faults, SceneSet
+from af2_ray.config.data import Access, Budget, Corpus, Dataset, Faults, SceneSet
 from af2_ray.config.model import (
     AudioTowerSettings,
     CrossAttentionSettings,
@@ -39,6 +39,7 @@ from af2_ray.config.use import Evaluation, Serve, Tracking
 __all__ = [
     "NOT_STATED",
     "RECIPE_DIR",
+    "Access",
     "Asha",
     "AudioTowerSettings",
     "Augment",

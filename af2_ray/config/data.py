@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import Field, model_validator
 
 from af2_ray.config.base import Split, Strict
@@ -61,6 +63,22 @@ class Budget(Strict):
     def _runs_fill_a_step(self) -> Budget:
         if self.balanced_rows and self.step_batches % self.balanced_rows:
             raise ValueError(f"balanced_rows={self.balanced_rows} does not divide step_batches={self.step_batches}")
+        return self
+
+
+class Access(Strict):
+    """What a manifest may name, beside files and `s3://` and `gs://` addresses (docs/security.md)."""
+
+    schemes: list[str] = Field([], description="further schemes of fsspec that may be opened, for instance abfs")
+    parents: bool = Field(
+        False, description="whether a local manifest's names may lead out of the folder of its recordings by `..`"
+    )
+
+    @model_validator(mode="after")
+    def _are_names(self) -> Access:
+        for scheme in self.schemes:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+                raise ValueError(f"schemes: {scheme!r} is no scheme: give names such as abfs, without '://'")
         return self
 
 

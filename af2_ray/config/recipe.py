@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from af2_ray.config.base import Strict
-from af2_ray.config.data import Corpus, Faults
+from af2_ray.config.data import Access, Corpus, Faults
 from af2_ray.config.model import ModelSettings
 from af2_ray.config.training import Checkpoints, Clap, Cluster, DeepSpeedSettings, FeatureCache, Stage
 from af2_ray.config.use import Evaluation, Serve, Tracking
@@ -31,6 +31,7 @@ class Recipe(Strict):
     feature_cache: FeatureCache = FeatureCache()
     checkpoints: Checkpoints = Checkpoints()
     faults: Faults = Faults()
+    access: Access = Access()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
@@ -124,6 +125,7 @@ class Recipe(Strict):
             "checkpoints",
             "licences",
             "faults",
+            "access",
         )
         exclude: dict[str, Any] = {
             **dict.fromkeys(left_out, True),

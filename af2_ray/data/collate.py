@@ -11,6 +11,7 @@ labels, so that no rank waits for another.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -63,7 +64,7 @@ class _Batch:
             "num_clips": self.num_clips,
             "num_truncated": self.num_truncated,
             "failures": quarantine.to_json(self.failures),
-            "sample_ids": "\n".join(self.sample_ids),
+            "sample_ids": json.dumps(self.sample_ids),
         }
 
     @classmethod
@@ -78,7 +79,7 @@ class _Batch:
             num_clips=int(row["num_clips"]),
             num_truncated=int(row["num_truncated"]),
             failures=quarantine.from_json(str(row["failures"])),
-            sample_ids=tuple(str(row["sample_ids"]).split("\n")) if row["sample_ids"] else (),
+            sample_ids=tuple(json.loads(str(row["sample_ids"]))),
             **tensors,
         )
 

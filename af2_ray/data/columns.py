@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from af2_ray.data.manifest import Sample, Stretch, StretchT, check_samples, fingerprint
+from af2_ray.data.manifest import Sample, Stretch, StretchT, check_samples, fingerprint, name_fault
+from af2_ray.storage import MAX_CHARACTERS, PLAIN_NAME
 from af2_ray.text import AUDIO
 
 TEXT_COLUMNS = ("id", "uri", "prompt", "answer", "task", "dataset", "skill", "pair", "template")
@@ -211,6 +212,8 @@ def check_table(table: SampleTable) -> tuple[SampleTable, list[tuple[Sample, str
     """As `manifest.check_samples`, of columns: an object is made of a bad sample only."""
     seconds, offset_s = table.duration_s, table.offset_s
     good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
+    uris, codes = table.texts("uri")
+    good &= _openable(uris)[codes]
     for name in ("prompt", "answer"):
         values, codes = table.texts(name)
         good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
@@ -218,6 +221,15 @@ def check_table(table: SampleTable) -> tuple[SampleTable, list[tuple[Sample, str
     good &= pc.less_equal(pc.count_substring(prompts, AUDIO, ignore_case=True), 1).to_numpy(zero_copy_only=False)[codes]
     bad = check_samples(table.take(~good))[1]
     return (table if good.all() else table.take(good)), bad
+
+
+def _openable(uris: pa.Array) -> NDArray[np.bool_]:
+    """Which uris may be opened, as `manifest.name_fault` has it; only those that look unusual are asked about."""
+    plain = pc.and_(pc.match_substring_regex(uris, PLAIN_NAME), pc.less(pc.utf8_length(uris), MAX_CHARACTERS))
+    found = pc.and_not(plain, pc.match_substring(uris, "..")).to_numpy(zero_copy_only=False).copy()
+    for place in np.flatnonzero(~found).tolist():
+        found[place] = not name_fault(uris[place].as_py())
+    return found
 
 
 def clip_numbers(samples: Sequence[Stretch]) -> NDArray[np.int64]:

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar, overload
 
-import fsspec
 import numpy as np
 
 from af2_ray.audio.decode import AudioError, probe
 from af2_ray.data.columns import SampleTable
 from af2_ray.data.manifest import CaptionSet, Sample
+from af2_ray.storage import locate
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _probed(uri: str) -> float | str:
 def _load(caches: Sequence[str]) -> dict[str, float]:
     known: dict[str, float] = {}
     for cache in caches:
-        fs, path = fsspec.url_to_fs(cache)
+        fs, path = locate(cache)
         try:
             known |= {str(uri): float(seconds) for uri, seconds in json.loads(fs.cat_file(path)).items()}
         except FileNotFoundError:
@@ -112,7 +112,7 @@ def _load(caches: Sequence[str]) -> dict[str, float]:
 def _save(caches: Sequence[str], known: dict[str, float]) -> None:
     """To the first place that can be written."""
     for cache in caches:
-        fs, path = fsspec.url_to_fs(cache)
+        fs, path = locate(cache)
         try:
             fs.makedirs(fs._parent(path), exist_ok=True)
             fs.pipe_file(path, json.dumps(known).encode())

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -31,6 +30,7 @@ from af2_ray.audio.decode import AudioError
 from af2_ray.audio.shards import split_member
 from af2_ray.audio.windows import WINDOW_S
 from af2_ray.data.manifest import Stretch
+from af2_ray.storage import READ_S, locate, within
 
 FORMAT = 1  # of the shards, and of what of the front end no configuration tells
 _STAT_THREADS = 32  # waiting for headers of remote files
@@ -76,10 +76,10 @@ def _stamp(uri: str) -> str:
         if "://" not in path:
             found = os.stat(path)
             return f"{found.st_size}:{found.st_mtime_ns}"
-        fs, inner = fsspec.url_to_fs(path)
-        info = fs.info(inner)
+        fs, inner = locate(path)
+        info = within(READ_S, lambda: fs.info(inner))
         return f"{info['size']}:{info.get('ETag') or info.get('LastModified') or info.get('mtime')}"
-    except OSError:
+    except Exception:  # of a store's client, too
         return "missing"  # reading it will say why
 
 

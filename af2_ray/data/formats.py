@@ -8,8 +8,8 @@
 | Parquet | `.parquet`, or a folder of them |
 | Hugging Face `datasets` | a folder from `save_to_disk` (Arrow streams), read without that library |
 
-Keys (or columns) are NVIDIA's, and the usual other names for them (`KEYS`). Any place of fsspec will do. Columns become
-a `SampleTable` without an object a sample. Audio bytes inside Parquet or Arrow are refused: a clip must be readable on
+Keys (or columns) are NVIDIA's, and the usual other names for them (`KEYS`). Columns become a
+`SampleTable` without an object a sample. Audio bytes inside Parquet or Arrow are refused: a clip must be readable on
 its own, from a file or a tar shard.
 """
 
@@ -20,7 +20,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +27,8 @@ import pyarrow.parquet as pq
 
 from af2_ray.data import manifest
 from af2_ray.data.columns import SampleTable
-from af2_ray.data.manifest import CaptionSet, Sample
+from af2_ray.data.manifest import CaptionSet, Root, Sample
+from af2_ray.storage import locate, open_text
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "name": ("name", "audio", "uri", "path", "file", "file_name", "audio_path"),
@@ -63,7 +63,7 @@ def kind_of(uri: str) -> str:
     for suffix, kind in ((".json", "nvidia"), (".jsonl", "lines"), (".parquet", "parquet"), (".arrow", "arrow")):
         if plain.endswith(suffix):
             return kind
-    fs, path = fsspec.url_to_fs(uri)
+    fs, path = locate(uri)
     names = [entry.rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)] if fs.isdir(path) else []
     if any(name.endswith(".arrow") for name in names):
         return "arrow"
@@ -77,7 +77,7 @@ def kind_of(uri: str) -> str:
 
 def read_caption_rows(uri: str, root: str | None = None) -> list[CaptionSet]:
     """Caption sets from Parquet, Arrow or lhotse cuts (a supervision's text is the caption)."""
-    folder = root if root is not None else _folder(uri)
+    base = Root.of(uri, root if root is not None else _folder(uri))
     if kind_of(uri) == "lines":
         rows: Iterator[dict[str, Any]] = (row for _, row in _lines(uri))
     else:
@@ -87,7 +87,7 @@ def read_caption_rows(uri: str, root: str | None = None) -> list[CaptionSet]:
         try:
             for item in _cut_items(row) if "recording" in row else [row]:
                 named = _renamed(item) | {"caption": item.get("caption") or item.get("text") or item.get("output")}
-                sets.append(manifest.caption_set(named, folder))
+                sets.append(manifest.caption_set(named, base))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{uri}, row {number}: {manifest.told(error)}") from error
     return sets
@@ -97,14 +97,14 @@ def read_caption_rows(uri: str, root: str | None = None) -> list[CaptionSet]:
 
 
 def _samples_of_lines(uri: str, root: str | None) -> Iterator[Sample]:
-    folder = root if root is not None else _folder(uri)
+    base = Root.of(uri, root if root is not None else _folder(uri))
     dataset = _stem(uri)
     for number, row in _lines(uri):
         try:
             for place, item in enumerate(_cut_items(row) if "recording" in row else [row]):
                 id_ = str(item.get("id") or f"{dataset}/{number - 1}") + (f".{place}" if place else "")
                 task = str(item.get("task") or dataset.rsplit("-", 1)[-1])
-                yield manifest.sample(_renamed(item), id_, folder, str(item.get("dataset") or dataset), task)
+                yield manifest.sample(_renamed(item), id_, base, str(item.get("dataset") or dataset), task)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{uri}, line {number}: {manifest.told(error)}") from error
 
@@ -112,7 +112,7 @@ def _samples_of_lines(uri: str, root: str | None) -> Iterator[Sample]:
 def _lines(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1 on, and the objects."""
     try:
-        with fsspec.open(uri, "rt", encoding="utf-8", compression="infer") as file:
+        with open_text(uri) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
@@ -123,6 +123,10 @@ def _lines(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{uri}: no such manifest") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{uri}, line {number}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"{uri}, line {number}: objects within objects too deep to read") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri}: not UTF-8 text: {error}") from error
 
 
 def _cut_items(cut: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,7 +175,7 @@ def _renamed(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _columns(uri: str, kind: str) -> pa.Table:
-    fs, path = fsspec.url_to_fs(uri)
+    fs, path = locate(uri)
     suffix = ".parquet" if kind == "parquet" else ".arrow"
     files = _data_files(fs, path, suffix) if fs.isdir(path) else [path]
     try:
@@ -212,7 +216,7 @@ def _samples_of_columns(uri: str, table: pa.Table, root: str | None) -> SampleTa
             raise ValueError(f"{uri}: no column {key!r} (or {', '.join(KEYS[key][1:])}); it has {table.column_names}")
     dataset = _stem(uri)
     found: dict[str, Any] = {
-        "uri": _joined_uris(uri, table[names["name"]], root if root is not None else _folder(uri)),
+        "uri": _joined_uris(uri, table[names["name"]], Root.of(uri, root if root is not None else _folder(uri))),
         "prompt": table[names["prompt"]],
         "answer": table[names["output"]],
     }
@@ -233,7 +237,7 @@ def _samples_of_columns(uri: str, table: pa.Table, root: str | None) -> SampleTa
     return SampleTable.from_columns(found)
 
 
-def _joined_uris(uri: str, column: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+def _joined_uris(uri: str, column: pa.ChunkedArray, root: Root) -> pa.ChunkedArray:
     """Names as uris: a name that is absolute or has a scheme stays as it is."""
     if pa.types.is_struct(column.type):  # the `Audio` feature of `datasets`: path, or the file's bytes
         paths = pc.struct_field(column, "path")
@@ -243,9 +247,11 @@ def _joined_uris(uri: str, column: pa.ChunkedArray, folder: str) -> pa.ChunkedAr
     column = column.cast(pa.large_string())
     if column.null_count:
         raise ValueError(f"{uri}: row {pc.index(pc.is_null(column), True).as_py()} has no audio name")
-    stays = pc.match_substring_regex(column, r"^/|://")
+    if pc.any(pc.or_(pc.match_substring(column, ".."), pc.equal(column, ""))).as_py():
+        return pa.chunked_array([[root.join(name) for name in column.to_pylist()]], pa.large_string())
+    stays = pc.match_substring_regex(column, r"^/|^data:|://")
     empty = pa.scalar("", pa.large_string())
-    joined = pc.binary_join_element_wise(pa.scalar(f"{folder.rstrip('/')}/", pa.large_string()), column, empty)
+    joined = pc.binary_join_element_wise(pa.scalar(f"{root.folder.rstrip('/')}/", pa.large_string()), column, empty)
     return pc.if_else(stays, column, joined)
 
 

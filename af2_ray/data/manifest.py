@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import os
+import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import fsspec
-
+from af2_ray.storage import NameRefused, check_name, is_remote, leads_up, open_text, parents_allowed, shown
 from af2_ray.text import AUDIO, normalise
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,56 @@ class Stretch(Protocol):
 StretchT = TypeVar("StretchT", bound=Stretch)
 
 
+# --- Names -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Root:
+    """Where a manifest's names lead.
+
+    Attributes:
+        folder: of the recordings.
+        parents: whether `..` may lead out of it: the manifest is of this machine, and the recipe allows it.
+    """
+
+    folder: str
+    parents: bool = False
+
+    @classmethod
+    def of(cls, manifest_uri: str, folder: str) -> Root:
+        """The root of a manifest whose recordings are in `folder`."""
+        if leads_up(folder) and not is_remote(folder):
+            folder = os.path.abspath(folder)  # so that a `..` which is left was in a name
+        return cls(folder, parents_allowed() and not is_remote(manifest_uri))
+
+    def below(self, path: str) -> Root:
+        """The same for a folder that the manifest itself names."""
+        return Root(self.join(path) if path else self.folder, self.parents)
+
+    def join(self, name: str) -> str:
+        """A name as a uri. One that is absolute or has a scheme stays; a `..` that is not allowed stays in sight."""
+        if "://" in name or name.startswith(("/", "data:")):
+            return posixpath.normpath(name) if self.parents and name.startswith("/") and leads_up(name) else name
+        if not name:
+            return ""  # not the folder itself
+        if leads_up(name):
+            inner = posixpath.normpath(name)
+            if inner != ".." and not inner.startswith("../"):
+                name = inner
+            elif self.parents and not is_remote(self.folder):
+                return os.path.abspath(f"{self.folder}/{name}")
+        return f"{self.folder.rstrip('/')}/{name}"
+
+
+def name_fault(uri: str) -> str:
+    """Why a sample's uri is not opened, as a short stable reason; empty if it may be."""
+    try:
+        check_name(uri)
+    except NameRefused as error:
+        return error.reason
+    return "name leads outside" if leads_up(uri) else ""
+
+
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
@@ -80,9 +135,9 @@ def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
     """Read a manifest: NVIDIA's JSON (PAPER 4), or any of the formats of `formats.read_table`.
 
     Args:
-        manifest_uri: local path or any uri of fsspec.
+        manifest_uri: local path, or an address of a scheme that is allowed (`storage`).
         root: folder of the audio, found at `root/split_path/name`; none: the manifest's own folder. A name that is
-            absolute or has a scheme stays as it is.
+            absolute or has a scheme stays as it is; one that may not be opened is left to `check_samples`.
 
     Raises:
         ValueError: the file cannot be read as a manifest; the message names it and the line.
@@ -91,25 +146,71 @@ def read_samples(manifest_uri: str, root: str | None = None) -> list[Sample]:
         from af2_ray.data.formats import read_table
 
         return list(read_table(manifest_uri, root))
+    samples, remarks = read_nvidia(manifest_uri, root)
+    for remark in remarks:
+        logger.warning("%s: %s", manifest_uri, remark)
+    return samples
+
+
+def read_nvidia(manifest_uri: str, root: str | None = None) -> tuple[list[Sample], list[str]]:
+    """As `read_samples`, of NVIDIA's JSON: the samples, and what is odd about the manifest but keeps none of them out.
+
+    Of two samples under one key both are read; a `total_num` that is not the number of samples is remarked.
+    """
     text = _read_text(manifest_uri)
     try:
-        manifest = json.loads(text)
+        manifest = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{manifest_uri}, line {error.lineno}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"{manifest_uri}: objects within objects too deep to read") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("data"), dict):
         raise ValueError(f"{manifest_uri}, line 1: a manifest is an object with a `data` object of numbered samples")
     folder, stem = split_uri(manifest_uri)
     dataset = folder.rstrip("/").rsplit("/", 1)[-1] or stem
     split = str(manifest.get("split") or stem)
     flamingo_task = str(manifest.get("flamingo_task") or dataset)
-    base = _join(root if root is not None else folder, str(manifest.get("split_path") or ""))
-    samples = []
-    for key, item in manifest["data"].items():
+    base = Root.of(manifest_uri, root if root is not None else folder).below(str(manifest.get("split_path") or ""))
+    samples: list[Sample] = []
+    remarks: list[str] = []
+    items = _pairs(manifest["data"])
+    times = Counter(key for key, _ in items)
+    seen: Counter[str] = Counter()
+    for key, item in items:
+        seen[key] += 1
+        id_ = f"{dataset}/{split}/{key}" + (f"#{seen[key]}" if seen[key] > 1 else "")
         try:
-            samples.append(sample(item, f"{dataset}/{split}/{key}", base, dataset, flamingo_task.rsplit("-", 1)[-1]))
+            samples.append(sample(item, id_, base, dataset, flamingo_task.rsplit("-", 1)[-1]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{manifest_uri}, line {_line_of(text, key)}: sample {key!r}: {told(error)}") from error
-    return samples
+        if isinstance(item, _Repeated):
+            remarks.append(f"sample {key!r} has a key twice; the last one counts")
+    remarks += [
+        f"the key {key!r} stands for {count} samples; all are read" for key, count in times.items() if count > 1
+    ]
+    total = manifest.get("total_num")
+    if total is not None and total != len(samples):
+        remarks.append(f"total_num is {total!r}, and there are {len(samples)} samples: is the file whole?")
+    return samples, remarks
+
+
+class _Repeated(dict[str, Any]):
+    """An object of JSON that has a key more than once."""
+
+    pairs: list[tuple[str, Any]]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated = _Repeated(found)
+    repeated.pairs = pairs
+    return repeated
+
+
+def _pairs(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    return found.pairs if isinstance(found, _Repeated) else list(found.items())
 
 
 def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet]:
@@ -122,7 +223,7 @@ def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet
     """
     from af2_ray.data.formats import read_caption_rows
 
-    base = root if root is not None else split_uri(captions_uri)[0]
+    base = Root.of(captions_uri, root if root is not None else split_uri(captions_uri)[0])
     if not captions_uri.endswith(".jsonl"):
         return read_caption_rows(captions_uri, root)
     sets = []
@@ -134,7 +235,7 @@ def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet
             if isinstance(item, dict) and "recording" in item:  # a lhotse cut: so are the others
                 return read_caption_rows(captions_uri, root)
             sets.append(caption_set(item, base))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{captions_uri}, line {number}: {told(error)}") from error
     return sets
 
@@ -142,31 +243,31 @@ def read_captions(captions_uri: str, root: str | None = None) -> list[CaptionSet
 _SAMPLE_KEYS = {"name", "prompt", "output", "duration", "audio_start", "skill", "options", "pair", "template"}
 
 
-def sample(item: Any, id_: str, base: str, dataset: str, task: str) -> Sample:
+def sample(item: Any, id_: str, root: Root, dataset: str, task: str) -> Sample:
     """A sample from a manifest's item; `KeyError`, `TypeError` or `ValueError` if it cannot be understood."""
     _need_object(item)
     return Sample(
         id=id_,
-        uri=_join(base, _text(item, "name")),
+        uri=root.join(_text(item, "name")),
         offset_s=_seconds(item.get("audio_start"), missing=0.0),
         duration_s=_seconds(item.get("duration"), missing=math.nan),
         prompt=_text(item, "prompt"),
         answer=_text(item, "output"),
         task=task,
         dataset=dataset,
-        skill=str(item.get("skill") or ""),
-        options=tuple(str(option) for option in item.get("options") or ()),
-        pair=str(item.get("pair") or ""),
-        template=str(item.get("template") or ""),
+        skill=_whole(str(item.get("skill") or "")),
+        options=tuple(_whole(str(option)) for option in item.get("options") or ()),
+        pair=_whole(str(item.get("pair") or "")),
+        template=_whole(str(item.get("template") or "")),
         meta={key: value for key, value in item.items() if key not in _SAMPLE_KEYS},
     )
 
 
-def caption_set(item: Any, base: str) -> CaptionSet:
+def caption_set(item: Any, root: Root) -> CaptionSet:
     """A caption set from a line's item; `KeyError`, `TypeError` or `ValueError` if it cannot be understood."""
     _need_object(item)
     return CaptionSet(
-        uri=_join(base, _text(item, "name")),
+        uri=root.join(_text(item, "name")),
         offset_s=_seconds(item.get("audio_start"), missing=0.0),
         duration_s=_seconds(item.get("duration"), missing=math.nan),
         caption=_text(item, "caption"),
@@ -183,8 +284,13 @@ def _need_object(item: Any) -> None:
 
 def _text(item: dict[str, Any], key: str) -> str:
     if not isinstance(item[key], str):
-        raise TypeError(f"key {key!r} must be a string, got {item[key]!r}")
-    return item[key]
+        raise TypeError(f"key {key!r} must be a string, got {shown(repr(item[key]))}")
+    return _whole(item[key])
+
+
+def _whole(text: str) -> str:
+    """A text that can be written: JSON can hold halves of characters (lone surrogates), which become `?`."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _seconds(value: Any, missing: float) -> float:
@@ -209,7 +315,7 @@ def _line_of(text: str, key: str) -> int:
 
 def _read_text(uri: str) -> str:
     try:
-        with fsspec.open(uri, "rt", encoding="utf-8", compression="infer") as file:
+        with open_text(uri) as file:
             return str(file.read())
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such manifest") from error
@@ -223,12 +329,6 @@ def split_uri(uri: str) -> tuple[str, str]:
     return folder or ".", name.split(".", 1)[0]
 
 
-def _join(base: str, name: str) -> str:
-    if "://" in name or name.startswith("/"):
-        return name
-    return f"{base.rstrip('/')}/{name}" if name else base
-
-
 # --- Checking ----------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +336,9 @@ def check_samples(samples: Iterable[StretchT]) -> tuple[list[StretchT], list[tup
     """Part the usable samples from the others, without opening a file.
 
     Returns:
-        The good ones in order, and the bad ones with a short stable reason: `no duration`, `zero duration`,
-        `negative offset`, `empty prompt`, `audio markers` (a prompt that places more than the one recording), `empty
-        answer`, `empty caption`, `ragged captions`.
+        The good ones in order, and the bad ones with a short stable reason: those of `storage.NameRefused`, `no
+        duration`, `zero duration`, `negative offset`, `empty prompt`, `audio markers` (a prompt that places more than
+        the one recording), `empty answer`, `empty caption`, `ragged captions`.
     """
     good, bad = [], []
     for sample in samples:
@@ -251,6 +351,8 @@ def check_samples(samples: Iterable[StretchT]) -> tuple[list[StretchT], list[tup
 
 
 def _fault(sample: Stretch) -> str:
+    if reason := name_fault(sample.uri):
+        return reason
     if not math.isfinite(sample.duration_s):
         return "no duration"
     if sample.duration_s <= 0:

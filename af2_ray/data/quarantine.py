@@ -11,9 +11,11 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import fsspec
+from af2_ray.files import append_lines, read_rows
+from af2_ray.storage import shown
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class Quarantine:
     """The list of a run, kept by one process (the controller or rank 0).
 
     Args:
-        path: the JSONL file, local or any uri of fsspec; one that exists is continued, so that a restarted run neither
+        path: the file of JSON lines, on this machine; one that exists is continued, so that a restarted run neither
             forgets nor lists twice.
         name: what messages call it; none: its path.
         max_bad_share: largest share of items set aside.
@@ -64,11 +66,7 @@ class Quarantine:
         self._name = name or path
         self.num_items = self.num_bad = 0
         self.reasons: Counter[str] = Counter()
-        self._fs, self._file = fsspec.url_to_fs(path)
-        self._lines: list[str] = []
-        if self._fs.exists(self._file):
-            self._lines = self._fs.cat_file(self._file).decode().splitlines()
-        self._known = set(self._lines)
+        self._known = {json.dumps(row) for row in read_rows(Path(path))}
 
     @property
     def bad_share(self) -> float:
@@ -88,11 +86,9 @@ class Quarantine:
         lines = [json.dumps(asdict(failure)) for failure in told]
         fresh = [line for line in dict.fromkeys(lines) if line not in self._known]
         if fresh:
-            log.warning("set aside: %s", "; ".join(f"{f.uri}: {f.reason}" for f in told[:3]))
-            self._lines += fresh
+            log.warning("set aside: %s", "; ".join(f"{shown(f.uri)}: {f.reason}" for f in told[:3]))
+            append_lines(Path(self.path), fresh)
             self._known.update(fresh)
-            self._fs.makedirs(self._fs._parent(self._file), exist_ok=True)
-            self._fs.pipe_file(self._file, ("\n".join(self._lines) + "\n").encode())
         if self.num_items >= self.min_items and self.bad_share > self.max_bad_share:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
             raise TooManyBad(

@@ -17,7 +17,9 @@ import numpy as np
 from af2_ray.audio.decode import AudioError, probe
 from af2_ray.config import Dataset
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.manifest import Sample, check_samples, read_samples
+from af2_ray.data.formats import kind_of, read_table
+from af2_ray.data.manifest import Sample, check_samples, read_nvidia
+from af2_ray.storage import shown
 
 HOUR_S = 3600.0
 _THREADS = 16
@@ -37,6 +39,7 @@ class Survey:
         num_probed: files whose header was read.
         duplicates: questions that come twice about the same stretch.
         clips: (file name, offset) of the clips.
+        remarks: what is odd about the manifest itself: keys that come twice, another number of samples than it says.
     """
 
     manifest: str
@@ -52,6 +55,7 @@ class Survey:
     num_probed: int
     duplicates: tuple[str, ...]
     clips: frozenset[tuple[str, float]]
+    remarks: tuple[str, ...] = ()
 
 
 def survey(dataset: Dataset, split: str, *, most_probed: int | None = None, seed: int = 0) -> Survey:
@@ -66,7 +70,12 @@ def survey(dataset: Dataset, split: str, *, most_probed: int | None = None, seed
     Raises:
         ValueError: the manifest cannot be read.
     """
-    filled, _ = fill_durations(read_samples(dataset.manifest, dataset.root), dataset.manifest)
+    read: Sequence[Sample]
+    if kind_of(dataset.manifest) == "nvidia":
+        read, remarks = read_nvidia(dataset.manifest, dataset.root)
+    else:
+        read, remarks = read_table(dataset.manifest, dataset.root), []
+    filled, _ = fill_durations(read, dataset.manifest)
     good, bad = check_samples(filled)
     clips = {(sample.uri, sample.offset_s, sample.duration_s): sample for sample in good}
     uris = list(dict.fromkeys(sample.uri for sample in good))
@@ -87,6 +96,7 @@ def survey(dataset: Dataset, split: str, *, most_probed: int | None = None, seed
         num_probed=len(uris),
         duplicates=tuple(f"{uri}: {prompt}" for (uri, _, prompt, _), count in asked.items() if count > 1),
         clips=frozenset((_name(sample), sample.offset_s) for sample in clips.values()),
+        remarks=tuple(remarks),
     )
 
 
@@ -114,7 +124,7 @@ def faults(surveys: Sequence[Survey], max_bad_share: float) -> list[str]:
             uri, reason = next(iter(one.unreadable.items()))
             found.append(
                 f"{one.manifest}: {len(one.unreadable)} of {one.num_probed} files unreadable, "
-                f"for instance {uri}: {reason}"
+                f"for instance {shown(uri)}: {reason}"
             )
         if one.num_samples == 0:
             found.append(f"{one.manifest}: no usable sample")

@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,7 +30,8 @@ from af2_ray.evaluate.contrast import Vectors, alignment, first_hits, retrieval,
 from af2_ray.evaluate.layouts import Labelled, Table, read_csv
 from af2_ray.evaluate.marks import Mark, mark_of
 from af2_ray.models.afclap import AfClapModel
-from af2_ray.remote import local_model
+from af2_ray.remote import local_model, scratch
+from af2_ray.storage import locate, open_text
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def read_scenes(scenes_uri: str) -> dict[str, Scene]:
     """
     scenes = {}
     try:
-        with fsspec.open(scenes_uri, "rt", encoding="utf-8") as file:
+        with open_text(scenes_uri) as file:
             for number, line in enumerate(file, 1):
                 try:
                     scene = json.loads(line)
@@ -178,7 +177,7 @@ def read_benchmark(uri: str, root: str | None = None) -> Table:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{uri}: a scene needs `duration` and `events` with a `label` each: {error!r}") from error
         return Table([], clips, [])
-    captions, bad = check_samples(fill_durations(read_captions(uri, root), uri, fallback=tempfile.gettempdir())[0])
+    captions, bad = check_samples(fill_durations(read_captions(uri, root), uri, fallback=str(scratch("durations")))[0])
     return Table(captions, [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])
 
 
@@ -362,7 +361,7 @@ def _class_similarity(
 def _scenes_beside(uri: str, captions: Sequence[CaptionSet]) -> list[Scene] | None:
     """The truth of each clip; None where no truth lies beside the captions."""
     beside = scenes_uri_of(uri)
-    fs, path = fsspec.url_to_fs(beside)
+    fs, path = locate(beside)
     if not uri.endswith(".captions.jsonl") or not fs.exists(path):
         return None
     truth = read_scenes(beside)

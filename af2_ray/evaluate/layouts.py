@@ -21,10 +21,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-import fsspec
-
 from af2_ray.data.manifest import CaptionSet
 from af2_ray.data.quarantine import Failure
+from af2_ray.storage import locate, open_text
 
 NAMES = ("file_name", "filename", "fname", "name", "file", "path", "audio", "audio_path")
 LABELS = ("category", "label", "labels", "class")
@@ -84,7 +83,7 @@ class _Files:
     """The audio files under a folder, found with or without their suffix."""
 
     def __init__(self, root: str, table: str) -> None:
-        self._fs, path = fsspec.url_to_fs(root)
+        self._fs, path = locate(root)
         self._root, self._scheme, self._table = path.rstrip("/"), root.split("://")[0] + "://" * ("://" in root), table
         if not self._fs.isdir(path):
             raise ValueError(f"{root}: no folder of audio for {table}; name it with --root")
@@ -143,7 +142,7 @@ class _Files:
 
 def _rows(uri: str) -> list[Row]:
     try:
-        with fsspec.open(uri, "rt", encoding="utf-8-sig", newline="") as file:
+        with open_text(uri, encoding="utf-8-sig", newline="") as file:
             text = str(file.read())
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such file") from error
@@ -162,5 +161,5 @@ def _parent(folder: str) -> str:
 def _split_folder(uri: str, folder: str) -> str:
     """Clotho's `clotho_captions_evaluation.csv` has its audio in `evaluation/`, where there is such a folder."""
     split = f"{folder}/{PurePosixPath(uri).stem.rsplit('_', 1)[-1]}"
-    fs, path = fsspec.url_to_fs(split)
+    fs, path = locate(split)
     return split if fs.isdir(path) else folder

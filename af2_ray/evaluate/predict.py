@@ -25,7 +25,8 @@ from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.answers import Clip, Prediction, clip_of
 from af2_ray.models.audio_states import AudioStates
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
-from af2_ray.remote import is_remote, local_model
+from af2_ray.remote import local_model
+from af2_ray.storage import is_remote
 from af2_ray.text import END_OF_CHUNK, encode
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from af2_ray.evaluate.clap import evaluate_clap
 from af2_ray.evaluate.controls import control_scores, deaf_pairs
 from af2_ray.evaluate.metrics import Scores, by_duration, by_skill, caption_scores, summarise
 from af2_ray.evaluate.predict import load_model, predict, predict_on_ray
+from af2_ray.remote import scratch
 
 log = logging.getLogger(__name__)
 
@@ -219,5 +219,5 @@ def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, nu
 def _read(datasets: Sequence[Dataset | str]) -> list[Sample]:
     given = [Dataset(manifest=item, weight=1.0) if isinstance(item, str) else item for item in datasets]
     read = ((item.manifest, read_samples(item.manifest, item.root)) for item in given)
-    scratch = tempfile.gettempdir()  # for durations that cannot be kept beside their manifest
-    return [sample for uri, samples in read for sample in fill_durations(samples, uri, fallback=scratch)[0]]
+    fallback = str(scratch("durations"))  # of those that cannot be kept beside their manifest
+    return [sample for uri, samples in read for sample in fill_durations(samples, uri, fallback=fallback)[0]]

@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
-import fsspec
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from af2_ray.config import Serve
 from af2_ray.serve.limits import decode_base64
 from af2_ray.serve.schemas import ApiError, AudioUrl, InputAudio
+from af2_ray.storage import NameRefused, allow, locate
 
 MAX_REDIRECTS = 3
 TIMEOUT_S = 20.0
@@ -48,7 +48,8 @@ class Fetcher:
 
     @classmethod
     def of(cls, serve: Serve) -> Fetcher:
-        """As a recipe's `serve` block allows."""
+        """As a recipe's `serve` block allows; what may be read may be opened."""
+        allow([prefix.partition("://")[0] for prefix in serve.audio_url_prefixes])
         return cls(serve.audio_url_hosts, serve.audio_url_prefixes, serve.max_body_mb * 2**20)
 
     async def read(self, audio: InputAudio | AudioUrl, name: str) -> bytes:
@@ -126,12 +127,14 @@ class Fetcher:
         if ".." in uri or any(mark in uri for mark in "?#*\\%"):
             raise _refused(f"{name}: its address must be plain, without '..' or wildcards")
         try:
-            fs, path = fsspec.url_to_fs(uri)
+            fs, path = locate(uri)
             if int(fs.info(path)["size"]) > self._max_bytes:
                 raise _too_large(name, self._max_bytes)
             data: bytes = fs.cat_file(path, start=0, end=self._max_bytes + 1)
         except ApiError:
             raise
+        except NameRefused as error:
+            raise _refused(f"{name}: its address must be plain: {error.reason}") from error
         except Exception as error:  # each store's client has errors of its own
             raise _failed(f"{name}: the object cannot be read: check its address") from error
         return data

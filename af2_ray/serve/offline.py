@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import fsspec
-
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import WINDOW_S, num_windows_for, to_windows
 from af2_ray.config import Serve
@@ -28,6 +26,7 @@ from af2_ray.remote import version_of
 from af2_ray.resources import own_device
 from af2_ray.serve.engine import Engine
 from af2_ray.serve.request import Answer, Clip, Event, Failure, Request
+from af2_ray.storage import locate, open_text
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +239,7 @@ def model_facts(model: str) -> dict[str, Any]:
     Raises:
         ValueError: no model there.
     """
-    fs, path = fsspec.url_to_fs(model.rstrip("/"))
+    fs, path = locate(model.rstrip("/"))
     fs.invalidate_cache()
     if not fs.exists(f"{path}/config.json"):
         raise ValueError(f"no model in {model}: name the folder that an export wrote, the one with config.json")
@@ -253,7 +252,7 @@ def model_facts(model: str) -> dict[str, Any]:
 
 def parts_there(folder: str) -> set[int]:
     """Numbers of the chunks that are done."""
-    fs, path = fsspec.url_to_fs(folder)
+    fs, path = locate(folder)
     fs.invalidate_cache()  # actors in other processes write there
     if not fs.exists(path):
         return set()
@@ -263,7 +262,7 @@ def parts_there(folder: str) -> set[int]:
 
 def write_rows(uri: str, rows: Iterable[Row]) -> None:
     """JSON lines, whole or not at all: a local file is renamed into place, an object appears when it is complete."""
-    fs, path = fsspec.url_to_fs(uri)
+    fs, path = locate(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if "local" in fs.protocol or "file" in fs.protocol:
@@ -285,7 +284,7 @@ def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> tupl
         )
     rows = list(refused)
     for number in range(num_chunks):
-        with fsspec.open(part_uri(folder, number), "rt", encoding="utf-8") as file:
+        with open_text(part_uri(folder, number)) as file:
             rows += [json.loads(line) for line in file]
     rows.sort(key=lambda row: row["index"])
     if out.endswith(".jsonl"):
@@ -296,7 +295,8 @@ def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> tupl
 
         keys = ("index", "id", "uri", "prompt", "answer", "completion_tokens", "finish_reason", "error")
         table = pyarrow.table({key: [row.get(key) for row in rows] for key in keys})
-        with fsspec.open(out, "wb") as file:
+        fs, path = locate(out)
+        with fs.open(path, "wb") as file:
             pyarrow.parquet.write_table(table, file)
     else:
         raise ValueError(f"{out!r}: name an output that ends in .jsonl or .parquet")

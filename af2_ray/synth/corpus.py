@@ -29,14 +29,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import soundfile
 
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.config import Corpus, SceneSet
 from af2_ray.cpus import usable_cpus
-from af2_ray.remote import is_remote, locked, retried, scratch, send
+from af2_ray.files import read_json, write_whole
+from af2_ray.remote import locked, retried, scratch, send
+from af2_ray.storage import is_remote, locate
 from af2_ray.synth import packages, sources
 from af2_ray.synth.bank import Bank, Bed, write_bank
 from af2_ray.synth.captions import make_captions
@@ -91,7 +92,7 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
 
 def _make_remote(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
     """Make a corpus in a scratch folder and send it; one that was cut short goes on there."""
-    fs, root = fsspec.url_to_fs(corpus.dir.rstrip("/"))
+    fs, root = locate(corpus.dir.rstrip("/"))
     fs.invalidate_cache()
     report = f"{root}/corpus.json"
     if retried(lambda: fs.exists(report)):
@@ -109,7 +110,8 @@ def _make_remote(corpus: Corpus, folder: Path, progress: Progress | None, num_pr
 def _made_before(corpus: Corpus, folder: Path, progress: Progress | None) -> CorpusReport | None:
     """The report of a corpus that is there as these settings have it."""
     path = folder / "corpus.json"
-    if not path.is_file() or (known := json.loads(path.read_text()))["fingerprint"] != _fingerprint(corpus):
+    known = read_json(path)
+    if known is None or known["fingerprint"] != _fingerprint(corpus):
         return None
     if progress:
         progress(num_scenes(corpus), num_scenes(corpus), "made before")
@@ -155,10 +157,7 @@ def _digest(value: Any) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 # --- Source clips ------------------------------------------------------------------------------------------------
@@ -169,8 +168,8 @@ def _make_sources(corpus: Corpus, folder: Path) -> Row:
     store = folder / "sources"
     fingerprint = _fingerprint(corpus, without=frozenset({"sets", "num_positives", "num_negatives"}))
     done = store / "done.json"
-    if done.is_file() and (known := json.loads(done.read_text()))["fingerprint"] == fingerprint:
-        return dict(known)
+    if (known := read_json(done)) and known["fingerprint"] == fingerprint:
+        return known
     store.mkdir(parents=True, exist_ok=True)
     clips, beds = _collect(corpus, folder)
     clips = split_clips(grouped(clips), corpus.num_classes, corpus.min_clips, corpus.seed)
@@ -246,8 +245,8 @@ def _make_set(
     base = folder / scenes.name
     done = base / f"{scenes.split}.done.json"
     fingerprint = _fingerprint(corpus, scenes.model_dump(mode="json"), source_digest, without=frozenset({"sets"}))
-    if done.is_file() and (known := json.loads(done.read_text()))["fingerprint"] == fingerprint:
-        return dict(known)
+    if (known := read_json(done)) and known["fingerprint"] == fingerprint:
+        return known
     done.unlink(missing_ok=True)
     shutil.rmtree(base / scenes.split, ignore_errors=True)
     (base / scenes.split).mkdir(parents=True)

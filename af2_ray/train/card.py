@@ -16,18 +16,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import yaml
 
 import af2_ray
 from af2_ray.config import NOT_STATED, Recipe
-from af2_ray.train.run import Run, finished, write_atomic
+from af2_ray.files import write_whole
+from af2_ray.storage import locate
+from af2_ray.train.run import Run, finished
 
 
 def write_card(run: Run) -> Path:
     """Write the card of a finished run's model beside its weights, and return its path."""
     path = run.model_dir / "README.md"
-    write_atomic(path, model_card(run))
+    write_whole(path, model_card(run))
     return path
 
 
@@ -144,7 +145,7 @@ def _recordings(recipe: Recipe) -> Iterable[str]:
     """The recordings that a corpus was composed of, counted by package and licence; nothing without a corpus."""
     if recipe.corpus is None:
         return
-    fs, folder = fsspec.url_to_fs(recipe.corpus.dir)
+    fs, folder = locate(recipe.corpus.dir)
     if fs.isfile(f"{folder}/corpus.json"):
         report = json.loads(fs.cat_file(f"{folder}/corpus.json"))["report"]
         told = f"{report['hours']:.1f} hours composed from {report['num_source_clips']} recordings"

@@ -2,8 +2,10 @@
 
 Engine state (what trains, optimiser, schedule) through DeepSpeed without the frozen parameters, which come from the
 stage's start; each rank's random state; the step; and in `checkpoint.json` how many workers and which recipe
-made it. A 3B model with a frozen LM so saves only what trains. Ray Train registers a checkpoint once all of it has
-reached storage, so a half-written one is never gone on from.
+made it, what was reported since the checkpoint before, and a digest of every other file, of all ranks. A 3B model with
+a frozen LM so saves only what trains. Ray Train registers a checkpoint once all of it has reached storage, so a
+half-written one is never gone on from; one that was damaged since is found by its digests (`mend`). DeepSpeed unpickles
+what it loads, which can run any code: digests show damage, not who wrote a file (docs/security.md).
 
 Another number of workers takes the same checkpoint through DeepSpeed's universal form, converted once a node.
 The feed goes on at the same place, for a step takes the same rows however many workers share them. Random states of
@@ -13,7 +15,6 @@ the ranks do not carry over then.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 import subprocess
@@ -31,6 +32,11 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
+
+from af2_ray.files import Damaged, digest, sealed_json
+from af2_ray.remote import scratch
+from af2_ray.storage import locate
+from af2_ray.train.mend import CHECKPOINT, check_files, read_told
 
 TAG = "engine"
 BEST = 10**12  # added to the step that a checkpoint is kept by: any that was best outlasts any that was not
@@ -57,11 +63,21 @@ class Saved:
         return self.world_size != ray.train.get_context().get_world_size()
 
 
-def save(engine: Any, state: State, report: dict[str, Any], *, recipe: str, last: bool, is_best: bool = False) -> None:
+def save(
+    engine: Any,
+    state: State,
+    report: dict[str, Any],
+    *,
+    accounts: dict[str, Any],
+    recipe: str,
+    last: bool,
+    is_best: bool = False,
+) -> None:
     """Save on every rank and report to Ray Train (a barrier).
 
     Args:
         report: metrics that travel along.
+        accounts: what this rank has reported since the checkpoint before: `history`, `failures`, `validation`.
         recipe: fingerprint of the recipe.
         last: wait until it has reached storage; others upload while training goes on.
         is_best: whether validation was never better; such checkpoints are kept before others.
@@ -71,16 +87,31 @@ def save(engine: Any, state: State, report: dict[str, Any], *, recipe: str, last
     with _frozen_left_out(engine.module):
         engine.save_checkpoint(str(folder), tag=TAG, client_state=asdict(state), exclude_frozen_parameters=True)
     torch.save(_random_state(), folder / f"random_{context.get_world_rank()}.pt")
+    keep = state.step + (BEST if is_best else 0)
+    parts: list[Any] = [None] * context.get_world_size()
+    dist.all_gather_object(parts, (_digests(folder), accounts["failures"]))
     if context.get_world_rank() == 0:
-        told = {"recipe": recipe, "world_size": context.get_world_size(), **asdict(state)}
-        (folder / "checkpoint.json").write_text(json.dumps(told))
+        told = {
+            "recipe": recipe,
+            "world_size": context.get_world_size(),
+            **asdict(state),
+            "keep": keep,
+            "accounts": accounts | {"failures": [failure for _, failures in parts for failure in failures]},
+            "files": {name: mark for digests, _ in parts for name, mark in digests.items()},
+        }
+        (folder / CHECKPOINT).write_text(sealed_json(told))
     ray.train.report(
-        report | asdict(state) | {"keep": state.step + (BEST if is_best else 0)},
+        report | asdict(state) | {"keep": keep},
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step_{state.step:06d}",
         checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of every file that this rank has written; each rank has a folder of its own, storage has them in one."""
+    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @contextmanager
@@ -107,22 +138,30 @@ def latest(recipe: str) -> Iterator[Saved | None]:
     """The last checkpoint of this run, on this node's disk for as long as the block lasts; none at the first start.
 
     Raises:
-        RuntimeError: it is not of this recipe.
+        RuntimeError: it is damaged, or not of this recipe.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         yield None
         return
     with checkpoint.as_directory() as name:
-        yield read_saved(Path(name), recipe)
+        yield read_saved(Path(name), recipe, checked=ray.train.get_context().get_local_rank() != 0)
 
 
-def read_saved(folder: Path, recipe: str) -> Saved:
-    """What a checkpoint folder says of itself; `RuntimeError` if it is not of this recipe."""
-    path = folder / "checkpoint.json"
-    if not path.is_file():
-        raise RuntimeError(f"{folder} has no checkpoint.json: not a whole checkpoint; remove it to use the one before")
-    told = json.loads(path.read_text())
+def read_saved(folder: Path, recipe: str, *, checked: bool = False) -> Saved:
+    """What a checkpoint folder says of itself, once its files are as they were written.
+
+    Args:
+        checked: another process of this node has checked the files.
+
+    Raises:
+        RuntimeError: it is damaged, or not of this recipe.
+    """
+    fs, path = locate(folder)
+    try:
+        told = read_told(fs, path) if checked else check_files(fs, path)
+    except Damaged as error:
+        raise RuntimeError(f"{error}; the same command goes on from the newest checkpoint that is whole") from error
     if told["recipe"] != recipe:
         raise RuntimeError(
             f"{folder} was saved by recipe {told['recipe']}, not {recipe}: go on with that one, or fork the run "
@@ -156,7 +195,7 @@ def restore(engine: Any, saved: Saved | None) -> State:
 def _universal(saved: Saved) -> Iterator[Path]:
     """The folder of the checkpoint's universal form, made by this node's first worker and removed afterwards."""
     mark = hashlib.sha256(f"{saved.folder} {ray.train.get_context().get_world_size()}".encode()).hexdigest()[:12]
-    target = Path(tempfile.gettempdir()) / f"af2_ray_universal_{mark}"
+    target = scratch("universal") / mark
     is_first = ray.train.get_context().get_local_rank() == 0
     if is_first:
         shutil.rmtree(target, ignore_errors=True)

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from af2_ray.config import Recipe
-from af2_ray.remote import is_remote
-from af2_ray.train.run import Run, finished, write_atomic
+from af2_ray.files import write_whole
+from af2_ray.storage import is_remote
+from af2_ray.train.run import Run, finished
 
 
 def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, list[str]]:
@@ -43,7 +44,7 @@ def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, lis
         taken.append(name)
     run = Run.open(recipe, target)
     told = f"{old.root} {old.recipe.fingerprint()}: {', '.join(taken) or 'nothing'}\n"
-    write_atomic(target / "forked_from.txt", told)
+    write_whole(target / "forked_from.txt", told)
     return run, taken
 
 

@@ -20,7 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 import torch.nn.functional as nnf
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from af2_ray.config import LanguageModelPretrain, LanguageModelSettings, Optimizer
 from af2_ray.cpus import usable_cpus
+from af2_ray.storage import open_text
 from af2_ray.text import IGNORE, add_special_tokens, encode, train_tokenizer
 from af2_ray.train.engine import MuonAdamW, schedule
 from af2_ray.train.precision import Precision, autocast
@@ -186,7 +186,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     """(prompt, answer) of JSON lines. No such file, or a line without them (it is named), is a `ValueError`."""
     pairs = []
     try:
-        with fsspec.open(str(path), "rt", encoding="utf-8") as file:
+        with open_text(path) as file:
             lines = list(file)
     except FileNotFoundError as error:
         raise ValueError(

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -88,8 +88,9 @@ class _Stage:
 
     def __init__(self, engine: Any, loop: LoopConfig, state: State, meter: Meter) -> None:
         self._engine, self._loop, self._state, self._meter = engine, loop, state, meter
-        self._history: list[dict[str, float]] = []
+        self._history: list[dict[str, float]] = []  # since the report before
         self._failures: list[Failure] = []
+        self._accounts: dict[str, list[Any]] = {"history": [], "failures": []}  # since the checkpoint before
         self._told_preemption = False
 
     def train(self, batches: Iterator[Any], accumulation: int) -> None:
@@ -144,10 +145,14 @@ class _Stage:
         if is_best:
             state.best = loss
         told = self._told() | {"validation": found, "is_best": is_best}
-        checkpoint.save(self._engine, state, told, recipe=loop.recipe, last=last, is_best=is_best)
+        accounts = {**self._accounts, "validation": found, "is_best": is_best}
+        checkpoint.save(self._engine, state, told, accounts=accounts, recipe=loop.recipe, last=last, is_best=is_best)
+        self._accounts = {"history": [], "failures": []}
 
     def _told(self) -> dict[str, Any]:
         self._history[-1] |= {"memory_gib": memory_gib(), **gates(self._engine)}
+        self._accounts["history"] += self._history
+        self._accounts["failures"] += [asdict(failure) for failure in self._failures]
         return {"history": self._history, "failures": self._failures}
 
     def _is_preempted(self) -> bool:

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.data
-from pyarrow.fs import FileSystem, FileType
 from ray.train import Result
 
 from af2_ray.data.batching import Plan
 from af2_ray.data.feed import Collator, make_dataset
+from af2_ray.storage import locate
+from af2_ray.train.mend import SNAPSHOT
 
 
 def last_step(storage: str) -> int:
     """Steps that the last checkpoint in a job's storage had done; 0 before the first one."""
-    filesystem, path = FileSystem.from_uri(storage)
-    if filesystem.get_file_info(f"{path}/train/checkpoint_manager_snapshot.json").type == FileType.NotFound:
+    fs, path = locate(storage)
+    fs.invalidate_cache()
+    if not fs.exists(f"{path}/train/{SNAPSHOT}"):
         return 0
     metrics = Result.from_path(f"{storage}/train").metrics
     return int(metrics["step"]) if metrics else 0

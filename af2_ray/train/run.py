@@ -10,13 +10,14 @@
     <run>/quarantine.jsonl    what was set aside, and why
 
 A step is finished when its folder has `done.json`; it is written last, so a kill never leaves half a step that looks
-whole. The price of plain files instead of a database: one writer at a time, which `lock` enforces.
+whole. What is written here survives a power cut and carries digests that show damage (`files`). The price of plain
+files instead of a database: one writer at a time, which `lock` enforces.
 
 A run may live in object storage (`storage: s3://...`). Then `root` is a scratch folder of this process, filled from the
 store at the start (without weights, which are fetched where they are read) and sent to it at each finished step, with
 each checkpoint and at the end, however that comes (`keep`). Workers read what they start from, and write what they
-export, by `address`. Two things are weaker there: nothing keeps drivers on two machines out of one run, as stores have
-no locks; a driver killed in the moment between a checkpoint and its accounts leaves a gap in `metrics.jsonl`.
+export, by `address`. One thing is weaker there: nothing keeps drivers on two machines out of one run, as stores have no
+locks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from __future__ import annotations
 import atexit
 import difflib
 import fcntl
-import json
 import logging
 import os
 import re
@@ -38,7 +38,20 @@ from typing import Any
 
 from af2_ray.config import Recipe, load_recipe
 from af2_ray.data.quarantine import Quarantine
-from af2_ray.remote import fetch, is_remote, send
+from af2_ray.files import (
+    Damaged,
+    check_seal,
+    read_json,
+    read_rows,
+    remove_leftovers,
+    replace_folder,
+    sealed_json,
+    sealed_yaml,
+    write_digests,
+    write_whole,
+)
+from af2_ray.remote import fetch, send
+from af2_ray.storage import allow, is_remote
 
 _ELSEWHERE = re.compile(r"(features|clap/train|stages/[^/]+/train)/")  # what a driver neither sends nor fetches
 _WEIGHTS = ".safetensors"
@@ -72,23 +85,17 @@ class Run:
         Raises:
             ValueError: the directory holds a run whose recipe differs in something that decides the weights (the
                 message shows the difference), or the recipe asks for what cannot be kept in object storage.
+            RuntimeError: another process is working in it; nothing was written.
         """
         place = str(root or f"{recipe.storage.rstrip('/')}/{recipe.name}")
+        allow(recipe.access.schemes, parents=recipe.access.parents)
         if is_remote(place):
             _check_features(recipe, place)
         path, uri, kept = _working_copy(place)
-        saved = path / "recipe.yaml"
-        if saved.exists():
-            before = load_recipe(saved)
-            if before.fingerprint() != recipe.fingerprint():
-                difference = _difference(before.to_yaml(), recipe.to_yaml())
-                raise ValueError(
-                    f"{place} holds a run of another recipe; give its own recipe, or another --run (and on a disk "
-                    f"--fork {place}, to start from what this one has finished). It differs in:\n{difference}"
-                )
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(saved, recipe.to_yaml())
         run = cls(path, recipe, uri, kept)
+        with run._held():
+            run._write_recipe()
         run.keep()
         return run
 
@@ -98,7 +105,7 @@ class Run:
         path, uri, kept = _working_copy(str(root))
         if not (path / "recipe.yaml").is_file():
             raise ValueError(f"{uri or path} is not a run directory (it has no recipe.yaml)")
-        return cls(path, load_recipe(path / "recipe.yaml"), uri, kept)
+        return cls(path, _saved_recipe(path / "recipe.yaml"), uri, kept)
 
     @property
     def lm_dir(self) -> Path:
@@ -163,17 +170,42 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; `RuntimeError` if another one has it. The system frees it at process end.
 
-        However the block ends, the store that holds the run then gets what it lacks.
+        What a killed process left half written is removed. However the block ends, the store that holds the run then
+        gets what it lacks.
         """
+        with self._held():
+            self._write_recipe()  # that of this process, whoever opened the run in between
+            for path in remove_leftovers(self.root):
+                logger.info("removed what a killed process had left: %s", path)
+            try:
+                yield
+            finally:
+                self._keep_at_last()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
         with (self.root / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RuntimeError(f"another process is working in {self.root}; wait for it or end it") from error
-            try:
-                yield
-            finally:
-                self._keep_at_last()
+            yield
+
+    def _write_recipe(self) -> None:
+        """Keep the recipe with the run, unless that is a run of another one."""
+        saved, text = self.root / "recipe.yaml", sealed_yaml(self.recipe.to_yaml())
+        if saved.exists():
+            before = _saved_recipe(saved)
+            if before.fingerprint() != self.recipe.fingerprint():
+                place = self.uri or self.root
+                difference = _difference(before.to_yaml(), self.recipe.to_yaml())
+                raise ValueError(
+                    f"{place} holds a run of another recipe; give its own recipe, or another --run (and on a disk "
+                    f"--fork {place}, to start from what this one has finished). It differs in:\n{difference}"
+                )
+            if saved.read_text() == text:
+                return
+        write_whole(saved, text)
 
     def _keep_at_last(self) -> None:
         try:
@@ -229,53 +261,53 @@ def _state(path: Path) -> tuple[int, int]:
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """What a finished step left in its `done.json`; none if it has not finished."""
-    path = folder / "done.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(folder / "done.json")
 
 
 def mark_finished(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write a step's `done.json`, the last thing it does, and return the facts."""
-    write_atomic(folder / "done.json", json.dumps(facts, indent=1))
+    write_whole(folder / "done.json", sealed_json(facts))
     return facts
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+def _saved_recipe(path: Path) -> Recipe:
+    try:
+        check_seal(str(path), path.read_bytes())
+    except Damaged as error:
+        raise Damaged(
+            f"{error}; put back a copy, or remove it: training then keeps the recipe that it is given"
+        ) from error
+    return load_recipe(path)
 
 
 @contextmanager
 def replacing(place: Path | str) -> Iterator[Path]:
-    """A temporary folder that takes the place of the folder or address `place` when the block ends well."""
+    """A temporary folder that takes the place of the folder or address `place` when the block ends well.
+
+    It then has the digests of its files (`files.check_digests`).
+    """
     if is_remote(place):
         with tempfile.TemporaryDirectory(prefix="af2_ray_") as name:
             yield Path(name)
+            write_digests(Path(name))
             send(_names(Path(name)), Path(name), str(place))
         return
     folder = Path(place)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    try:
+        yield temporary
+        write_digests(temporary)
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The steps of `metrics.jsonl`, in order. Steps repeated after a restart count once, the later line winning."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    steps: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed writer; the step is repeated after the restart
-        steps[row["step"]] = row
+    rows = read_rows(folder / "metrics.jsonl")
+    steps = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
     return [steps[step] for step in sorted(steps)]
 
 

@@ -31,7 +31,8 @@ from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
-from af2_ray.remote import is_remote, local_model
+from af2_ray.remote import local_model
+from af2_ray.storage import is_remote
 from af2_ray.text import AUDIO, SPECIAL_TOKENS
 from af2_ray.train.card import write_card
 from af2_ray.train.clap import train_clap
@@ -191,10 +192,12 @@ def assemble(run: Run) -> Path:
         return target
     recipe = run.recipe.model
     torch.manual_seed(run.recipe.seed)
-    language_model = AutoModelForCausalLM.from_pretrained(run.fetched(run.lm_dir / "model"), dtype=torch.float32)
+    lm = local_model(run.fetched(run.lm_dir / "model"))
+    language_model = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
     clap_folder = recipe.audio.weights or run.address(run.clap_dir / "model")
-    found = local_model(clap_folder) if is_remote(clap_folder) else clap_folder  # a folder, or a name on a hub
+    is_folder = is_remote(clap_folder) or Path(clap_folder).is_dir()
+    found = local_model(clap_folder) if is_folder else clap_folder  # otherwise a name on a hub
     audio_tower = AfClapModel.from_pretrained(found, dtype=torch.float32).audio_tower
     audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO)
     config = model_config(run.recipe, audio_tower.config, language_model.config, audio_token_id)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from ray.train import Checkpoint, UserCallback
 
 from af2_ray.data.quarantine import Quarantine
-from af2_ray.train.run import Run, write_atomic
+from af2_ray.files import append_lines, read_json, read_rows, write_whole
+from af2_ray.train.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Tracker:
         self._run = run
         self._client = MlflowClient(tracking_uri=self.uri)
         self._ids_path = run.root / "mlflow.json"
-        self._ids: dict[str, str] = json.loads(self._ids_path.read_text()) if self._ids_path.is_file() else {}
+        self._ids: dict[str, str] = read_json(self._ids_path) or {}
         try:
             self._experiment = self._experiment_id(run.recipe.tracking.experiment)
         except MlflowException as error:
@@ -78,7 +79,7 @@ class Tracker:
             created = self._try(self._client.create_run, self._experiment, tags={MLFLOW_RUN_NAME: name, **tags})
             if created is not None:
                 self._ids[key] = created.info.run_id
-                write_atomic(self._ids_path, json.dumps(self._ids, indent=1))
+                write_whole(self._ids_path, json.dumps(self._ids, indent=1))
         elif key in self._ids:
             self._try(self._client.update_run, self._ids[key], "RUNNING")  # one that was cut short goes on
         return self._ids.get(key, "")
@@ -174,21 +175,38 @@ class ReportCallback(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called when every rank has reported; rank 0 carries the history, each rank its own set-aside items."""
         history = metrics[0]["history"]
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in history)
+        append_lines(self._folder / "metrics.jsonl", map(json.dumps, history))
         if self._tracker is None or self._quarantine is None:
             self._tracker = Tracker(self._run)
             self._quarantine = self._run.quarantine()
         self._tracker.log_history(self._mlflow_id, history)
         if validation := metrics[0].get("validation"):
-            row = {"step": metrics[0]["step"], **validation, "val/is_best": float(metrics[0]["is_best"])}
-            with (self._folder / "validation.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            row = _validation_row(metrics[0]["step"], validation, metrics[0]["is_best"])
+            append_lines(self._folder / "validation.jsonl", [json.dumps(row)])
             self._tracker.log_history(self._mlflow_id, [row])
         failures = [failure for rank in metrics for failure in rank["failures"]]
         self._quarantine.add(failures, sum(row["clips"] for row in history))
         if checkpoint is not None or self._is_behind:
             self._keep()
+
+    def catch_up(self, step: int, accounts: Mapping[str, Any]) -> None:
+        """Write what a checkpoint has been told of and the files lack: the driver was killed between the two.
+
+        Args:
+            step: of the checkpoint.
+            accounts: `history`, `failures` and `validation` since the one before; empty: it is of an older version.
+        """
+        tracker = Tracker(self._run)
+        there = {row.get("step") for row in read_rows(self._folder / "metrics.jsonl")}
+        lacking = [row for row in accounts.get("history", []) if row["step"] not in there]
+        append_lines(self._folder / "metrics.jsonl", map(json.dumps, lacking))
+        tracker.log_history(self._mlflow_id, lacking)
+        validated = {row.get("step") for row in read_rows(self._folder / "validation.jsonl")}
+        if accounts.get("validation") and step not in validated:
+            row = _validation_row(step, accounts["validation"], accounts["is_best"])
+            append_lines(self._folder / "validation.jsonl", [json.dumps(row)])
+            tracker.log_history(self._mlflow_id, [row])
+        self._run.quarantine().add(accounts.get("failures", []), sum(row["clips"] for row in lacking))
 
     def _keep(self) -> None:
         """What a restart from this checkpoint goes on with; a store that is away gets it with the next report."""
@@ -198,6 +216,10 @@ class ReportCallback(UserCallback):
         except OSError as error:
             self._is_behind = True
             logger.warning("%s does not take what was reported, the next report brings it: %s", self._run.uri, error)
+
+
+def _validation_row(step: int, validation: Mapping[str, float], is_best: bool) -> dict[str, Any]:
+    return {"step": step, **validation, "val/is_best": float(is_best)}
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,6 @@ It takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.js
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -25,10 +24,13 @@ from af2_ray import resources
 from af2_ray.config import Cluster
 from af2_ray.data.batching import Plan
 from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config
-from af2_ray.remote import is_remote
+from af2_ray.files import read_json, sealed_json, write_whole
+from af2_ray.remote import local_model
+from af2_ray.storage import is_remote
 from af2_ray.train.loop import LoopConfig, train_loop
+from af2_ray.train.mend import mend
 from af2_ray.train.restart import Feed
-from af2_ray.train.run import Run, read_metrics, write_atomic
+from af2_ray.train.run import Run, read_metrics
 from af2_ray.train.task import Task
 from af2_ray.train.tracking import ReportCallback, Tracker
 from af2_ray.train.validation import Band
@@ -62,13 +64,16 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
 
     Raises:
         RuntimeError: the cluster cannot ever hold the workers.
-        ValueError: the job was begun with another plan; the message says what changed.
+        ValueError: the job was begun with another plan; the message says what changed. Or the model that it starts
+            from is damaged.
         ray.train.TrainingFailedError: a worker failed more often than `faults.max_failures`.
     """
     recipe = run.recipe
     started = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
     _check_plan(job)
+    if not is_remote(job.task.start):
+        local_model(job.task.start)  # damage is told here, before workers are waited for
     mlflow_id = tracker.child(job.name, {"steps": job.num_steps, "plan": job.plan.fingerprint})
     loop = LoopConfig(
         task=job.task,
@@ -85,6 +90,9 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
         tower_checkpointing=recipe.model.audio.gradient_checkpointing,
     )
     storage = checkpoint_storage(run, job)
+    accounts = ReportCallback(run, job.folder, mlflow_id)
+    if saved := mend(storage):
+        accounts.catch_up(saved.step, saved.accounts)
     run.keep()
     trainer = _Trainer(
         partial(train_loop, loop),  # not as its configuration, which the controller would load with all it refers to
@@ -96,7 +104,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
             storage_path=storage,
             failure_config=FailureConfig(max_failures=recipe.faults.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoints.keep, checkpoint_score_attribute="keep"),
-            callbacks=[ReportCallback(run, job.folder, mlflow_id)],
+            callbacks=[accounts],
             worker_runtime_env=resources.worker_env(recipe.cluster),
         ),
     )
@@ -162,11 +170,12 @@ def summary(job: Job) -> dict[str, Any]:
 def _check_plan(job: Job) -> None:
     """Keep the cursor's plan in `plan.json` at the first start, and refuse to go on with another one."""
     path = job.folder / "plan.json"
-    if not path.is_file():
-        write_atomic(path, json.dumps(asdict(Cursor.of(job.plan)), indent=1))
+    known = read_json(path)
+    if known is None:
+        write_whole(path, sealed_json(asdict(Cursor.of(job.plan))))
         return
     try:
-        check_cursor(job.plan, Cursor(**json.loads(path.read_text())))
+        check_cursor(job.plan, Cursor(**known))
     except ValueError as error:
         raise ValueError(f"{job.folder}: {error}") from error
 

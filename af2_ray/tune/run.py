@@ -25,8 +25,9 @@ from pydantic import ValidationError
 
 from af2_ray import resources
 from af2_ray.config import Evaluation, Recipe, Sweep, Trial
+from af2_ray.files import read_json, write_whole
 from af2_ray.train.clap import train_clap
-from af2_ray.train.run import Run, finished, write_atomic
+from af2_ray.train.run import Run, finished
 from af2_ray.train.stages import cache_stages, prepare_language_model
 from af2_ray.train.tracking import Tracker
 from af2_ray.tune.trial import Result, link_shared, progress, read_result, run_trial, write_result
@@ -59,7 +60,7 @@ class SweepRun:
         saved = self.root / "sweep.yaml"
         if saved.is_file() and saved.read_text() != text:
             raise ValueError(f"{self.root} holds another sweep; give another --out, or remove the folder")
-        write_atomic(saved, text)
+        write_whole(saved, text)
 
     def folder(self, trial: Trial) -> Path:
         return self.root / "trials" / trial.id
@@ -175,8 +176,7 @@ def _watcher(run: SweepRun, by_id: dict[str, Trial], tracking: _Tracking, notify
         def _close(self, trial: Trial, error: str) -> None:
             folder = run.folder(trial)
             steps, loss, seconds = progress(folder, trial.recipe, run.sweep.metric)
-            whole = folder / "metric.json"
-            metric = json.loads(whole.read_text())["metric"] if whole.is_file() else None
+            metric = (read_json(folder / "metric.json") or {}).get("metric")
             status = "failed" if error else "done" if metric is not None else "stopped"
             result = Result(
                 trial.id, trial.point, trial.values, trial.seed, status, metric, loss, steps, seconds, error
@@ -200,13 +200,13 @@ class _Tracking:
         self._client = MlflowClient(tracking_uri=recipe.tracking.uri)
         self._path = run.root / "mlflow.json"
         self._experiment = self._experiment_id(recipe)
-        self._id = json.loads(self._path.read_text())["sweep"] if self._path.is_file() else ""
+        self._id = (read_json(self._path) or {}).get("sweep", "")
         if not self._id and self._experiment:
             created = self._try(
                 self._client.create_run, self._experiment, tags={MLFLOW_RUN_NAME: f"sweep {run.sweep.name}"}
             )
             self._id = created.info.run_id if created else ""
-            write_atomic(self._path, json.dumps({"sweep": self._id}))
+            write_whole(self._path, json.dumps({"sweep": self._id}))
             self._try(self._client.log_artifact, self._id, str(run.root / "sweep.yaml"))
 
     def _experiment_id(self, recipe: Recipe) -> str:
@@ -227,7 +227,7 @@ class _Tracking:
         tags = {MLFLOW_RUN_NAME: trial.id, MLFLOW_PARENT_RUN_ID: self._id}
         if created := self._try(self._client.create_run, self._experiment, tags=tags):
             run_id = created.info.run_id
-            write_atomic(ids, json.dumps({"parent": run_id}))
+            write_whole(ids, json.dumps({"parent": run_id}))
             params = [Param(key, str(value)) for key, value in {**trial.values, "seed": trial.seed}.items()]
             self._try(self._client.log_batch, run_id, params=params)
             self._try(self._client.log_artifact, run_id, str(self._run.folder(trial) / "recipe.yaml"))
@@ -255,9 +255,7 @@ class _Tracking:
 
     def _ids(self, trial: Trial) -> dict[str, str]:
         """The MLflow runs of a trial and its steps."""
-        path = self._run.folder(trial) / "mlflow.json"
-        found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
-        return found
+        return read_json(self._run.folder(trial) / "mlflow.json") or {}
 
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         try:

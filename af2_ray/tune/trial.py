@@ -21,7 +21,8 @@ import numpy as np
 from af2_ray import resources
 from af2_ray.config import Dataset, Recipe, load_recipe
 from af2_ray.evaluate.marks import Mark, mean, of_predictions, read_marks, write_marks
-from af2_ray.train.run import Run, finished, mark_finished, read_metrics, write_atomic
+from af2_ray.files import read_json, write_whole
+from af2_ray.train.run import Run, finished, mark_finished, read_metrics
 
 POLL_S = 1.0
 LOSS_WINDOW = 10
@@ -49,12 +50,12 @@ def result_path(folder: Path) -> Path:
 
 def read_result(folder: Path) -> Result | None:
     """The result of a trial that has ended; none if it has not."""
-    path = result_path(folder)
-    return Result(**json.loads(path.read_text())) if path.is_file() else None
+    found = read_json(result_path(folder))
+    return Result(**found) if found else None
 
 
 def write_result(folder: Path, result: Result) -> None:
-    write_atomic(result_path(folder), json.dumps(asdict(result), indent=1))
+    write_whole(result_path(folder), json.dumps(asdict(result), indent=1))
 
 
 def progress(folder: Path, recipe: Recipe, metric: str) -> tuple[int, float | None, float]:
@@ -97,7 +98,7 @@ def run_trial(config: dict[str, Any]) -> None:
             train_run(run)
     steps, loss, _ = progress(folder, run.recipe, metric)
     found = loss if metric == "loss" else mean(evaluate(run, metric), metric)
-    write_atomic(folder / "metric.json", json.dumps({"metric": found}))
+    write_whole(folder / "metric.json", json.dumps({"metric": found}))
     tune.report({"step": steps, "loss": loss})
 
 

@@ -147,7 +147,7 @@ def test_plain_lhotse_cuts_are_told_from_our_caption_lines(tmp_path: Path) -> No
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_store_without_its_client_says_what_to_install() -> None:
     for read in (lambda: read_samples("gs://bucket/train.jsonl"), lambda: decode("gs://bucket/a.flac")):
-        with pytest.raises(ImportError, match="gcsfs"):
+        with pytest.raises((ValueError, AudioError), match="gcsfs"):
             read()
 
 
@@ -256,7 +256,6 @@ def test_clips_of_a_shard(make_sound: Callable[..., str], tmp_path: Path, monkey
         for path in reversed(paths):
             tar.add(path, arcname=f"clips/{Path(path).name}")
     assert Path(shard).stat().st_size == size
-    shards.places.cache_clear()  # as in another process
     np.testing.assert_array_equal(decode(uris[0], 0.5, 1.0), decode(paths[0], 0.5, 1.0))
     monkeypatch.setattr("af2_ray.audio.decode._WHOLE_BYTES", 1000)  # by ranged reads
     np.testing.assert_array_equal(decode(uris[1], 0.5, 1.0), decode(paths[1], 0.5, 1.0))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from af2_ray.data.quarantine import Failure, Quarantine, TooManyBad, from_json, to_json
+from af2_ray.files import read_rows
 
 BAD = Failure("a.flac", "truncated", 1.0, "half", row=3)
 
@@ -43,7 +44,11 @@ def test_too_many_end_the_run_with_reasons(tmp_path: Path) -> None:
         Quarantine(str(tmp_path / "q.jsonl"), 2.0)
 
 
-def test_remote_list() -> None:
-    quarantine = Quarantine("memory://runs/1/quarantine.jsonl")
-    quarantine.add([BAD], 5)
-    assert Quarantine("memory://runs/1/quarantine.jsonl")._known
+def test_a_line_that_was_cut_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(str(path)).add([BAD], 5)
+    with path.open("a") as file:
+        file.write('{"uri": "b.fl')
+    again = Quarantine(str(path))
+    again.add([BAD, Failure("c.flac", "missing")], 5)
+    assert [row["uri"] for row in read_rows(path)] == ["a.flac", "c.flac"]

@@ -46,7 +46,8 @@ def test_finished_steps_are_kept_and_found_again_without_their_weights(store):
     (run.clap_dir / "train").mkdir(parents=True)
     (run.clap_dir / "train" / "checkpoint").write_text("of Ray's own")
     run.finish(run.lm_dir, {"steps": 3})
-    assert names(store) == {"recipe.yaml", "lm/done.json", "lm/model/config.json", "lm/model/model.safetensors"}
+    model = {f"lm/model/{name}" for name in ("config.json", "model.safetensors", "digests.json")}
+    assert names(store) == {"recipe.yaml", "lm/done.json", *model}
 
     again = opened()
     assert again.root != run.root

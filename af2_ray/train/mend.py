@@ -1,0 +1,184 @@
+"""The checkpoints of a job, looked through before it goes on from them.
+
+Ray Train lists a job's checkpoints in a snapshot and takes the last one as it is; a damaged file, or a listed folder
+that is gone, ends the job at every start. Here the newest checkpoint whose files are all as they were written is found,
+what is newer is set aside in `damaged`, and the snapshot is made to fit. Reading a checkpoint once more costs about a
+second a gigabyte, at a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
+
+from af2_ray.files import Damaged, unsealed, write_whole
+from af2_ray.remote import retried
+from af2_ray.storage import inner_name, is_local, locate
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.json"  # of a checkpoint: what it is, and the digests of its other files
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray's list of a job's checkpoints
+ASIDE = "damaged"  # folder beside the checkpoints
+_BLOCK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The checkpoint that a job goes on from: optimiser steps done, and what was reported since the one before."""
+
+    step: int
+    accounts: Mapping[str, Any]
+
+
+def mend(storage: str) -> Newest | None:
+    """Make sure that Ray goes on from the newest whole checkpoint of a job; none if there is no checkpoint.
+
+    Args:
+        storage: the job's storage, a folder or an address; its checkpoints are below `train`.
+
+    Raises:
+        OSError: the storage cannot be read or written.
+    """
+    fs, root = locate(f"{storage.rstrip('/')}/train")
+    fs.invalidate_cache()
+    if not fs.isdir(root):
+        return None
+    snapshot = _read_snapshot(fs, root)
+    folders = {str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)}
+    folders = {name for name in folders if name.startswith("step_")}
+    listed = {result.checkpoint_dir_name: result.metrics for result in snapshot.checkpoint_results} if snapshot else {}
+    names = sorted(folders & {*listed} or folders)  # by step, as they have leading zeros
+    damaged = []
+    newest: dict[str, Any] | None = None
+    while names and newest is None:
+        try:
+            newest = check_files(fs, f"{root}/{names[-1]}")
+        except Damaged as error:
+            logger.warning("%s; it is set aside, and the checkpoint before it is taken", error)
+            damaged.append(names.pop())
+    if not names and damaged:
+        logger.warning("%s: no whole checkpoint is left, and the job begins anew; the others are in %s/", root, ASIDE)
+    for name in damaged:
+        _set_aside(fs, root, name)
+    latest = snapshot.latest_checkpoint_result if snapshot else None
+    said = (latest.checkpoint_dir_name, latest.metrics.get("step")) if latest else None
+    if newest is None or said != (names[-1], newest["step"]) or {*listed} != {*names}:
+        _write_snapshot(fs, root, names, listed, snapshot.current_report_index if snapshot else 0)
+    return Newest(int(newest["step"]), newest.get("accounts", {})) if newest else None
+
+
+def read_told(fs: Any, folder: str) -> dict[str, Any]:
+    """What a checkpoint says of itself: `recipe`, `world_size`, `step`, `best`, and `files` where it has digests.
+
+    Raises:
+        Damaged: it does not, or not as it was written.
+    """
+    path = f"{folder}/{CHECKPOINT}"
+    try:
+        data: bytes = retried(lambda: fs.cat_file(path))
+    except FileNotFoundError as error:
+        raise Damaged(f"{folder} is not a whole checkpoint: it has no {CHECKPOINT}") from error
+    told, has_digest = unsealed(path, data)
+    if not has_digest:
+        logger.warning("%s: written by a version without digests; damage would not be found", folder)
+    if lacking := [key for key in ("recipe", "world_size", "step", "best") if key not in told]:
+        raise Damaged(f"{path} is damaged: it has no {', '.join(lacking)}")
+    return told
+
+
+def check_files(fs: Any, folder: str) -> dict[str, Any]:
+    """`read_told`, and every file of the checkpoint compared with its digest.
+
+    Raises:
+        Damaged: a file is missing or not as it was written; the message names it.
+    """
+    told = read_told(fs, folder)
+    for name, mark in told.get("files", {}).items():
+        path = f"{folder}/{inner_name(name)}"
+        try:
+            found = retried(lambda path=path: _digest(fs, path))  # type: ignore[misc]
+        except FileNotFoundError as error:
+            raise Damaged(f"{path} is missing: the checkpoint is damaged") from error
+        if found != mark:
+            raise Damaged(f"{path} is damaged: it is not as it was written (by its SHA-256)")
+    return told
+
+
+def _digest(fs: Any, path: str) -> str:
+    digest = hashlib.sha256()
+    with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- Ray's list --------------------------------------------------------------------------------------------------
+
+
+def _read_snapshot(fs: Any, root: str) -> _CheckpointManagerState | None:
+    """Ray's list; none where there is none that can be read: Ray writes it in place, so a kill can leave it empty."""
+    path = f"{root}/{SNAPSHOT}"
+    try:
+        data = retried(lambda: fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+    try:
+        return _CheckpointManagerState.parse_obj(json.loads(data))
+    except ValueError as error:  # pydantic's is one
+        logger.warning("%s is damaged and is made anew from the checkpoints that are there: %s", path, error)
+        return None
+
+
+def _write_snapshot(fs: Any, root: str, names: list[str], listed: Mapping[str, dict[str, Any]], index: int) -> None:
+    """List the checkpoints `names` as Ray would; without one there is no list, and Ray starts from the beginning."""
+    results = []
+    for name in names:
+        try:
+            told = read_told(fs, f"{root}/{name}")
+        except Damaged as error:
+            logger.warning("%s; it is set aside", error)
+            _set_aside(fs, root, name)
+            continue
+        keep = {"step": told["step"], "best": told["best"], "keep": told.get("keep", told["step"])}
+        state = _TrainingResultState(checkpoint_dir_name=name, metrics={**listed.get(name, {}), **keep})
+        results.append(state)
+    path = f"{root}/{SNAPSHOT}"
+    if not results:
+        if fs.exists(path):
+            fs.rm(path)
+        return
+    places = {state.checkpoint_dir_name: place for place, state in enumerate(results)}
+    ordered = sorted(results, key=lambda state: state.metrics["keep"])  # as Ray has them: those that go first, first
+    snapshot = _CheckpointManagerState(
+        checkpoint_results=ordered,
+        checkpoint_report_indices=[places[state.checkpoint_dir_name] for state in ordered],
+        latest_checkpoint_result=results[-1],
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=max(index, len(results)),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    if is_local(fs):
+        write_whole(Path(path), snapshot.json())
+    else:
+        retried(lambda: fs.pipe_file(path, snapshot.json().encode()))
+
+
+def _set_aside(fs: Any, root: str, name: str) -> None:
+    """Move a checkpoint into `damaged`, where nothing is looked for; a person may want what is in it."""
+    target, number = f"{root}/{ASIDE}/{name}", 1
+    while fs.exists(target):
+        number += 1
+        target = f"{root}/{ASIDE}/{name}.{number}"
+    fs.makedirs(f"{root}/{ASIDE}", exist_ok=True)
+    retried(lambda: fs.mv(f"{root}/{name}", target, recursive=True))
