@@ -27,7 +27,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from af2_ray.config import Corpus, Recipe, recipe_names
-from af2_ray.train.run import read_metrics
+from af2_ray.train.run import Run, read_metrics
 
 if TYPE_CHECKING:
     from af2_ray.synth.corpus import CorpusReport
@@ -181,14 +181,8 @@ def corpus(settings: Corpus) -> CorpusReport:
     from af2_ray.synth.corpus import make_corpus, num_scenes
 
     heading("corpus")
-    handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
-    logger = logging.getLogger("af2_ray.synth")
-    logger.addHandler(handler)
-    try:
-        with bar("scenes", num_scenes(settings)) as update:
-            report = make_corpus(settings, progress=lambda done, _, what: update(done, what))
-    finally:
-        logger.removeHandler(handler)
+    with _warnings_shown("af2_ray.synth"), bar("scenes", num_scenes(settings)) as update:
+        report = make_corpus(settings, progress=lambda done, _, what: update(done, what))
     counts = f"{report.num_source_clips} source clips of {report.num_classes} classes"
     console.print(f"{counts}, {report.hours:.1f} h of scenes in {report.dir}")
     return report
@@ -223,9 +217,41 @@ def watch(title: str, folder: Path, num_steps: int) -> Iterator[None]:
             show()
 
 
+def disk(recipe: Recipe, run: Run) -> None:
+    """Say how much disk a run will take, and where there is too little: it would end in the middle."""
+    from af2_ray.train.disk import amount, forecast, shortages
+
+    try:
+        needs = forecast(recipe, run.uri or str(run.root))
+    except (ValueError, OSError) as error:  # the sizes of an LM that is not here yet
+        console.print(f"disk: not known before the language model is fetched ({error})", markup=False)
+        return
+    parts = ", ".join(f"{need.what} {amount(need.size)}" for need in needs)
+    console.print(f"disk: about {amount(sum(need.size for need in needs))} in all ({parts})")
+    there = sum(path.stat().st_size for path in run.root.rglob("*") if path.is_file() and not path.is_symlink())
+    for line in shortages(needs, there):
+        console.print(f"[bold red]too little disk:[/] {line}; `checkpoints.keep` and jobs/clean.py make room")
+
+
+@contextmanager
+def _warnings_shown(*names: str) -> Iterator[None]:
+    """Within the block warnings of these modules are on the console, not only in the log."""
+    handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+
+
 @contextmanager
 def logs_to(path: Path) -> Iterator[None]:
-    """Send all output of this process but the console's to a file: logging, warnings, what native code prints."""
+    """Send all output of this process to a file, but the console's: logging, warnings, what native code prints.
+
+    That a file of the run is damaged is told on the console too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.captureWarnings(True)
@@ -235,7 +261,8 @@ def logs_to(path: Path) -> Iterator[None]:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
         try:
-            yield
+            with _warnings_shown("af2_ray.files", "af2_ray.train.mend"):
+                yield
         finally:
             for descriptor, before in zip((1, 2), saved, strict=True):
                 os.dup2(before, descriptor)

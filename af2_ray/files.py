@@ -24,7 +24,7 @@ DIGESTS = "digests.json"  # of the files of a folder, within it
 _SEAL = re.compile(rb'(.*(?:"sha256": "|# sha256: ))([0-9a-f]{64})("\n}\n|\n)', re.DOTALL)
 _SIGN = re.compile(rb"sha256|[0-9a-f]{64}")  # that there was a seal
 _TAIL = 90  # bytes in which a seal is
-_BROKEN = re.compile(r"\.(?P<name>.+)\.(?P<writer>\d+|old)")  # folders and files that a killed writer leaves
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<writer>\d+|old)")  # folders and files that a killed writer leaves
 
 
 class Damaged(ValueError):
@@ -120,7 +120,7 @@ def remove_leftovers(root: Path) -> list[Path]:
     removed = []
     for below, folders, names in os.walk(root):
         for name in [*folders, *names]:
-            found, path = _BROKEN.fullmatch(name), Path(below) / name
+            found, path = LEFTOVER.fullmatch(name), Path(below) / name
             if not found:
                 continue
             if found["writer"] == "old" and not (Path(below) / found["name"]).exists():

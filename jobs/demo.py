@@ -52,6 +52,7 @@ def main() -> None:
     clock = Clock(run.root / "timing.json")
     with run.lock(), watch_memory() as peak:
         with console.logs_to(run.root / "logs" / "demo.log"):
+            console.disk(recipe, run)
             corpus = clock.time("corpus", partial(console.corpus, recipe.corpus))
             with console.cluster(run.root / "logs"):
                 steps = clock.time("training", lambda: train_run(run, watch=console.watch))

@@ -17,6 +17,7 @@ from af2_ray.config import Recipe, Stage, load_recipe
 from af2_ray.storage import allow
 from af2_ray.train import costs
 from af2_ray.train.costs import Work
+from af2_ray.train.disk import amount, forecast
 from af2_ray.train.sizes import recipe_config
 
 PAPER_HOURS = {"pretrain": 96.0, "finetune": 120.0, "long": 12.0}
@@ -77,7 +78,8 @@ def plan(recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
             )
         stages.append(_plan_stage(recipe, stage, model, counts, cluster))
     total = {key: sum(stage[key] for stage in stages) for key in ("hours", "cost")}
-    return {"recipe": recipe.name, "parameters": counts, "stages": stages, "total": total, "notes": notes}
+    disk = {need.what: need.size for need in forecast(recipe, recipe.storage)}
+    return {"recipe": recipe.name, "parameters": counts, "stages": stages, "total": total, "disk": disk, "notes": notes}
 
 
 def row_of(stage: Stage, fill: float) -> Work:
@@ -139,6 +141,8 @@ def _show(result: dict[str, Any], cluster: Cluster) -> None:
     for stage in result["stages"]:
         write()
         write(_memory_table(stage))
+    parts = ", ".join(f"{what} {amount(size)}" for what, size in result["disk"].items())
+    write(f"\ndisk: about {amount(sum(result['disk'].values()))} ({parts})")
     for note in result["notes"]:
         write(f"\nnote: {note}")
 

@@ -39,6 +39,7 @@ def main() -> None:
     else:
         run = Run.open(recipe, arguments.run)
     with run.lock(), console.logs_to(run.root / "logs" / "train.log"):
+        console.disk(recipe, run)
         if recipe.corpus is not None:
             console.corpus(recipe.corpus)
         with console.cluster(run.root / "logs"):

@@ -89,7 +89,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
         activation_checkpointing=recipe.deepspeed.activation_checkpointing,
         tower_checkpointing=recipe.model.audio.gradient_checkpointing,
     )
-    storage = checkpoint_storage(run, job)
+    storage = checkpoint_storage(run, job.folder)
     accounts = ReportCallback(run, job.folder, mlflow_id)
     if saved := mend(storage):
         accounts.catch_up(saved.step, saved.accounts)
@@ -138,14 +138,14 @@ def scaling(cluster: Cluster) -> ScalingConfig:
     )
 
 
-def checkpoint_storage(run: Run, job: Job) -> str:
-    """Where a job's checkpoints go: into the run, or to the same place below `checkpoints.storage`."""
+def checkpoint_storage(run: Run, folder: Path) -> str:
+    """Where the checkpoints of a job in `folder` go: into the run, or to the same place below `checkpoints.storage`."""
     storage = run.recipe.checkpoints.storage
     if storage is None:
-        return run.address(job.folder)
+        return run.address(folder)
     base = storage if is_remote(storage) else str(Path(storage).absolute())
     mark = hashlib.sha256(run.address(run.root).encode()).hexdigest()[:8]  # sweeps have trials of the same names
-    return f"{base.rstrip('/')}/{run.root.name}-{mark}/{job.folder.relative_to(run.root)}"
+    return f"{base.rstrip('/')}/{run.root.name}-{mark}/{folder.relative_to(run.root)}"
 
 
 def summary(job: Job) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Show what of a run can go without a finished step being lost, and remove it when asked.
+
+That is: checkpoints of finished steps and damaged ones, features of finished stages, what a kill left half written.
+
+    python jobs/clean.py runs/tiny
+    python jobs/clean.py runs/tiny --remove
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from af2_ray import console
+from af2_ray.train.disk import amount, remove, spare
+from af2_ray.train.run import Run
+
+
+def main() -> None:
+    arguments = _arguments()
+    run = Run.load(arguments.run)
+    found = spare(run)
+    if not found:
+        console.console.print("nothing of this run can go")
+        return
+    total = amount(sum(one.size for one in found))
+    if arguments.remove:
+        with run.lock():
+            remove(found)
+    for one in found:
+        console.console.print(f"{amount(one.size):>10}  {one.why}\n{'':>12}{one.path}", markup=False)
+    console.console.print(f"{total} removed" if arguments.remove else f"{total} can go: add --remove")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jobs/clean.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or its s3:// address")
+    parser.add_argument("--remove", action="store_true", help="remove what is shown")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    console.main(main)
