@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from af2_ray.files import DIGESTS, check_digests
-from af2_ray.storage import inner_name, is_remote, locate, within
+from af2_ray.storage import check_name, inner_name, is_remote, locate, within
 
 ResultT = TypeVar("ResultT")
 
@@ -131,6 +131,7 @@ def local_model(folder: str | Path) -> Path:
     Raises:
         ValueError: it is no such folder, or (`files.Damaged`) a file of it is not as it was written.
     """
+    check_name(str(folder))
     path = _shared_copy(str(folder).rstrip("/")) if is_remote(folder) else Path(folder)
     if not (path / "config.json").is_file():
         raise ValueError(f"no model in {folder}: name the folder that an export wrote, the one with config.json")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from af2_ray import console
+from af2_ray.files import check_digests, write_digests
+from af2_ray.storage import is_local, locate, shown
 
 EXTRAS_FILE = "reference_extras.safetensors"
 
@@ -40,8 +42,10 @@ def to_ours(args: argparse.Namespace) -> None:
     from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
     from af2_ray.models.processing_afclap import AfClapProcessor
 
-    weights = convert.clean_names(read_weights(args.source))
-    settings = json.loads(args.config.read_text()) if args.config else {}
+    weights = convert.clean_names(read_weights(_there(args.source)))
+    settings = json.loads(_there(args.config).read_text()) if args.config else {}
+    if args.lm is not None and not _there(args.lm).is_dir():
+        raise ValueError(f"--lm {shown(str(args.lm))}: name the LM's folder")
     model: Any
     processor: Any = None
     if any(name.startswith("audio_branch.") for name in weights):
@@ -63,6 +67,15 @@ def to_ours(args: argparse.Namespace) -> None:
     else:
         print("no tokenizer is beside the model, which the other jobs and the server need: give --lm DIR to add it")
     save_file({name: value.contiguous() for name, value in extras.items()}, args.out / EXTRAS_FILE)
+    write_digests(args.out)
+
+
+def _there(path: Path) -> Path:
+    """A path that was given, if it is that of a file or a folder of this machine."""
+    fs, place = locate(path)
+    if not is_local(fs) or not fs.exists(place):
+        raise ValueError(f"{shown(str(path))}: no such file or folder on this machine")
+    return path
 
 
 def _processor(lm: Path, config: Any) -> Any:
@@ -90,6 +103,9 @@ def to_reference(args: argparse.Namespace) -> None:
     from af2_ray.models.afclap import AfClapConfig, AfClapModel
     from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 
+    if not (_there(args.source) / "config.json").is_file():
+        raise ValueError(f"{shown(str(args.source))}: no model there: name the folder that has config.json")
+    check_digests(args.source)
     config = AutoConfig.from_pretrained(args.source)
     extras_file = args.source / EXTRAS_FILE
     extras = load_file(extras_file) if extras_file.is_file() else {}
@@ -114,7 +130,10 @@ def read_weights(source: Path) -> dict[str, Any]:
     elif source.suffix == ".safetensors":
         weights = load_file(source)
     else:
-        weights = torch.load(source, map_location="cpu", weights_only=True)
+        try:
+            weights = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # what it raises depends on where a stranger's bytes stop making sense
+            raise ValueError(f"{shown(str(source))}: no weights that can be read: {error}") from error
         for key in ("model_state_dict", "state_dict"):
             weights = weights.get(key, weights)
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from af2_ray import console as job
 from af2_ray.config import Dataset, Evaluation
+from af2_ray.storage import shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def _closing_lines(result: Any, out: Path) -> list[str]:
         lines.append(f"captions: {captions['captions']}, event F1 {captions['event_f1']}")
     if result.failures:
         first = result.failures[0]
-        lines.append(f"set aside: {len(result.failures)}, for instance {first.uri}: {first.reason}")
+        lines.append(f"set aside: {len(result.failures)}, for instance {shown(first.uri)}: {first.reason}")
     return [*lines, f"predictions.jsonl and metrics.json are in {out}"]
 
 
