@@ -194,6 +194,8 @@ class Run:
     def _write_recipe(self) -> None:
         """Keep the recipe with the run, unless that is a run of another one."""
         saved, text = self.root / "recipe.yaml", sealed_yaml(self.recipe.to_yaml())
+        if (self.root / "sweep.yaml").exists():
+            raise ValueError(f"{self.root} holds a sweep, not a run; give another --run")
         if saved.exists():
             before = _saved_recipe(saved)
             if before.fingerprint() != self.recipe.fingerprint():

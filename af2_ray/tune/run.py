@@ -39,7 +39,7 @@ class SweepRun:
     """A sweep in its folder; made again with the same sweep it goes on where it was."""
 
     def __init__(self, sweep: Sweep, root: Path, overrides: Sequence[str] = ()) -> None:
-        """`ValueError`: a combination is no valid recipe, or the folder holds another sweep."""
+        """`ValueError`: a combination is no valid recipe, or the folder holds another sweep, or a run."""
         self.sweep = sweep
         self.root = root.absolute()
         uri = f"tracking.uri=sqlite:///{self.root}/mlflow.db"
@@ -57,6 +57,8 @@ class SweepRun:
             },
             sort_keys=False,
         )
+        if (self.root / "recipe.yaml").exists():
+            raise ValueError(f"{self.root} holds a run, not a sweep; give another --out")
         saved = self.root / "sweep.yaml"
         if saved.is_file() and saved.read_text() != text:
             raise ValueError(f"{self.root} holds another sweep; give another --out, or remove the folder")

@@ -33,7 +33,7 @@ import toy
 from af2_ray.config import load_recipe, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/api.md", "docs/cluster.md", "docs/ablations.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/api.md", "docs/cluster.md", "docs/ablations.md", "docs/security.md")
 WITH_RECIPE = {"train", "train_clap", "make_data", "plan", "probe"}  # jobs that take RECIPE and key=value
 MARKER = re.compile(r"^ *<!-- (run|short|background: \S+|cluster|not run: .+) -->$")
 

@@ -11,6 +11,7 @@ import yaml
 
 from af2_ray.config import load_recipe, load_sweep, sweep_names
 from af2_ray.evaluate.marks import Mark, read_marks, write_marks
+from af2_ray.train.run import Run
 from af2_ray.tune.report import best, parts_of, summarise, verdict, write_report
 from af2_ray.tune.run import SweepRun
 from af2_ray.tune.trial import Result, marks_path
@@ -109,6 +110,15 @@ def test_other_evaluation_settings_are_another_sweep(tmp_path):
     SweepRun(sweep, tmp_path / "out")
     with pytest.raises(ValueError, match="holds another sweep"):
         SweepRun(sweep, tmp_path / "out", ["evaluation.max_windows=3"])
+
+
+def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path):
+    Run.open(load_recipe("tiny"), tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run, not a sweep; give another --out"):
+        SweepRun(load_sweep(write(tmp_path)), tmp_path / "run")
+    SweepRun(load_sweep(write(tmp_path)), tmp_path / "sweep")
+    with pytest.raises(ValueError, match="holds a sweep, not a run; give another --run"):
+        Run.open(load_recipe("tiny"), tmp_path / "sweep")
 
 
 def test_shared_features_lie_with_the_sweep_and_are_every_trial_s(tmp_path):
