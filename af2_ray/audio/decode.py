@@ -163,9 +163,14 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
 
 
 def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
-    """Open an object or a shard's file: whole if it is small, else for ranged reads; a passing fault is tried again."""
+    """Open an object or a shard's file: whole if it is small, else for ranged reads.
+
+    A store's passing fault is tried again, and no request takes longer than `READ_S`.
+    """
     whole_bytes = min(_WHOLE_BYTES, max_bytes)
     if split := shards.split_member(uri):
+        if not is_remote(uri):
+            return shards.open_member(uri, whole_bytes)
         retried(lambda: shards.places(split[0]), limit_s=_INDEX_S)
         stream, size = retried(lambda: shards.open_member(uri, whole_bytes), limit_s=READ_S)
         return (stream if isinstance(stream, io.BytesIO) else _patient(stream)), size

@@ -60,27 +60,30 @@ def member_uris(shard: str) -> list[str]:
     return [f"{shard}#{member}" for member in places(shard)]
 
 
-def places(shard: str) -> Places:
+def places(shard: str, *, anew: bool = False) -> Places:
     """Where each file of a shard is, from its index, which is made where there is none.
+
+    Args:
+        anew: make the index in any case, for the one that is there is wrong.
 
     Raises:
         FileNotFoundError: there is no such shard.
         ValueError: it is not a tar file, or cut.
     """
-    index = _known.get(shard)
+    index = None if anew else _known.get(shard)
     if index is None:
         while len(_known) >= _MOST_KNOWN:
             _known.pop(next(iter(_known)), None)
-        index = _known[shard] = _read_index(shard)
+        index = _known[shard] = _index(shard, anew)
     return index.files
 
 
-def _read_index(shard: str) -> _Index:
+def _index(shard: str, anew: bool) -> _Index:
     fs, path = locate(shard)
     # Not by its size: tars come in whole blocks of 10 kB, and the same clips in another order are as many.
     beside, version = f"{path}.index.json", version_of(fs.info(path))
     try:
-        known = json.loads(fs.cat_file(beside))
+        known = {} if anew else json.loads(fs.cat_file(beside))
         if known["format"] == _FORMAT and known["version"] == version:
             return _Index(version, {name: _place(*told) for name, told in known["files"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -125,21 +128,20 @@ def open_member(uri: str, whole_bytes: int) -> tuple[IO[bytes], int]:
 
     Raises:
         FileNotFoundError: no such shard, or no such member in it.
-        OSError: the shard changes while it is read.
+        ValueError: the shard changes while it is read.
     """
     split = split_member(uri)
     if split is None:
         raise ValueError(f"{uri}: not the uri of a file in a shard (shard.tar#member)")
     shard, member = split
     fs, path = locate(shard)
-    for _ in range(2):
-        place = places(shard).get(member)
-        if place is None and _known[shard].version == version_of(fs.info(path)):
+    for anew in (False, True):
+        place = places(shard, anew=anew).get(member)
+        if place is None and (anew or _known[shard].version == version_of(fs.info(path))):
             raise FileNotFoundError(f"{shard} has no {member}")
         if place is not None and (found := _opened(fs, path, place, whole_bytes)):
             return found
-        _known.pop(shard, None)  # it was written anew since it was listed
-    raise OSError(f"{shard} changes while it is read: {member} is not where its headers say; read it when it is whole")
+    raise ValueError(f"{shard} changes while it is read: {member} is not where its headers say")
 
 
 def _opened(fs: Any, path: str, place: Place, whole_bytes: int) -> tuple[IO[bytes], int] | None:

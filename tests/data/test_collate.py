@@ -80,6 +80,13 @@ def test_generation_stops_at_the_question(make_sound: Callable[..., str], tiny_t
     assert batch.attention_mask[0, 0] == 0
 
 
+def test_ids_with_line_breaks_survive(make_sound: Callable[..., str], collator: LmCollator) -> None:
+    batch = collator(Row(0, ((ask(make_sound(duration_s=1.0), 1.0),),)))
+    for ids in ((), ("a\nb", "c", ""), ("",)):
+        odd = replace(batch, sample_ids=ids)
+        assert LmBatch.from_row(odd.to_row()).sample_ids == ids
+
+
 def test_there_and_back(make_sound: Callable[..., str], collator: LmCollator) -> None:
     sound = make_sound(duration_s=2.0)
     batch = collator(Row(1, ((ask(sound, 2.0, 1),), (ask("none.flac", 1.0),))))

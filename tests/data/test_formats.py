@@ -265,6 +265,16 @@ def test_clips_of_a_shard(make_sound: Callable[..., str], tmp_path: Path, monkey
         with pytest.raises(AudioError) as caught:
             decode(uri)
         assert caught.value.reason == reason
+    index = tmp_path / "shard.tar.index.json"
+    for odd in ("null", "[]", '{"format": 2}', '{"format": 2, "version": null, "files": 3}', "{" * 10_000, "", "\0"):
+        shards._known.clear()  # as another process
+        index.write_text(odd)
+        np.testing.assert_array_equal(decode(uris[1], 0.5, 1.0), decode(paths[1], 0.5, 1.0))
+    told = json.loads(index.read_text())
+    for place in ([-5, 10, "x"], [512, -1, "x"], [10**12, 5, "x"], ["a"], None):
+        shards._known.clear()
+        index.write_text(json.dumps(told | {"files": told["files"] | {"clips/1.flac": place}}))
+        np.testing.assert_array_equal(decode(uris[1], 0.5, 1.0), decode(paths[1], 0.5, 1.0))
     (tmp_path / "bad.tar").write_bytes(b"not a tar" * 1000)
     with pytest.raises(AudioError, match="not a readable tar"):
         decode(f"{tmp_path}/bad.tar#a")

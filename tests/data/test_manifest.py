@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from af2_ray.data.manifest import CaptionSet, Sample, check_samples, fingerprint, read_captions, read_samples
+from af2_ray.data.manifest import (
+    CaptionSet,
+    Sample,
+    check_samples,
+    fingerprint,
+    read_captions,
+    read_nvidia,
+    read_samples,
+)
 
 
 def write_manifest(folder: Path, data: dict[str, Any]) -> str:
@@ -115,3 +123,32 @@ def test_fingerprint_sees_what_is_said_not_where_it_lies(tmp_path: Path) -> None
     assert fingerprint(samples) == fingerprint(moved)
     assert fingerprint(samples) != fingerprint(samples[::-1])
     assert fingerprint(samples) != fingerprint([samples[0], replace(samples[1], answer="cat")])
+
+
+def test_a_key_that_comes_twice_stands_for_two_samples_and_a_wrong_count_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    item = json.dumps(QUESTION)
+    path = tmp_path / "train.json"
+    path.write_text(f'{{"total_num": 1000, "data": {{"0": {item}, "1": {item}, "0": {item}}}}}')
+    samples, remarks = read_nvidia(str(path))
+    folder = tmp_path.name
+    assert [sample.id for sample in samples] == [f"{folder}/train/{key}" for key in ("0", "1", "0#2")]
+    assert remarks == [
+        "the key '0' stands for 2 samples; all are read",
+        "total_num is 1000, and there are 3 samples: is the file whole?",
+    ]
+    with caplog.at_level("WARNING"):
+        assert len(read_samples(str(path))) == 3
+    assert all(remark in caplog.text for remark in remarks)
+    path.write_text('{"data": {"0": {"name": "a", "name": "b", "prompt": "?", "output": "x"}}}')
+    samples, remarks = read_nvidia(str(path))
+    assert (samples[0].uri, remarks) == (f"{tmp_path}/b", ["sample '0' has a key twice; the last one counts"])
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "captions.jsonl"])
+def test_objects_within_objects_end_in_an_error_that_names_the_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"train.{kind}"
+    path.write_text('{"data": ' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ValueError, match=rf"train\.{kind}"):
+        (read_captions if kind.startswith("captions") else read_samples)(str(path))
