@@ -55,8 +55,8 @@ def _infer(args: argparse.Namespace) -> None:
     facts = model_facts(model)
     max_windows = min(args.max_windows, facts["max_windows"] or args.max_windows)
     read = read_samples(args.manifest, args.root)
-    samples, _ = fill_durations(read, args.manifest, fallback=str(scratch("durations")))
-    asked, refused = read_asked(samples, args.question)
+    samples, unread = fill_durations(read, args.manifest, fallback=str(scratch("durations")))
+    asked, refused = read_asked(samples, args.question, unread)
     chunks = plan_chunks(asked, args.chunk, max_windows)
     out = args.out if "://" in args.out else str(Path(args.out).absolute())
     folder = f"{out}.parts"

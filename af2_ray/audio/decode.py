@@ -176,7 +176,9 @@ def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
         return (stream if isinstance(stream, io.BytesIO) else _patient(stream)), size
     fs, path = locate(uri)
     info = retried(lambda: fs.info(path), limit_s=READ_S)
-    size = int(info["size"] or 0)
+    if info.get("size") is None:
+        raise OSError("its store does not tell its size")
+    size = int(info["size"])
     if info.get("type") == "directory":
         raise IsADirectoryError(f"{uri} is a folder")
     if size <= whole_bytes:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, overload
 
 import numpy as np
@@ -208,7 +209,9 @@ def durations(samples: Sequence[Stretch]) -> NDArray[np.float64]:
     return np.fromiter((s.duration_s for s in samples), np.float64, len(samples))
 
 
-def check_table(table: SampleTable) -> tuple[SampleTable, list[tuple[Sample, str]]]:
+def check_table(
+    table: SampleTable, unread: Mapping[str, str] = MappingProxyType({})
+) -> tuple[SampleTable, list[tuple[Sample, str]]]:
     """As `manifest.check_samples`, of columns: an object is made of a bad sample only."""
     seconds, offset_s = table.duration_s, table.offset_s
     good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
@@ -219,7 +222,7 @@ def check_table(table: SampleTable) -> tuple[SampleTable, list[tuple[Sample, str
         good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
     prompts, codes = table.texts("prompt")
     good &= pc.less_equal(pc.count_substring(prompts, AUDIO, ignore_case=True), 1).to_numpy(zero_copy_only=False)[codes]
-    bad = check_samples(table.take(~good))[1]
+    bad = check_samples(table.take(~good), unread)[1]
     return (table if good.all() else table.take(good)), bad
 
 

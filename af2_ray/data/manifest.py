@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from af2_ray.storage import NameRefused, check_name, is_remote, leads_up, open_text, parents_allowed, shown
@@ -332,8 +333,14 @@ def split_uri(uri: str) -> tuple[str, str]:
 # --- Checking ----------------------------------------------------------------------------------------------------
 
 
-def check_samples(samples: Iterable[StretchT]) -> tuple[list[StretchT], list[tuple[StretchT, str]]]:
+def check_samples(
+    samples: Iterable[StretchT], unread: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[StretchT], list[tuple[StretchT, str]]]:
     """Part the usable samples from the others, without opening a file.
+
+    Args:
+        samples: of one manifest.
+        unread: why a file's duration could not be read, by uri (`durations.fill_durations`), where it has none.
 
     Returns:
         The good ones in order, and the bad ones with a short stable reason: those of `storage.NameRefused`, `no
@@ -344,7 +351,7 @@ def check_samples(samples: Iterable[StretchT]) -> tuple[list[StretchT], list[tup
     for sample in samples:
         reason = _fault(sample)
         if reason:
-            bad.append((sample, reason))
+            bad.append((sample, unread.get(sample.uri, reason) if reason == "no duration" else reason))
         else:
             good.append(sample)
     return good, bad

@@ -75,8 +75,8 @@ def survey(dataset: Dataset, split: str, *, most_probed: int | None = None, seed
         read, remarks = read_nvidia(dataset.manifest, dataset.root)
     else:
         read, remarks = read_table(dataset.manifest, dataset.root), []
-    filled, _ = fill_durations(read, dataset.manifest)
-    good, bad = check_samples(filled)
+    filled, unread = fill_durations(read, dataset.manifest)
+    good, bad = check_samples(filled, unread)
     clips = {(sample.uri, sample.offset_s, sample.duration_s): sample for sample in good}
     uris = list(dict.fromkeys(sample.uri for sample in good))
     if most_probed is not None and most_probed < len(uris):

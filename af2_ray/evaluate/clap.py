@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.audio.windows import WINDOW_S, repeated, to_windows
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.manifest import CaptionSet, check_samples, read_captions
+from af2_ray.data.manifest import CaptionSet, Root, check_samples, read_captions
 from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.composition import Pairs, mirrored_pairs, score_pairs
 from af2_ray.evaluate.contrast import Vectors, alignment, first_hits, retrieval, uniformity, zero_shot
@@ -168,16 +168,17 @@ def read_benchmark(uri: str, root: str | None = None) -> Table:
     if uri.endswith((".csv", ".tsv")):
         return read_csv(uri, root)
     if uri.endswith(".scenes.jsonl"):
-        folder, scenes = root or uri.removesuffix(".scenes.jsonl"), read_scenes(uri)
+        base, scenes = Root.of(uri, root or uri.removesuffix(".scenes.jsonl")), read_scenes(uri)
         try:
             clips = [
-                Labelled(f"{folder}/{name}", 0.0, float(scene["duration"]), tuple(sorted(event_labels(scene))))
+                Labelled(base.join(name), 0.0, float(scene["duration"]), tuple(sorted(event_labels(scene))))
                 for name, scene in scenes.items()
             ]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{uri}: a scene needs `duration` and `events` with a `label` each: {error!r}") from error
         return Table([], clips, [])
-    captions, bad = check_samples(fill_durations(read_captions(uri, root), uri, fallback=str(scratch("durations")))[0])
+    filled, unread = fill_durations(read_captions(uri, root), uri, fallback=str(scratch("durations")))
+    captions, bad = check_samples(filled, unread)
     return Table(captions, [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])
 
 

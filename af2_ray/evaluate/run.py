@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,7 +79,8 @@ def evaluate_run(
     Raises:
         ValueError: nothing to evaluate, no model there, or a manifest that cannot be read.
     """
-    samples, seen = _read(evaluation.manifests), _read(evaluation.seen_manifests)
+    unread: dict[str, str] = {}
+    samples, seen = _read(evaluation.manifests, unread), _read(evaluation.seen_manifests, unread)
     if not samples:
         raise ValueError("evaluation.manifests: no questions; name at least one manifest that holds some")
     limits: dict[str, Any] = {
@@ -95,11 +96,12 @@ def evaluate_run(
     else:
         model, tokenizer = load_model(model_dir)
         found, failures = predict(model, tokenizer, samples + seen, deaf_of=deaf_of, **limits)
+    failures = [replace(f, reason=unread.get(f.uri, f.reason)) if f.reason == "no duration" else f for f in failures]
     seen_ids = {id(sample) for sample in seen}
     seen_predictions = [prediction for prediction in found if id(prediction.sample) in seen_ids]
     predictions = [prediction for prediction in found if id(prediction.sample) not in seen_ids]
 
-    details = score(predictions, _read(train), seen_predictions, wordings)
+    details = score(predictions, _read(train, {}), seen_predictions, wordings)
     clap: dict[str, Any] = {}
     if clap_dir is not None and evaluation.captions is not None:
         clap = evaluate_clap(
@@ -216,8 +218,14 @@ def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, nu
     return chosen
 
 
-def _read(datasets: Sequence[Dataset | str]) -> list[Sample]:
+def _read(datasets: Sequence[Dataset | str], unread: dict[str, str]) -> list[Sample]:
+    """The samples of some manifests; `unread` is told why a duration that is not given cannot be read, by uri."""
     given = [Dataset(manifest=item, weight=1.0) if isinstance(item, str) else item for item in datasets]
     read = ((item.manifest, read_samples(item.manifest, item.root)) for item in given)
     fallback = str(scratch("durations"))  # of those that cannot be kept beside their manifest
-    return [sample for uri, samples in read for sample in fill_durations(samples, uri, fallback=fallback)[0]]
+    found: list[Sample] = []
+    for uri, samples in read:
+        filled, failures = fill_durations(samples, uri, fallback=fallback)
+        found += filled
+        unread |= failures
+    return found

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from af2_ray.audio.decode import AudioError, decode
@@ -51,13 +52,15 @@ class Asked:
         return hashlib.sha256(f"{self.uri}@{self.offset_s}+{self.duration_s}".encode()).hexdigest()
 
 
-def read_asked(samples: Sequence[Sample], question: str | None = None) -> tuple[list[Asked], list[Row]]:
+def read_asked(
+    samples: Sequence[Sample], question: str | None = None, unread: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Asked], list[Row]]:
     """The questions of samples (or one question for all), and rows of those that cannot be asked.
 
-    An answer is not needed: the samples of a manifest to be labelled have none.
+    An answer is not needed: the samples of a manifest to be labelled have none. `unread` is as in `check_samples`.
     """
     indexed = [replace(sample, prompt=question or sample.prompt, answer="to come") for sample in samples]
-    reasons = {id(sample): reason for sample, reason in check_samples(indexed)[1]}
+    reasons = {id(sample): reason for sample, reason in check_samples(indexed, unread)[1]}
     asked, refused = [], []
     for index, sample in enumerate(indexed):
         one = Asked(index, sample.id, sample.uri, sample.offset_s, sample.duration_s, sample.prompt)

@@ -95,8 +95,8 @@ def usable_captions(run: Run, datasets: Sequence[Dataset]) -> list[CaptionSet]:
     usable: list[CaptionSet] = []
     for dataset in datasets:
         read = read_captions(dataset.manifest, dataset.root)
-        sets, _ = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
-        good, bad = check_samples(sets)
+        sets, unread = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
+        good, bad = check_samples(sets, unread)
         quarantine.add([Failure(item.uri, reason, item.offset_s) for item, reason in bad], len(sets))
         usable += good
     return usable

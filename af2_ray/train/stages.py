@@ -178,8 +178,8 @@ def plan_stage(run: Run, stage: Stage, tokenizer: Any) -> Plan[Sample]:
 def usable_samples(run: Run, dataset: Dataset) -> Sequence[Sample]:
     """A manifest's usable samples, as columns; the others go to the quarantine, and too many of them end the run."""
     read = read_table(dataset.manifest, dataset.root)
-    samples, _ = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
-    good, bad = check_table(samples)
+    samples, unread = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
+    good, bad = check_table(samples, unread)
     quarantine = run.quarantine()
     quarantine.add([Failure(sample.uri, reason, sample.offset_s) for sample, reason in bad], len(samples))
     return good

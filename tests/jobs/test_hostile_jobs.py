@@ -48,23 +48,26 @@ def _main(job: str, *arguments: Path | str) -> int:
     return int(runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]([str(argument) for argument in arguments]))
 
 
-def _manifest(folder: Path, hostile: list[tuple[str, str]], num_good: int, make_sound: Any) -> str:
+def _manifest(
+    folder: Path, hostile: list[tuple[str, str]], num_good: int, make_sound: Any, duration: float | None = 2.0
+) -> str:
     """Hostile names spread among good rows about four clips."""
     goods = [make_sound(f"good{number}.flac", 2.0, hz=300 + 100 * number) for number in range(4)]
     rows = [goods[number % 4] for number in range(num_good)]
     step = max(1, num_good // len(hostile))
     for place, (name, _) in enumerate(hostile):
         rows.insert(place * (step + 1), name)
-    question = {"prompt": "Which? (A) dog (B) bell", "output": "dog", "options": ["dog", "bell"], "duration": 2.0}
+    question = {"prompt": "Which? (A) dog (B) bell", "output": "dog", "options": ["dog", "bell"], "duration": duration}
     path = folder / "train.json"
     path.write_text(json.dumps({"data": {str(place): {"name": name, **question} for place, name in enumerate(rows)}}))
     return str(path)
 
 
+@pytest.mark.parametrize("duration", [2.0, None])
 def test_check_data_counts_them_with_their_reasons(
-    hostile: list[tuple[str, str]], tmp_path: Path, make_sound: Any, capsys: Any
+    hostile: list[tuple[str, str]], tmp_path: Path, make_sound: Any, capsys: Any, duration: float | None
 ) -> None:
-    manifest = _manifest(tmp_path, hostile, 400, make_sound)
+    manifest = _manifest(tmp_path, hostile, 400, make_sound, duration)
     assert _main("check_data", manifest, "--out", tmp_path / "page.html") == 1
     told = capsys.readouterr().out + (tmp_path / "page.html").read_text()
     assert hostile_names.SECRET not in told
@@ -108,12 +111,15 @@ def test_a_model_or_manifest_of_such_a_name_is_refused(
     assert not (out / "config.json").exists()
 
 
+@pytest.mark.parametrize("duration", [2.0, None])
 def test_evaluation_goes_on_without_them(
-    hostile: list[tuple[str, str]], model_dir: Path, tmp_path: Path, make_sound: Any
+    hostile: list[tuple[str, str]], model_dir: Path, tmp_path: Path, make_sound: Any, duration: float | None
 ) -> None:
-    manifest = _manifest(tmp_path, hostile, 40, make_sound)
+    manifest = _manifest(tmp_path, hostile, 40, make_sound, duration)
     assert _main("evaluate", model_dir, manifest, "--out", tmp_path / "out", "--max-new-tokens", "2") == 0
     assert len(read_rows(tmp_path / "out" / "predictions.jsonl")) == 40
+    aside = json.loads((tmp_path / "out" / "metrics.json").read_text())["set_aside"]
+    assert {reason for _, reason in hostile} <= {failure["reason"] for failure in aside}
 
 
 def test_the_server_fetches_none(hostile: list[tuple[str, str]]) -> None:
