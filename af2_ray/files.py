@@ -42,13 +42,18 @@ def write_whole(path: Path, text: str | bytes) -> None:
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
             _write(number, text.encode() if isinstance(text, str) else text)
-            os.fsync(number)
         finally:
             os.close(number)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a written file its name, once its bytes are on the disk."""
+    _sync(temporary)
+    os.replace(temporary, path)
     sync_folder(path.parent)
 
 

@@ -24,6 +24,8 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from af2_ray.files import write_whole
+
 ResultT = TypeVar("ResultT")
 
 SCHEMES = ("file", "s3", "gs") if find_spec("gcsfs") else ("file", "s3")
@@ -198,6 +200,24 @@ def open_text(name: str | Path, *, encoding: str = "utf-8", newline: str | None 
     fs, path = locate(name)
     with fs.open(path, "rt", encoding=encoding, newline=newline, compression="infer") as file:
         yield file
+
+
+def write_text(name: str | Path, text: str) -> None:
+    """Write a text whole or not at all: a file of this machine gets its name last, an object appears when it is whole.
+
+    Raises:
+        NameRefused: see `locate`.
+        OSError: the place cannot be written.
+    """
+    put_text(*locate(name), text)
+
+
+def put_text(fs: Any, path: str, text: str) -> None:
+    """`write_text` for a place that is located."""
+    if is_local(fs):
+        write_whole(Path(path), text)
+    else:
+        fs.pipe_file(path, text.encode())
 
 
 def inner_name(name: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from af2_ray import console
 from af2_ray.config import Serve, load_recipe
-from af2_ray.storage import allow, locate
+from af2_ray.storage import allow, locate, write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,8 +111,7 @@ def _check_same_job(folder: str, facts: dict[str, object]) -> None:
                 f"(for instance with {mark} in its name) or remove that folder"
             )
         return
-    fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(file, text.encode())
+    write_text(f"{folder}/job.json", text)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ import numpy as np
 from af2_ray.audio.decode import AudioError, probe
 from af2_ray.data.columns import SampleTable
 from af2_ray.data.manifest import CaptionSet, Sample
-from af2_ray.storage import locate
+from af2_ray.storage import locate, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +112,8 @@ def _load(caches: Sequence[str]) -> dict[str, float]:
 def _save(caches: Sequence[str], known: dict[str, float]) -> None:
     """To the first place that can be written."""
     for cache in caches:
-        fs, path = locate(cache)
         try:
-            fs.makedirs(fs._parent(path), exist_ok=True)
-            fs.pipe_file(path, json.dumps(known).encode())
+            write_text(cache, json.dumps(known))
             return
         except OSError as error:
             logger.info("%s cannot be written: %s", cache, error)

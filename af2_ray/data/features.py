@@ -30,6 +30,7 @@ from af2_ray.audio.decode import AudioError
 from af2_ray.audio.shards import split_member
 from af2_ray.audio.windows import WINDOW_S
 from af2_ray.data.manifest import Stretch
+from af2_ray.files import put_in_place, read_json, write_whole
 from af2_ray.storage import READ_S, locate, within
 
 FORMAT = 1  # of the shards, and of what of the front end no configuration tells
@@ -96,17 +97,14 @@ def open_folder(folder: Path, tower: Mapping[str, Any]) -> None:
         ValueError: the folder holds features of another tower.
     """
     path, told = folder / "cache.json", {"format": FORMAT, **tower}
-    if path.is_file():
-        found = json.loads(path.read_text())
+    found = read_json(path)
+    if found is not None:
         if found != told:
             raise ValueError(
                 f"{folder} has features of another tower ({found}, not {told}): remove it, or name another"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(told))
-    temporary.replace(path)
+    write_whole(path, json.dumps(told))
 
 
 def write_shard(folder: Path, clips: Sequence[Clip], features: Sequence[NDArray[Any]]) -> Path:
@@ -116,7 +114,7 @@ def write_shard(folder: Path, clips: Sequence[Clip], features: Sequence[NDArray[
     temporary = folder / f".{path.name}.{os.getpid()}"
     tensors = {str(place): np.ascontiguousarray(array) for place, array in enumerate(features)}
     save_file(tensors, temporary, metadata={"clips": told})
-    temporary.replace(path)
+    put_in_place(temporary, path)
     return path
 
 

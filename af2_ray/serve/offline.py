@@ -27,7 +27,7 @@ from af2_ray.remote import version_of
 from af2_ray.resources import own_device
 from af2_ray.serve.engine import Engine
 from af2_ray.serve.request import Answer, Clip, Event, Failure, Request
-from af2_ray.storage import locate, open_text
+from af2_ray.storage import locate, open_text, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -264,15 +264,8 @@ def parts_there(folder: str) -> set[int]:
 
 
 def write_rows(uri: str, rows: Iterable[Row]) -> None:
-    """JSON lines, whole or not at all: a local file is renamed into place, an object appears when it is complete."""
-    fs, path = locate(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if "local" in fs.protocol or "file" in fs.protocol:
-        fs.pipe_file(f"{path}.part", data)
-        fs.mv(f"{path}.part", path)
-    else:
-        fs.pipe_file(path, data)
+    """JSON lines, whole or not at all."""
+    write_text(uri, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> tuple[int, int]:

@@ -13,14 +13,13 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
-from af2_ray.files import Damaged, unsealed, write_whole
+from af2_ray.files import Damaged, unsealed
 from af2_ray.remote import retried
-from af2_ray.storage import inner_name, is_local, locate
+from af2_ray.storage import inner_name, locate, put_text
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +167,7 @@ def _write_snapshot(fs: Any, root: str, names: list[str], listed: Mapping[str, d
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    if is_local(fs):
-        write_whole(Path(path), snapshot.json())
-    else:
-        retried(lambda: fs.pipe_file(path, snapshot.json().encode()))
+    retried(lambda: put_text(fs, path, snapshot.json()))
 
 
 def _set_aside(fs: Any, root: str, name: str) -> None:
