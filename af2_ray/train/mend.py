@@ -2,8 +2,8 @@
 
 Ray Train lists a job's checkpoints in a snapshot and takes the last one as it is; a damaged file, or a listed folder
 that is gone, ends the job at every start. Here the newest checkpoint whose files are all as they were written is found,
-what is newer is set aside in `damaged`, and the snapshot is made to fit. Reading a checkpoint once more costs about a
-second a gigabyte, at a restart.
+listed or not, what is newer is set aside in `damaged`, and the snapshot is made to fit. Reading a checkpoint once more
+costs about a second a gigabyte, at a restart.
 """
 
 from __future__ import annotations
@@ -54,19 +54,25 @@ def mend(storage: str) -> Newest | None:
     folders = {str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)}
     folders = {name for name in folders if name.startswith("step_")}
     listed = {result.checkpoint_dir_name: result.metrics for result in snapshot.checkpoint_results} if snapshot else {}
-    names = sorted(folders & {*listed} or folders)  # by step, as they have leading zeros
-    damaged = []
+    names = sorted(folders)  # by step, as they have leading zeros
+    damaged: list[str] = []
     newest: dict[str, Any] | None = None
     while names and newest is None:
+        is_listed = snapshot is None or names[-1] in listed
         try:
-            newest = check_files(fs, f"{root}/{names[-1]}")
+            newest = check_files(fs, f"{root}/{names[-1]}", needs_digests=not is_listed)
         except Damaged as error:
-            logger.warning("%s; it is set aside, and the checkpoint before it is taken", error)
-            damaged.append(names.pop())
+            name = names.pop()
+            if is_listed:
+                logger.warning("%s; it is set aside, and the checkpoint before it is taken", error)
+                damaged.append(name)
+            else:
+                logger.info("%s; Ray has not listed it: its job was killed while it was saved or removed", error)
     if not names and damaged:
         logger.warning("%s: no whole checkpoint is left, and the job begins anew; the others are in %s/", root, ASIDE)
     for name in damaged:
         _set_aside(fs, root, name)
+    names = [name for name in names if snapshot is None or name in listed or name == names[-1]]
     latest = snapshot.latest_checkpoint_result if snapshot else None
     said = (latest.checkpoint_dir_name, latest.metrics.get("step")) if latest else None
     if newest is None or said != (names[-1], newest["step"]) or {*listed} != {*names}:
@@ -93,13 +99,18 @@ def read_told(fs: Any, folder: str) -> dict[str, Any]:
     return told
 
 
-def check_files(fs: Any, folder: str) -> dict[str, Any]:
+def check_files(fs: Any, folder: str, *, needs_digests: bool = False) -> dict[str, Any]:
     """`read_told`, and every file of the checkpoint compared with its digest.
+
+    Args:
+        needs_digests: take none without, of which nobody knows whether it is whole.
 
     Raises:
         Damaged: a file is missing or not as it was written; the message names it.
     """
     told = read_told(fs, folder)
+    if needs_digests and "files" not in told:
+        raise Damaged(f"{folder} has no digests")
     for name, mark in told.get("files", {}).items():
         path = f"{folder}/{inner_name(name)}"
         try:

@@ -124,6 +124,30 @@ def test_the_newest_whole_one_is_taken(storage: str, damage: str, num: int, capl
     assert not whole or (root / SNAPSHOT).read_bytes() == before
 
 
+@pytest.mark.parametrize("state", ["whole", "half uploaded", "without digests"])
+def test_one_that_ray_has_not_listed_yet_is_taken_if_it_is_whole(
+    storage: str, state: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The job was killed between the upload and Ray's list."""
+    root = Path(storage) / "train"
+    snapshot = _CheckpointManagerState.parse_obj(json.loads((root / SNAPSHOT).read_text()))
+    results = [result for result in snapshot.checkpoint_results if result.checkpoint_dir_name != "step_000008"]
+    listed = {result.checkpoint_dir_name: result for result in results}
+    kept = {"checkpoint_results": results, "checkpoint_report_indices": [3, 5], "current_report_index": 6}
+    latest = {"latest_checkpoint_result": listed["step_000006"]}
+    (root / SNAPSHOT).write_text(snapshot.copy(update=kept | latest).json())
+    newest = root / "step_000008"
+    if state == "half uploaded":
+        (newest / LARGEST).unlink()
+    elif state == "without digests":
+        (newest / "checkpoint.json").write_text('{"recipe": "r", "world_size": 1, "step": 8, "best": null}')
+    found = mend(storage)
+    assert found is not None
+    assert found.step == last_step(storage) == (8 if state == "whole" else 6)
+    assert not (root / "damaged").exists()
+    assert "set aside" not in caplog.text
+
+
 def test_what_is_whole_is_left_as_it_is(storage: str) -> None:
     snapshot = Path(storage) / "train" / SNAPSHOT
     before = snapshot.read_bytes()
