@@ -27,7 +27,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from af2_ray.config import Corpus, Recipe, recipe_names
-from af2_ray.train.run import Run, read_metrics
+from af2_ray.train.run import Run, finished, read_metrics
 
 if TYPE_CHECKING:
     from af2_ray.synth.corpus import CorpusReport
@@ -192,7 +192,7 @@ def corpus(settings: Corpus) -> CorpusReport:
 def watch(title: str, folder: Path, num_steps: int) -> Iterator[None]:
     """Heading and progress bar of a training step, from the metrics it writes to `folder`."""
     heading(title)
-    if (folder / "done.json").is_file():
+    if finished(folder):
         console.print("done before")
         yield
         return
@@ -228,8 +228,7 @@ def disk(recipe: Recipe, run: Run) -> None:
         return
     parts = ", ".join(f"{need.what} {amount(need.size)}" for need in needs)
     console.print(f"disk: about {amount(sum(need.size for need in needs))} in all ({parts})")
-    there = sum(path.stat().st_size for path in run.root.rglob("*") if path.is_file() and not path.is_symlink())
-    for line in shortages(needs, there):
+    for line in shortages(needs):
         console.print(f"[bold red]too little disk:[/] {line}; `checkpoints.keep` and jobs/clean.py make room")
 
 

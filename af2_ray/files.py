@@ -21,10 +21,11 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 DIGESTS = "digests.json"  # of the files of a folder, within it
-_SEAL = re.compile(rb'(.*(?:"sha256": "|# sha256: ))([0-9a-f]{64})("\n}\n|\n)', re.DOTALL)
-_SIGN = re.compile(rb"sha256|[0-9a-f]{64}")  # that there was a seal
-_TAIL = 90  # bytes in which a seal is
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<writer>\d+|old)")  # folders and files that a killed writer leaves
+_SEAL = re.compile(rb'(.*(?:"seal": "|# seal: )sha256-)([0-9a-f]{64})("\n}\n|\n)', re.DOTALL)
+_SIGN = re.compile(rb'"seal":|# seal:|sha256-[0-9a-f]{8}')  # of a seal: a flipped bit breaks one at most
+_TAIL = 100  # bytes in which a seal is
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.af2-(?P<writer>\d+|old)|\.(model|start)\.\d+")
+"""Names of what a killed writer leaves; the latter are of older versions."""
 
 
 class Damaged(ValueError):
@@ -37,7 +38,7 @@ class Damaged(ValueError):
 def write_whole(path: Path, text: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part, after a power cut too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_of(path)
     try:
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
@@ -48,6 +49,11 @@ def write_whole(path: Path, text: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Where this process writes what will be `path`; what a kill leaves there is removed by `remove_leftovers`."""
+    return path.with_name(f".{path.name}.af2-{os.getpid()}")
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -108,7 +114,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         for name in names:
             _sync(Path(below) / name)
         sync_folder(Path(below))
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.af2-old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
@@ -158,14 +164,14 @@ def _sync(path: Path) -> None:
 
 
 def sealed_json(facts: Mapping[str, Any]) -> str:
-    """Facts as JSON with a digest of its own bytes as the last key, `sha256`."""
+    """Facts as JSON with a digest of its own bytes as the last key, `seal`."""
     body = json.dumps(dict(facts), indent=1).removesuffix("}").rstrip()
-    return _sealed(body + (",\n" if facts else "\n") + ' "sha256": "', '"\n}\n')
+    return _sealed(body + (",\n" if facts else "\n") + ' "seal": "sha256-', '"\n}\n')
 
 
 def sealed_yaml(text: str) -> str:
     """YAML with a digest of its own bytes in a comment at its end."""
-    return _sealed(f"{text.rstrip()}\n# sha256: ", "\n")
+    return _sealed(f"{text.rstrip()}\n# seal: sha256-", "\n")
 
 
 def _sealed(before: str, after: str) -> str:
@@ -205,7 +211,7 @@ def unsealed(name: str, data: bytes) -> tuple[dict[str, Any], bool]:
     if not isinstance(facts, dict):
         raise Damaged(f"{name} is damaged: no object of JSON")
     if had:
-        del facts["sha256"]
+        del facts["seal"]
     return facts, had
 
 

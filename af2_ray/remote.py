@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,8 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from af2_ray.files import DIGESTS, check_digests
-from af2_ray.storage import check_name, inner_name, is_remote, locate, within
+from af2_ray.files import DIGESTS, Damaged, check_digests
+from af2_ray.storage import Late, check_name, inner_name, is_remote, locate, shown, within
 
 ResultT = TypeVar("ResultT")
 
@@ -30,7 +31,7 @@ _RETRIES = 5  # with a pause that doubles from half a second: a server may be aw
 PATIENCE = 7  # retries where whole folders are at stake: it may be away for a minute
 _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs"}  # whose faults are not all OSErrors
 _NO_KEYS = {"NoCredentialsError", "PartialCredentialsError"}
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # faults of this machine: trying again does not help
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EUCLEAN}  # of this machine: to try again is no help
 _CHUNK = 32  # files that are sent or fetched, and tried again, together; a large one comes alone
 _CHUNK_BYTES = 256 * 2**20
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
@@ -47,7 +48,7 @@ def retried(call: Callable[[], ResultT], retries: int = _RETRIES, limit_s: float
 
     Raises:
         PermissionError: the store refuses the credentials, or there are none.
-        TimeoutError: two tries took longer than `limit_s`.
+        storage.Late: two tries took longer than `limit_s`.
         OSError: it still fails after so many retries, or this machine's disk is full or read-only.
     """
     num_late = 0
@@ -56,7 +57,7 @@ def retried(call: Callable[[], ResultT], retries: int = _RETRIES, limit_s: float
             return call() if limit_s is None else within(limit_s, call)
         except (FileNotFoundError, PermissionError):
             raise
-        except TimeoutError:
+        except Late:
             num_late += 1
             if num_late == 2 or attempt == retries:
                 raise
@@ -111,7 +112,8 @@ def scratch(kind: str) -> Path:
         PermissionError: somebody else could have put files there, which would be taken for ours.
     """
     folder = Path(tempfile.gettempdir()) / f"af2_ray_{kind}_{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise PermissionError(
@@ -131,11 +133,24 @@ def local_model(folder: str | Path) -> Path:
     Raises:
         ValueError: it is no such folder, or (`files.Damaged`) a file of it is not as it was written.
     """
+    path = model_folder(folder)
+    if not is_remote(folder):
+        _check_once(path)
+        return path
+    try:
+        _check_once(path)
+    except Damaged:  # of a copy, whose original may well be whole
+        path = _shared_copy(str(folder).rstrip("/"), anew=True)
+        _check_once(path)
+    return path
+
+
+def model_folder(folder: str | Path) -> Path:
+    """`local_model` without the comparison, for who wants its small files alone."""
     check_name(str(folder))
     path = _shared_copy(str(folder).rstrip("/")) if is_remote(folder) else Path(folder)
     if not (path / "config.json").is_file():
-        raise ValueError(f"no model in {folder}: name the folder that an export wrote, the one with config.json")
-    _check_once(path)
+        raise ValueError(f"no model in {shown(str(folder))}: name the folder that an export wrote, with config.json")
     return path
 
 
@@ -143,6 +158,11 @@ def _check_once(folder: Path) -> None:
     """Compare a folder with its digests, unless a process of this machine has done so since its files last changed."""
     if not (folder / DIGESTS).is_file():
         return
+    with locked(scratch("checked") / ".lock"):  # the ranks of a machine ask at once, and one of them looks
+        _check_unseen(folder)
+
+
+def _check_unseen(folder: Path) -> None:
     found = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
     states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
     told = json.dumps([str(folder.absolute()), states])
@@ -150,7 +170,7 @@ def _check_once(folder: Path) -> None:
     if seen.exists() and time.time() - seen.stat().st_mtime < _UNUSED_S:
         return
     check_digests(folder)
-    for other in seen.parent.iterdir():
+    for other in seen.parent.glob("[!.]*"):
         with suppress(FileNotFoundError):
             if time.time() - other.stat().st_mtime > _UNUSED_S:
                 other.unlink()
@@ -181,6 +201,46 @@ def _fetched(fs: Any, root: str, found: Mapping[str, Mapping[str, Any]], folder:
     return list(found)
 
 
+class Ranges(io.RawIOBase):
+    """A stretch of a remote file as a stream, each read a request of its own: one that hangs or fails harms no other.
+
+    libsndfile takes a failed read for the end of the file, so the fault is kept in `failed`.
+    """
+
+    def __init__(self, fs: Any, path: str, offset: int, size: int, limit_s: float) -> None:
+        self._fs, self._path, self._offset, self._size, self._limit_s = fs, path, offset, size, limit_s
+        self._place = 0
+        self.failed: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        start = self._offset + self._place
+        end = self._offset + min(self._size, self._place + len(buffer))
+        if end <= start:
+            return 0
+        try:
+            data = retried(lambda: self._fs.cat_file(self._path, start=start, end=end), limit_s=self._limit_s)
+        except Exception as error:
+            self.failed = error
+            return 0
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
 def _listed(uri: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
     """The store, its own name of a folder, and what it knows of each file below, by relative name.
 
@@ -207,14 +267,15 @@ def version_of(facts: Mapping[str, Any]) -> str:
     return f"{facts['size']}:{mark}"
 
 
-def _shared_copy(uri: str) -> Path:
+def _shared_copy(uri: str, *, anew: bool = False) -> Path:
     """This machine's copy of a folder; the first process that asks for it fetches it, and the others wait."""
     fs, root, found = _listed(uri)
     told = json.dumps([uri, sorted((name, version_of(facts)) for name, facts in found.items())])
     copies = scratch("copies")
     copy = copies / hashlib.sha256(told.encode()).hexdigest()[:16]
     with locked(copies / f".{copy.name}.lock"):
-        if not copy.is_dir():
+        if anew or not copy.is_dir():
+            shutil.rmtree(copy, ignore_errors=True)
             _remove_unused(copies)
             part = copies / f".{copy.name}.part"
             shutil.rmtree(part, ignore_errors=True)

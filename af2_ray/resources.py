@@ -6,6 +6,7 @@ for what it has now.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -29,7 +30,7 @@ def connect(**options: Any) -> Any:
     Raises:
         ConnectionError: a cluster is named (`RAY_ADDRESS`) or runs on this machine, and does not take this process.
     """
-    if allowed := storage.environment():
+    if allowed := _lacking(storage.environment()):
         env = dict(options.get("runtime_env") or {})
         options["runtime_env"] = env | {"env_vars": allowed | env.get("env_vars", {})}
     try:
@@ -39,6 +40,22 @@ def connect(**options: Any) -> Any:
             f"{str(error).splitlines()[0]}: is it up (`ray status`)? One that wants a token is joined with `export "
             "RAY_AUTH_MODE=token` and its token in ~/.ray/auth_token; `ray get-auth-token` there tells it"
         ) from error
+
+
+def _lacking(variables: dict[str, str]) -> dict[str, str]:
+    """Those that the job's own runtime environment does not set: Ray takes none twice.
+
+    Raises:
+        ValueError: it sets one to another value.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    for name, value in variables.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"the job's runtime environment has {name}={given[name]}, and its recipe wants {value}: set that there"
+            )
+    return {name: value for name, value in variables.items() if name not in given}
 
 
 def needed(cluster: Cluster, *, use_gpu: bool, in_sweep: bool = False) -> dict[str, float]:

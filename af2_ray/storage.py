@@ -3,8 +3,8 @@
 A manifest comes from somebody else, and what it names is opened by workers that hold credentials. fsspec follows far
 more than paths: chains (`zip://a::http://b`), files that are lists of other addresses, any host. So a name is a path of
 this machine or an address of a scheme that is on a short list (`file`, `s3`, `gs` where its package is there, and what
-a recipe adds in `access.schemes`), and nothing else; it leads to a regular file, and no read of a store takes longer
-than `READ_S`.
+a recipe adds in `access.schemes`), and nothing else; it leads to a regular file, and no read of a recording in a store
+takes longer than `READ_S`. Other reads of stores have the limits of the store's own client.
 
 The list is the same in all processes of a job: `allow` writes it to the environment, which Ray's workers get, too.
 """
@@ -34,11 +34,12 @@ MAX_CHARACTERS = 4096  # Linux takes no longer path, S3 no longer key than 1024 
 _SHOWN = 120  # characters of a name in a message
 
 _SCHEMES_VARIABLE, _PARENTS_VARIABLE = "AF2_SCHEMES", "AF2_PARENT_NAMES"
-_UNUSUAL = r"\x00-\x1f\x7f-\x{9f}\x{2028}\x{2029}:{}$"
-PLAIN_NAME = rf"^(({'|'.join(SCHEMES)})://)?[^\s{_UNUSUAL}][^{_UNUSUAL}]*$"
-"""In RE2's syntax: names that `check_name` takes unless they are too long or have a `..`; about others it is asked."""
+UNUSUAL_NAME = r"[\x00-\x1f\x7f-\x{9f}\x{2028}\x{2029}]|::|\{\{|\}\}|\$\{|\.\.|^\s*$|^data:"
+PLAIN_ADDRESS = rf"^({'|'.join(SCHEMES)})://"
+"""In RE2's syntax, for columns: `check_name` takes a name that is short enough, has nothing unusual, and has no `://`
+or begins as a plain address; about others it is asked."""
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # the last are halves of characters
 _TEMPLATE = re.compile(r"\{\{|\}\}|\$\{")
 
 
@@ -115,7 +116,7 @@ def check_name(name: str) -> None:
         raise NameRefused(name, "empty name", "name a file")
     if len(name) > MAX_CHARACTERS:
         raise NameRefused(name, "name too long", f"{MAX_CHARACTERS} characters are the most")
-    if _CONTROL.search(name) or any("\ud800" <= character <= "\udfff" for character in name):
+    if _CONTROL.search(name):
         raise NameRefused(name, "control characters in name", "rename the file: no line breaks, no broken Unicode")
     if "::" in name:
         raise NameRefused(name, "chained name", "name the file itself: addresses within addresses are not followed")
@@ -151,19 +152,26 @@ def locate(name: str | Path) -> tuple[Any, str]:
         fs, path = fsspec.url_to_fs(text)
     except ImportError as error:
         raise NameRefused(text, "scheme not allowed", f"its package is not installed: {error}") from error
-    if is_local(fs):
-        _check_regular(text, path)
+    check_regular(fs, path)
     return fs, path
 
 
-def _check_regular(name: str, path: str) -> None:
-    """Reading from a pipe may never end, and opening a device may do anything."""
+def check_regular(fs: Any, path: str) -> None:
+    """Refuse a path that leads to a pipe, a device or a socket: reading may never end, and opening do anything.
+
+    `locate` does so; what is found below or beside a located place is to be checked, too.
+
+    Raises:
+        NameRefused: it does.
+    """
+    if not is_local(fs):
+        return
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return  # not there, or not to be seen: opening it says why
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise NameRefused(name, "not a regular file", "name a file or a folder")
+        raise NameRefused(path, "not a regular file", "name a file or a folder")
 
 
 def is_local(fs: Any) -> bool:
@@ -179,13 +187,13 @@ def open_local(name: str) -> IO[bytes]:
         OSError: as of `open`.
     """
     check_name(name)
-    number = os.open(name.removeprefix("file://"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(number).st_mode
+    path = name.removeprefix("file://")
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{shown(name)} is a folder")
     if not stat.S_ISREG(mode):
-        os.close(number)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(f"{shown(name)} is a folder")
         raise NameRefused(name, "not a regular file", "name a file")
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # should it be a pipe by now
     return os.fdopen(number, "rb")
 
 
@@ -240,11 +248,15 @@ def inner_name(name: str) -> str:
 # --- Time --------------------------------------------------------------------------------------------------------
 
 
+class Late(TimeoutError):
+    """A call that took longer than it was given."""
+
+
 def within(seconds: float, call: Callable[[], ResultT]) -> ResultT:
     """What `call` returns or raises.
 
     Raises:
-        TimeoutError: it takes longer. What hangs goes on in a thread of its own and is heard no more.
+        Late: it takes longer. What hangs goes on in a thread of its own and is heard no more.
     """
     outcome: list[Any] = []
     done = threading.Event()
@@ -258,7 +270,7 @@ def within(seconds: float, call: Callable[[], ResultT]) -> ResultT:
 
     threading.Thread(target=run, daemon=True, name="storage").start()
     if not done.wait(seconds):
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise Late(f"no answer within {seconds:g} s")
     good, value = outcome
     if not good:
         raise value

@@ -22,10 +22,10 @@ def main() -> None:
     if not found:
         console.console.print("nothing of this run can go")
         return
-    total = amount(sum(one.size for one in found))
     if arguments.remove:
-        with run.lock():
+        with run.lock():  # nobody works in it; and what a kill has left is gone with it
             remove(found)
+    total = amount(sum(one.size for one in found))
     for one in found:
         console.console.print(f"{amount(one.size):>10}  {one.why}\n{'':>12}{one.path}", markup=False)
     console.console.print(f"{total} removed" if arguments.remove else f"{total} can go: add --remove")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from af2_ray import console
 from af2_ray.config import load_sweep, sweep_names
+from af2_ray.storage import allow
 
 
 def main() -> None:
@@ -20,6 +21,8 @@ def main() -> None:
     sweep = load_sweep(arguments.sweep)
     trials = sweep.trials(arguments.overrides)  # every combination is checked before anything starts
     recipe = trials[0].recipe
+    for trial in trials:
+        allow(trial.recipe.access.schemes, parents=trial.recipe.access.parents)  # before Ray starts its workers
     if arguments.list:
         for trial in trials:
             console.console.print(f"{trial.id}  {trial.values}")

@@ -36,7 +36,14 @@ def test_every_flipped_bit_of_a_sealed_text_is_found(text: str) -> None:
 
 def test_a_sealed_text_is_still_json_and_yaml(tmp_path: Path) -> None:
     assert files.unsealed("x", sealed_json(FACTS).encode()) == (FACTS, True)
-    assert {**json.loads(sealed_json(FACTS)), "sha256": ""} == {**FACTS, "sha256": ""}
+    assert {**json.loads(sealed_json(FACTS)), "seal": ""} == {**FACTS, "seal": ""}
+    for unsealed in (
+        {"sha256": "0" * 64},
+        {"error": "its sha256 is wrong"},
+        {"seal": 1, "sha256": "0" * 64, "x": "y" * 99},
+    ):
+        data = json.dumps(unsealed, indent=1).encode() + b"\n"
+        assert files.unsealed("x", data) == (unsealed, False)  # what has no seal is not judged
     recipe = load_recipe("tiny")
     (tmp_path / "r.yaml").write_text(sealed_yaml(recipe.to_yaml()))
     assert load_recipe(tmp_path / "r.yaml") == recipe
@@ -118,16 +125,18 @@ def test_a_refused_second_driver_changes_nothing(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_removed_or_put_back(tmp_path: Path) -> None:
     run = Run.open(load_recipe("tiny"), tmp_path)
-    for name in (".model.4711", ".model.old", ".other.old", ".git"):
+    for name in (".model.4711", ".model.af2-old", ".other.af2-old", ".other.af2-12", ".git", ".env.2024", ".notes.old"):
         (tmp_path / "stages" / "a" / name).mkdir(parents=True)
-    (tmp_path / "stages" / "a" / ".model.old" / "config.json").write_text("the only one there is")
+    (tmp_path / "stages" / "a" / ".model.af2-old" / "config.json").write_text("the only one there is")
     (tmp_path / "stages" / "a" / "other").mkdir()
-    (tmp_path / ".recipe.yaml.4711").write_text("half")
+    (tmp_path / ".recipe.yaml.af2-4711").write_text("half")
     with run.lock():
         pass
-    assert {path.name for path in (tmp_path / "stages" / "a").iterdir()} == {"model", "other", ".git"}
+    assert {path.name for path in (tmp_path / "stages" / "a").iterdir()} == {
+        *("model", "other", ".git", ".env.2024", ".notes.old")
+    }
     assert (tmp_path / "stages" / "a" / "model" / "config.json").is_file()
-    assert not (tmp_path / ".recipe.yaml.4711").exists()
+    assert not (tmp_path / ".recipe.yaml.af2-4711").exists()
 
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (25, 50, 75))])

@@ -11,9 +11,10 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
+from af2_ray.files import Damaged
 from af2_ray.remote import fetch, local_model, scratch
 from af2_ray.storage import inner_name
-from af2_ray.train.run import Run
+from af2_ray.train.run import Run, replacing
 
 KEYS = {
     "model/../../../escaped_1.txt": "..",
@@ -78,6 +79,22 @@ def test_a_key_leads_nowhere_outside(bucket: str, url: str, key: str, tmp_path: 
 
 def test_a_whole_model_is_fetched(bucket: str) -> None:
     assert files_below(local_model(f"s3://{bucket}/model")) == {"config.json", "model.safetensors", "recipe.yaml"}
+
+
+def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_named(bucket: str, url: str, tmp_path: Path) -> None:
+    with replacing(tmp_path / "export") as folder:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text(f"{{}} {name}")
+    client = boto3.client("s3", endpoint_url=url)
+    for path in (tmp_path / "export").iterdir():
+        client.upload_file(str(path), bucket, f"export/{path.name}")
+    place = f"s3://{bucket}/export"
+    copy = local_model(place)
+    (copy / "model.safetensors").write_text("half")
+    assert (local_model(place) / "model.safetensors").read_text() == "{} model.safetensors"
+    client.put_object(Bucket=bucket, Key="export/model.safetensors", Body=b"other")
+    with pytest.raises(Damaged, match=r"model\.safetensors"):
+        local_model(place)
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.c", "..a/b..", "a b", "é/ü", "-rf", "~", "%2e%2e"])

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Literal, cast
+from typing import IO, Literal, cast
 
 import numpy as np
 import soundfile as sf
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from af2_ray.audio import shards
 from af2_ray.audio.windows import SAMPLE_RATE
-from af2_ray.remote import retried
+from af2_ray.remote import Ranges, retried
 from af2_ray.storage import READ_S, NameRefused, is_remote, locate, open_local, shown
 
 MAX_BYTES = 4 * 2**30
@@ -37,7 +37,6 @@ Channel = Literal["first", "mix"]
 _BLOCK = 2**16  # frames read at a time: a header that claims a day costs nothing, and a block stays in the cache
 _WHOLE_BYTES = 8 * 2**20  # a remote object up to this size comes in one request
 _RANGE_BYTES = 2**20  # block of a ranged read of a larger one
-_PART_BYTES = 2**18  # of a block that are handed on at a time
 _INDEX_S = 600.0  # to list a shard of many gigabytes, once
 _INT16_STEP = 2.0**-15
 _SILENCE = _INT16_STEP  # a smaller peak, or a smaller swing around a constant, carries no sound
@@ -158,8 +157,21 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
     with stream:
         if size > max_bytes:
             raise AudioError(uri, "too large", f"{size} bytes, the limit is {max_bytes}")
-        with _sound_file(uri, stream, size) as file:
-            yield file
+        try:
+            with _sound_file(uri, stream, size) as file:
+                yield file
+        except AudioError as error:
+            raise _failed_read(uri, stream) or error from error
+        if failed := _failed_read(uri, stream):
+            raise failed
+
+
+def _failed_read(uri: str, stream: IO[bytes]) -> AudioError | None:
+    """Why a remote read failed, which libsndfile does not tell: to it the file has ended."""
+    failed = getattr(getattr(stream, "raw", None), "failed", None)
+    if failed is None:
+        return None
+    return AudioError(uri, "timed out" if isinstance(failed, TimeoutError) else "unreadable", str(failed))
 
 
 def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
@@ -172,8 +184,7 @@ def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
         if not is_remote(uri):
             return shards.open_member(uri, whole_bytes)
         retried(lambda: shards.places(split[0]), limit_s=_INDEX_S)
-        stream, size = retried(lambda: shards.open_member(uri, whole_bytes), limit_s=READ_S)
-        return (stream if isinstance(stream, io.BytesIO) else _patient(stream)), size
+        return retried(lambda: shards.open_member(uri, whole_bytes, READ_S), limit_s=READ_S)
     fs, path = locate(uri)
     info = retried(lambda: fs.info(path), limit_s=READ_S)
     if info.get("size") is None:
@@ -183,46 +194,7 @@ def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
         raise IsADirectoryError(f"{uri} is a folder")
     if size <= whole_bytes:
         return io.BytesIO(retried(lambda: fs.cat_file(path), limit_s=READ_S)), size
-    stream = retried(lambda: fs.open(path, "rb", block_size=_RANGE_BYTES, cache_type="blockcache"), limit_s=READ_S)
-    return _patient(stream), size
-
-
-def _patient(stream: IO[bytes]) -> IO[bytes]:
-    return cast(IO[bytes], io.BufferedReader(_Patient(stream), _PART_BYTES))
-
-
-class _Patient(io.RawIOBase):
-    """A remote file whose reads are tried again: libsndfile would take a failed read for the end of the file."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        place = self._stream.tell()
-
-        def read() -> bytes:
-            self._stream.seek(place)
-            return self._stream.read(len(buffer))
-
-        data = retried(read, limit_s=READ_S)
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
+    return cast(IO[bytes], io.BufferedReader(Ranges(fs, path, 0, size, READ_S), _RANGE_BYTES)), size
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 Millions of clips as millions of objects cost a request and a directory entry each; WebDataset's way of packing them
 into plain tar files does not. A tar has no table of contents, so one is made at the first use (one pass over the
 headers) and kept beside the shard as `shard.tar.index.json`, or in this process alone where that place cannot be
-written. From then on a clip is one ranged read, in any order. The read takes the clip's own tar header along: one that
-is not as the index knows it shows that the shard was written anew, and it is listed anew. That costs 512 bytes a clip
-and no request.
+written. From then on a clip is one ranged read, in any order. The read takes the clip's own tar headers along: if
+they are not as the index knows them, the shard was written anew, and is listed anew. That costs no request, and 512
+bytes a clip (1.5 kB if its name is long, or not ASCII).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import io
 import json
 import logging
 import tarfile
+import threading
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
-from af2_ray.remote import version_of
-from af2_ray.storage import locate
+from af2_ray.remote import Ranges, version_of
+from af2_ray.storage import check_regular, locate, put_text
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,13 @@ _MARK = ".tar#"
 _BLOCK_BYTES = 2**20  # of a remote read
 _FORMAT = 2  # of the index
 _MOST_KNOWN = 256  # shards whose index this process keeps
+_MOST_HEADER = 2**20  # bytes of a file's tar headers: names and dates
 
 
 class Place(NamedTuple):
-    """Where a file is in its shard: offset and size in bytes, and a digest of the 512 bytes of its tar header."""
+    """Where a file is in its shard: where its tar headers and its data begin, its size, a digest of the headers."""
 
+    start: int
     offset: int
     size: int
     mark: str
@@ -47,6 +50,7 @@ class _Index:
 
 
 _known: dict[str, _Index] = {}
+_lock = threading.Lock()  # of `_known`: clips are probed by many threads
 
 
 def split_member(uri: str) -> tuple[str, str] | None:
@@ -60,33 +64,39 @@ def member_uris(shard: str) -> list[str]:
     return [f"{shard}#{member}" for member in places(shard)]
 
 
-def places(shard: str, *, anew: bool = False) -> Places:
+def places(shard: str) -> Places:
     """Where each file of a shard is, from its index, which is made where there is none.
-
-    Args:
-        anew: make the index in any case, for the one that is there is wrong.
 
     Raises:
         FileNotFoundError: there is no such shard.
         ValueError: it is not a tar file, or cut.
     """
-    index = None if anew else _known.get(shard)
+    return _index(shard).files
+
+
+def _index(shard: str, *, anew: bool = False) -> _Index:
+    """The index of a shard; `anew`: made in any case, for the one that is there is wrong."""
+    with _lock:
+        index = None if anew else _known.get(shard)
     if index is None:
-        while len(_known) >= _MOST_KNOWN:
-            _known.pop(next(iter(_known)), None)
-        index = _known[shard] = _index(shard, anew)
-    return index.files
+        index = _read_index(shard, anew)
+        with _lock:
+            while len(_known) >= _MOST_KNOWN:
+                _known.pop(next(iter(_known)))
+            _known[shard] = index
+    return index
 
 
-def _index(shard: str, anew: bool) -> _Index:
+def _read_index(shard: str, anew: bool) -> _Index:
     fs, path = locate(shard)
     # Not by its size: tars come in whole blocks of 10 kB, and the same clips in another order are as many.
     beside, version = f"{path}.index.json", version_of(fs.info(path))
     try:
+        check_regular(fs, beside)
         known = {} if anew else json.loads(fs.cat_file(beside))
         if known["format"] == _FORMAT and known["version"] == version:
             return _Index(version, {name: _place(*told) for name, told in known["files"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         pass  # none yet, half written, of another form or of another shard: made anew
     try:
         with fs.open(path, "rb", block_size=_BLOCK_BYTES) as stream:
@@ -96,17 +106,16 @@ def _index(shard: str, anew: bool) -> _Index:
             f"{shard}: not a readable tar file (a compressed one cannot be read by offset): {error}"
         ) from error
     try:
-        told = {"format": _FORMAT, "version": version, "files": files}
-        fs.pipe_file(beside, json.dumps(told).encode())
+        put_text(fs, beside, json.dumps({"format": _FORMAT, "version": version, "files": files}))
     except OSError as error:
         logger.info("%s: the index is kept in memory only: %s", shard, error)
     return _Index(version, files)
 
 
-def _place(offset: int, size: int, mark: str) -> Place:
-    if int(offset) < tarfile.BLOCKSIZE or int(size) < 0:
+def _place(start: int, offset: int, size: int, mark: str) -> Place:
+    if not (0 <= int(start) < int(offset) <= int(start) + _MOST_HEADER and int(size) >= 0):
         raise ValueError("no place in a tar file")
-    return Place(int(offset), int(size), str(mark))
+    return Place(int(start), int(offset), int(size), str(mark))
 
 
 def _listed(stream: IO[bytes]) -> Places:
@@ -114,17 +123,23 @@ def _listed(stream: IO[bytes]) -> Places:
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for entry in tar:
             if entry.isfile():
-                stream.seek(entry.offset_data - tarfile.BLOCKSIZE)
-                found[entry.name] = Place(entry.offset_data, entry.size, _mark(stream.read(tarfile.BLOCKSIZE)))
+                stream.seek(entry.offset)
+                mark = _mark(stream.read(entry.offset_data - entry.offset))
+                found[entry.name] = Place(entry.offset, entry.offset_data, entry.size, mark)
     return found
 
 
-def _mark(header: bytes) -> str:
-    return hashlib.sha256(header).hexdigest()[:16]
+def _mark(headers: bytes) -> str:
+    return hashlib.sha256(headers).hexdigest()[:16]
 
 
-def open_member(uri: str, whole_bytes: int) -> tuple[IO[bytes], int]:
+def open_member(uri: str, whole_bytes: int, limit_s: float | None = None) -> tuple[IO[bytes], int]:
     """A member as a seekable stream, and its size; one up to `whole_bytes` is fetched in one read.
+
+    Args:
+        uri: `shard.tar#member`.
+        whole_bytes: most bytes that are read at once.
+        limit_s: of each read of a larger member of a remote shard.
 
     Raises:
         FileNotFoundError: no such shard, or no such member in it.
@@ -136,28 +151,27 @@ def open_member(uri: str, whole_bytes: int) -> tuple[IO[bytes], int]:
     shard, member = split
     fs, path = locate(shard)
     for anew in (False, True):
-        place = places(shard, anew=anew).get(member)
-        if place is None and (anew or _known[shard].version == version_of(fs.info(path))):
+        index = _index(shard, anew=anew)
+        place = index.files.get(member)
+        if place is None and (anew or index.version == version_of(fs.info(path))):
             raise FileNotFoundError(f"{shard} has no {member}")
-        if place is not None and (found := _opened(fs, path, place, whole_bytes)):
-            return found
+        if place is not None and (found := _opened(fs, path, place, whole_bytes, limit_s)):
+            return found, place.size
     raise ValueError(f"{shard} changes while it is read: {member} is not where its headers say")
 
 
-def _opened(fs: Any, path: str, place: Place, whole_bytes: int) -> tuple[IO[bytes], int] | None:
+def _opened(fs: Any, path: str, place: Place, whole_bytes: int, limit_s: float | None) -> IO[bytes] | None:
     """The member at a place; none if another one is there now."""
-    start = place.offset - tarfile.BLOCKSIZE
-    if place.size <= whole_bytes:
-        data = fs.cat_file(path, start=start, end=place.offset + place.size)
-        if _mark(data[: tarfile.BLOCKSIZE]) != place.mark:
-            return None
-        return io.BytesIO(data[tarfile.BLOCKSIZE :]), place.size
-    stream = fs.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="blockcache")
-    stream.seek(start)
-    if _mark(stream.read(tarfile.BLOCKSIZE)) != place.mark:
-        stream.close()
+    num_header = place.offset - place.start
+    whole = place.size <= whole_bytes
+    data = fs.cat_file(path, start=place.start, end=place.offset + (place.size if whole else 0))
+    if _mark(data[:num_header]) != place.mark:
         return None
-    return io.BufferedReader(_Part(stream, place.offset, place.size)), place.size
+    if whole:
+        return io.BytesIO(data[num_header:])
+    if limit_s is None:
+        return io.BufferedReader(_Part(fs.open(path, "rb"), place.offset, place.size))
+    return cast(IO[bytes], io.BufferedReader(Ranges(fs, path, place.offset, place.size, limit_s), _BLOCK_BYTES))
 
 
 class _Part(io.RawIOBase):

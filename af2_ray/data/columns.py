@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from af2_ray.data.manifest import Sample, Stretch, StretchT, check_samples, fingerprint, name_fault
-from af2_ray.storage import MAX_CHARACTERS, PLAIN_NAME
+from af2_ray.storage import MAX_CHARACTERS, PLAIN_ADDRESS, UNUSUAL_NAME
 from af2_ray.text import AUDIO
 
 TEXT_COLUMNS = ("id", "uri", "prompt", "answer", "task", "dataset", "skill", "pair", "template")
@@ -228,8 +228,9 @@ def check_table(
 
 def _openable(uris: pa.Array) -> NDArray[np.bool_]:
     """Which uris may be opened, as `manifest.name_fault` has it; only those that look unusual are asked about."""
-    plain = pc.and_(pc.match_substring_regex(uris, PLAIN_NAME), pc.less(pc.utf8_length(uris), MAX_CHARACTERS))
-    found = pc.and_not(plain, pc.match_substring(uris, "..")).to_numpy(zero_copy_only=False).copy()
+    asked = pc.or_(pc.match_substring_regex(uris, UNUSUAL_NAME), pc.greater(pc.utf8_length(uris), MAX_CHARACTERS))
+    odd = pc.and_not(pc.match_substring(uris, "://"), pc.match_substring_regex(uris, PLAIN_ADDRESS))
+    found = pc.invert(pc.or_(asked, odd)).to_numpy(zero_copy_only=False).copy()
     for place in np.flatnonzero(~found).tolist():
         found[place] = not name_fault(uris[place].as_py())
     return found

@@ -18,8 +18,8 @@ import numpy as np
 
 from af2_ray.audio.decode import AudioError, probe
 from af2_ray.data.columns import SampleTable
-from af2_ray.data.manifest import CaptionSet, Sample
-from af2_ray.storage import locate, write_text
+from af2_ray.data.manifest import CaptionSet, Sample, name_fault
+from af2_ray.storage import check_regular, locate, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def fill_durations(
         mark = hashlib.sha256(manifest_uri.encode()).hexdigest()[:12]
         caches.append(f"{fallback.rstrip('/')}/{mark}.durations.json")
     known = _load(caches)
-    missing = [uri for uri in uris if uri not in known]
-    failures: dict[str, str] = {}
+    failures = {uri: reason for uri in uris if (reason := name_fault(uri))}  # not even looked at
+    missing = [uri for uri in uris if uri not in known and uri not in failures]
     if missing:
         logger.info("reading the durations of %d files", len(missing))
         with ThreadPoolExecutor(threads) as pool:
@@ -101,6 +101,7 @@ def _load(caches: Sequence[str]) -> dict[str, float]:
     for cache in caches:
         fs, path = locate(cache)
         try:
+            check_regular(fs, path)
             known |= {str(uri): float(seconds) for uri, seconds in json.loads(fs.cat_file(path)).items()}
         except FileNotFoundError:
             continue

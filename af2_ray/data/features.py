@@ -30,7 +30,7 @@ from af2_ray.audio.decode import AudioError
 from af2_ray.audio.shards import split_member
 from af2_ray.audio.windows import WINDOW_S
 from af2_ray.data.manifest import Stretch
-from af2_ray.files import put_in_place, read_json, write_whole
+from af2_ray.files import put_in_place, read_json, temporary_of, write_whole
 from af2_ray.storage import READ_S, locate, within
 
 FORMAT = 1  # of the shards, and of what of the front end no configuration tells
@@ -111,7 +111,7 @@ def write_shard(folder: Path, clips: Sequence[Clip], features: Sequence[NDArray[
     """Write the features [W, F, D] of some clips as one shard; a half-written one is never seen under its name."""
     told = json.dumps([list(clip) for clip in clips])
     path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
-    temporary = folder / f".{path.name}.{os.getpid()}"
+    temporary = temporary_of(path)
     tensors = {str(place): np.ascontiguousarray(array) for place, array in enumerate(features)}
     save_file(tensors, temporary, metadata={"clips": told})
     put_in_place(temporary, path)

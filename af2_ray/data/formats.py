@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from af2_ray.data import manifest
 from af2_ray.data.columns import SampleTable
 from af2_ray.data.manifest import CaptionSet, Root, Sample
-from af2_ray.storage import locate, open_text
+from af2_ray.storage import check_regular, inner_name, locate, open_text
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "name": ("name", "audio", "uri", "path", "file", "file_name", "audio_path"),
@@ -70,6 +70,7 @@ def kind_of(uri: str) -> str:
     if any(name.endswith(".parquet") for name in names):
         return "parquet"
     if "dataset_dict.json" in names:
+        check_regular(fs, f"{path}/dataset_dict.json")
         splits = json.loads(fs.cat_file(f"{path}/dataset_dict.json"))["splits"]
         raise ValueError(f"{uri}: a dataset of several splits: name one of {', '.join(f'{uri}/{s}' for s in splits)}")
     raise ValueError(f"{uri}: no such manifest, or of no known format (.json, .jsonl, .parquet, a `datasets` folder)")
@@ -181,6 +182,7 @@ def _columns(uri: str, kind: str) -> pa.Table:
     try:
         tables = []
         for file in files:
+            check_regular(fs, file)
             with fs.open(file, "rb") as stream:
                 tables.append(pq.read_table(stream) if kind == "parquet" else _arrow(stream))
     except FileNotFoundError as error:
@@ -193,8 +195,9 @@ def _columns(uri: str, kind: str) -> pa.Table:
 def _data_files(fs: Any, folder: str, suffix: str) -> list[str]:
     """The files of a table's folder; not what `datasets` derived from them (`map`, `filter`) and keeps there, too."""
     state = f"{folder}/state.json"
+    check_regular(fs, state)
     if named := json.loads(fs.cat_file(state)).get("_data_files") if fs.exists(state) else None:
-        return [f"{folder}/{entry['filename']}" for entry in named]
+        return [f"{folder}/{inner_name(entry['filename'])}" for entry in named]
     found = sorted(fs.glob(f"{folder}/*{suffix}"))
     return [file for file in found if not file.rsplit("/", 1)[-1].startswith("cache-")]
 

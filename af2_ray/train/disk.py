@@ -8,6 +8,7 @@ bound where the data decide (cached features).
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,24 +100,26 @@ def _feature_bytes(recipe: Recipe, model: Any) -> int:
     return total
 
 
-def shortages(needs: list[Need], run_bytes: int = 0) -> list[str]:
+def shortages(needs: list[Need]) -> list[str]:
     """Which disks of this machine have less room than a run will want, in words; object storage is not asked.
 
-    Args:
-        run_bytes: what is there of the run already.
+    What lies in the places already counts as done.
     """
-    wanted: dict[int, tuple[str, int]] = {}
+    places: dict[str, int] = {}
     for need in needs:
-        if is_remote(need.place):
-            continue
-        folder = _nearest(Path(need.place))
+        if not is_remote(need.place):
+            places[need.place] = places.get(need.place, 0) + need.size
+    wanted: dict[int, tuple[str, int]] = {}
+    for place, size in places.items():
+        folder = _nearest(Path(place))
         disk = folder.stat().st_dev
-        wanted[disk] = (str(folder), wanted.get(disk, ("", 0))[1] + need.size)
+        lacking = max(0, size - (_size(place) or 0))
+        wanted[disk] = (str(folder), wanted.get(disk, ("", 0))[1] + lacking)
     told = []
     for folder_name, size in wanted.values():
         free = shutil.disk_usage(folder_name).free
-        if size - run_bytes > free:
-            told.append(f"{folder_name} has {amount(free)} free, and about {amount(size - run_bytes)} are wanted")
+        if size > free:
+            told.append(f"{folder_name} has {amount(free)} free, and about {amount(size)} are wanted")
     return told
 
 
@@ -171,7 +174,8 @@ def remove(spares: list[Spare]) -> None:
     """Remove them; call it while the run is locked."""
     for one in spares:
         fs, path = locate(one.path)
-        fs.rm(path, recursive=True)
+        with suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
 
 
 def _size(place: str) -> int | None:

@@ -23,7 +23,7 @@ from torch import nn
 from af2_ray.config import DeepSpeedSettings
 from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
-from af2_ray.remote import local_model
+from af2_ray.remote import model_folder
 from af2_ray.train import checkpoint
 from af2_ray.train.accounts import Meter, gates, memory_gib
 from af2_ray.train.checkpoint import State
@@ -182,7 +182,7 @@ def _write(module: Any, loop: LoopConfig) -> None:
     merge_lora(module)
     with replacing(loop.export) as temporary:
         module.save_pretrained(temporary)
-        for path in local_model(loop.task.start).iterdir():
+        for path in model_folder(loop.task.start).iterdir():
             if path.is_file() and not (temporary / path.name).exists() and path.suffix != ".safetensors":
                 shutil.copy2(path, temporary)
 

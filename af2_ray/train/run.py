@@ -47,6 +47,7 @@ from af2_ray.files import (
     replace_folder,
     sealed_json,
     sealed_yaml,
+    temporary_of,
     write_digests,
     write_whole,
 )
@@ -105,7 +106,9 @@ class Run:
         path, uri, kept = _working_copy(str(root))
         if not (path / "recipe.yaml").is_file():
             raise ValueError(f"{uri or path} is not a run directory (it has no recipe.yaml)")
-        return cls(path, _saved_recipe(path / "recipe.yaml"), uri, kept)
+        recipe = _saved_recipe(path / "recipe.yaml")
+        allow(recipe.access.schemes, parents=recipe.access.parents)
+        return cls(path, recipe, uri, kept)
 
     @property
     def lm_dir(self) -> Path:
@@ -295,7 +298,7 @@ def replacing(place: Path | str) -> Iterator[Path]:
             send(_names(Path(name)), Path(name), str(place))
         return
     folder = Path(place)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = temporary_of(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

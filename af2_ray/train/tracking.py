@@ -206,7 +206,8 @@ class ReportCallback(UserCallback):
             row = _validation_row(step, accounts["validation"], accounts["is_best"])
             append_lines(self._folder / "validation.jsonl", [json.dumps(row)])
             tracker.log_history(self._mlflow_id, [row])
-        self._run.quarantine().add(accounts.get("failures", []), sum(row["clips"] for row in lacking))
+        num_clips = sum(row["clips"] for row in accounts.get("history", []))
+        self._run.quarantine().add(accounts.get("failures", []), num_clips)
 
     def _keep(self) -> None:
         """What a restart from this checkpoint goes on with; a store that is away gets it with the next report."""

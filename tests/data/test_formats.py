@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -278,3 +280,50 @@ def test_clips_of_a_shard(make_sound: Callable[..., str], tmp_path: Path, monkey
     (tmp_path / "bad.tar").write_bytes(b"not a tar" * 1000)
     with pytest.raises(AudioError, match="not a readable tar"):
         decode(f"{tmp_path}/bad.tar#a")
+
+
+def test_a_shard_written_anew_is_noticed_whatever_its_names_are(make_sound: Callable[..., str], tmp_path: Path) -> None:
+    """Of names that are not ASCII a tar header shows `?` alone; the clips are of equal size and date."""
+    names = ["\u72d7.wav", "\u732b.wav", "a" * 120 + "1.wav", "a" * 120 + "2.wav"]
+    paths = [make_sound(f"{number}.wav", 1.0, hz=200 + 900 * number) for number in range(len(names))]
+    shard = str(tmp_path / "shard.tar")
+
+    def write(order: list[int]) -> None:
+        with tarfile.open(shard, "w") as tar:
+            for place in order:
+                member = tarfile.TarInfo(names[place])
+                member.size = Path(paths[place]).stat().st_size
+                tar.addfile(member, io.BytesIO(Path(paths[place]).read_bytes()))
+
+    for order in ([0, 1, 2, 3], [1, 0, 3, 2]):
+        write(order)
+        for name, path in zip(names, paths, strict=True):
+            np.testing.assert_array_equal(decode(f"{shard}#{name}"), decode(path))
+
+
+def test_pipes_and_links_below_a_located_place_are_not_followed(make_sound: Callable[..., str], tmp_path: Path) -> None:
+    sound = make_sound("a.flac", 1.0)
+    shard, victim = tmp_path / "s.tar", tmp_path / "victim"
+    with tarfile.open(shard, "w") as tar:
+        tar.add(sound, arcname="a.flac")
+    os.mkfifo(tmp_path / "s.tar.index.json")
+    assert len(decode(f"{shard}#a.flac")) == 16_000
+    shards._known.clear()
+    (tmp_path / "s.tar.index.json").unlink()
+    victim.write_text("mine")
+    (tmp_path / "s.tar.index.json").symlink_to(victim)
+    assert len(decode(f"{shard}#a.flac")) == 16_000
+    assert victim.read_text() == "mine"
+    for name in ("x.arrow", "part.parquet", "state.json", "dataset_dict.json"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / "y.arrow").write_bytes(b"")
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=r"not a regular file|not readable as"):
+            read_table(str(folder))
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "x.arrow").write_bytes(b"")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../victim"}]}))
+    with pytest.raises(ValueError, match="no name of a file below a folder"):
+        read_table(str(folder))

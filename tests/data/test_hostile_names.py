@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hostile_names
+import numpy as np
 import pytest
 
 from af2_ray import storage
@@ -19,6 +20,7 @@ from af2_ray.data.durations import fill_durations
 from af2_ray.data.features import stamps
 from af2_ray.data.formats import read_table
 from af2_ray.data.manifest import check_samples, read_captions, read_samples
+from af2_ray.remote import retried
 from af2_ray.serve.offline import Asked, _read
 
 NUM_GOOD = 4000
@@ -189,3 +191,52 @@ def test_a_store_that_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     assert time.perf_counter() - started < 5
     with pytest.raises(AudioError, match=r"unreadable \(AttributeError: no such thing"):
         decode("broken://bucket/a.wav")
+
+
+def test_a_read_that_hangs_costs_its_clip_and_corrupts_no_other(
+    make_sound: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger recording comes in ranges; one that hangs is asked for again, and what it brings later is not taken."""
+    import fsspec
+
+    path = make_sound("long.wav", 120.0)
+    data, slow = Path(path).read_bytes(), {"first": 1}
+
+    class Slow(fsspec.AbstractFileSystem):
+        protocol = "slow"
+
+        def info(self, path: str, **more: Any) -> dict[str, Any]:
+            return {"name": path, "size": len(data), "type": "file"}
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **more: Any) -> bytes:
+            if start and "hangs" in path:
+                time.sleep(30)
+            if start and slow["first"]:
+                slow["first"] = 0
+                time.sleep(1)
+            return data[start:end]
+
+    fsspec.register_implementation("slow", Slow, clobber=True)
+    monkeypatch.setattr(storage.os, "environ", dict(storage.os.environ))
+    monkeypatch.setattr("af2_ray.audio.decode.READ_S", 0.4)
+    monkeypatch.setattr("af2_ray.audio.decode._WHOLE_BYTES", 1000)
+    storage.allow(["slow"])
+    np.testing.assert_array_equal(decode("slow://bucket/a.wav"), decode(path))
+    assert slow["first"] == 0
+    started = time.perf_counter()
+    with pytest.raises(AudioError, match="timed out"):
+        decode("slow://bucket/hangs.wav")
+    assert time.perf_counter() - started < 5
+
+
+def test_a_client_s_own_timeout_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def call() -> int:
+        tries.append(1)
+        if len(tries) < 4:
+            raise TimeoutError("of the client")
+        return 7
+
+    monkeypatch.setattr("af2_ray.remote.time.sleep", lambda seconds: None)
+    assert retried(call) == 7

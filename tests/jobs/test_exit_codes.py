@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import signal
@@ -117,3 +118,17 @@ def test_a_sweep_into_an_object_store_is_refused_before_anything_is_written(monk
     with pytest.raises(ValueError, match="a sweep is written on a shared file system"):
         job()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_job_s_runtime_environment_sets_is_not_set_again(monkeypatch):
+    """Ray refuses a variable that comes twice, with the same value too."""
+    monkeypatch.setenv("AF2_SCHEMES", "abfs,memory")
+    monkeypatch.setattr(resources.ray, "init", lambda **options: options)
+    assert resources.connect()["runtime_env"]["env_vars"]["AF2_SCHEMES"] == "abfs,memory"
+    job = {"runtime_env": {"env_vars": {"AF2_SCHEMES": "abfs,memory", "OTHER": "1"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert "AF2_SCHEMES" not in resources.connect().get("runtime_env", {}).get("env_vars", {})
+    job["runtime_env"]["env_vars"]["AF2_SCHEMES"] = "abfs"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    with pytest.raises(ValueError, match="has AF2_SCHEMES=abfs, and its recipe wants abfs,memory"):
+        resources.connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -192,3 +193,31 @@ def test_what_a_checkpoint_was_told_is_written_where_it_is_missing(tmp_path: Pat
         assert read_rows(folder / "validation.jsonl") == [{"step": 3, "val/own": 1.5, "val/is_best": 1.0}]
         assert read_rows(run.root / "quarantine.jsonl") == [bad]
     assert Failure(**bad).reason == "missing"
+
+
+def test_bad_items_of_a_whole_checkpoint_are_judged_over_all_of_its_clips(tmp_path: Path) -> None:
+    """32 of 3200, of whose steps the last ten were not written yet: 1 %, not 5."""
+    run = Run.open(load_recipe("tiny", ["faults.max_bad_share=0.02"]), tmp_path / "run")
+    folder = run.stage_dir("pretrain")
+    history = [{"step": number, "clips": 64} for number in range(1, 51)]
+    write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history[:40]))
+    bad = [
+        {"uri": f"{n}.wav", "reason": "missing", "offset_s": 0.0, "detail": "", "row": n, "num_samples": 1}
+        for n in range(32)
+    ]
+    accounts = {"history": history, "failures": bad, "validation": {}, "is_best": False}
+    ReportCallback(run, folder, "").catch_up(50, accounts)
+    assert len(read_rows(run.root / "quarantine.jsonl")) == 32
+
+
+def test_a_disk_that_cannot_read_a_file_is_damage(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(fs: Any, path: str) -> str:
+        if "step_000008" in path:
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(Path(path))
+
+    monkeypatch.setattr("af2_ray.train.mend._digest", broken)
+    monkeypatch.setattr("af2_ray.remote.time.sleep", lambda seconds: None)
+    found = mend(storage)
+    assert found is not None
+    assert found.step == 6
