@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from af2_ray.config import Dataset, Evaluation
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.manifest import Sample, read_samples
+from af2_ray.data.manifest import Sample, check_samples, read_samples
 from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.answers import Prediction, is_caption, is_right, question_words
 from af2_ray.evaluate.clap import evaluate_clap
@@ -23,6 +23,7 @@ from af2_ray.evaluate.controls import control_scores, deaf_pairs
 from af2_ray.evaluate.metrics import Scores, by_duration, by_skill, caption_scores, summarise
 from af2_ray.evaluate.predict import load_model, predict, predict_on_ray
 from af2_ray.remote import scratch
+from af2_ray.storage import shown
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +80,11 @@ def evaluate_run(
     Raises:
         ValueError: nothing to evaluate, no model there, or a manifest that cannot be read.
     """
-    unread: dict[str, str] = {}
-    samples, seen = _read(evaluation.manifests, unread), _read(evaluation.seen_manifests, unread)
+    (samples, unusable), (seen, seen_unusable) = _read(evaluation.manifests), _read(evaluation.seen_manifests)
+    unusable += seen_unusable
     if not samples:
-        raise ValueError("evaluation.manifests: no questions; name at least one manifest that holds some")
+        why = f": {shown(unusable[0].uri)}: {unusable[0].reason}, for instance" if unusable else ""
+        raise ValueError(f"evaluation.manifests: no usable question{why}; name at least one manifest that holds some")
     limits: dict[str, Any] = {
         "max_windows": evaluation.max_windows,
         "batch_windows": evaluation.batch_windows,
@@ -96,12 +98,12 @@ def evaluate_run(
     else:
         model, tokenizer = load_model(model_dir)
         found, failures = predict(model, tokenizer, samples + seen, deaf_of=deaf_of, **limits)
-    failures = [replace(f, reason=unread.get(f.uri, f.reason)) if f.reason == "no duration" else f for f in failures]
+    failures = unusable + failures
     seen_ids = {id(sample) for sample in seen}
     seen_predictions = [prediction for prediction in found if id(prediction.sample) in seen_ids]
     predictions = [prediction for prediction in found if id(prediction.sample) not in seen_ids]
 
-    details = score(predictions, _read(train, {}), seen_predictions, wordings)
+    details = score(predictions, _read(train)[0], seen_predictions, wordings)
     clap: dict[str, Any] = {}
     if clap_dir is not None and evaluation.captions is not None:
         clap = evaluate_clap(
@@ -218,14 +220,16 @@ def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, nu
     return chosen
 
 
-def _read(datasets: Sequence[Dataset | str], unread: dict[str, str]) -> list[Sample]:
-    """The samples of some manifests; `unread` is told why a duration that is not given cannot be read, by uri."""
+def _read(datasets: Sequence[Dataset | str]) -> tuple[list[Sample], list[Failure]]:
+    """The usable samples of some manifests, and what cannot be used, with its reason."""
     given = [Dataset(manifest=item, weight=1.0) if isinstance(item, str) else item for item in datasets]
-    read = ((item.manifest, read_samples(item.manifest, item.root)) for item in given)
     fallback = str(scratch("durations"))  # of those that cannot be kept beside their manifest
     found: list[Sample] = []
-    for uri, samples in read:
-        filled, failures = fill_durations(samples, uri, fallback=fallback)
-        found += filled
-        unread |= failures
-    return found
+    failures: list[Failure] = []
+    for item in given:
+        read = read_samples(item.manifest, item.root)
+        samples, unread = fill_durations(read, item.manifest, fallback=fallback)
+        good, bad = check_samples(samples, unread)
+        found += good
+        failures += [Failure(sample.uri, reason, sample.offset_s, sample.id) for sample, reason in bad]
+    return found, failures

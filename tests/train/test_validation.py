@@ -94,7 +94,7 @@ def test_the_rate_follows_the_answers_of_a_step() -> None:
 def test_a_checkpoint_of_another_recipe_or_half_of_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="not a whole checkpoint"):
         read_saved(tmp_path, "a")
-    (tmp_path / "checkpoint.json").write_text('{"recipe": "a", "world_size": 2}')
+    (tmp_path / "checkpoint.json").write_text('{"recipe": "a", "world_size": 2, "step": 4, "best": null}')
     assert read_saved(tmp_path, "a").world_size == 2
     with pytest.raises(RuntimeError, match="saved by recipe a, not b"):
         read_saved(tmp_path, "b")
