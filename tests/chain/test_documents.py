@@ -115,7 +115,8 @@ def on_own_cluster(text: str) -> str:
     wait = "until curl -sf -o /dev/null -H @token.header localhost:8265/api/version; do sleep 1; done; sleep 5"
     header = 'printf "Authorization: Bearer %s" "$(cat ~/.ray/auth_token)" > token.header'
     text = text.replace("ray start --head\n", f"{header}\nray start --head --block > head.log & head=$!\n{wait}\n")
-    return text.replace("ray stop", "kill $head; wait $head || true")
+    # What `ray stop` removes, too: a later `ray.init` would look for the cluster that is gone.
+    return text.replace("ray stop", "kill $head; wait $head || true; rm -f /tmp/ray/ray_current_cluster")
 
 
 @pytest.fixture(scope="module")
