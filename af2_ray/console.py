@@ -249,7 +249,7 @@ def _warnings_shown(*names: str) -> Iterator[None]:
 def logs_to(path: Path) -> Iterator[None]:
     """Send all output of this process to a file, but the console's: logging, warnings, what native code prints.
 
-    That a file of the run is damaged is told on the console too.
+    Warnings that a file of the run is damaged are on the console too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)

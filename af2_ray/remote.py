@@ -44,7 +44,7 @@ def retried(call: Callable[[], ResultT], retries: int = _RETRIES, limit_s: float
     """What `call` returns; a passing fault is tried again, any fault of a store's client is an `OSError`.
 
     Args:
-        limit_s: of each try; one that takes longer is tried once more.
+        limit_s: seconds that a try may take; one that takes longer is tried once more.
 
     Raises:
         PermissionError: the store refuses the credentials, or there are none.
@@ -202,12 +202,17 @@ def _fetched(fs: Any, root: str, found: Mapping[str, Mapping[str, Any]], folder:
 
 
 class Ranges(io.RawIOBase):
-    """A stretch of a remote file as a stream, each read a request of its own: one that hangs or fails harms no other.
+    """A stretch of a file as a stream, each read a request of its own: one that hangs or fails harms no other.
 
     libsndfile takes a failed read for the end of the file, so the fault is kept in `failed`.
+
+    Args:
+        fs, path: file system of fsspec, and the file in it.
+        offset, size: the stretch, in bytes.
+        limit_s: seconds that a read may take; none: as long as it likes.
     """
 
-    def __init__(self, fs: Any, path: str, offset: int, size: int, limit_s: float) -> None:
+    def __init__(self, fs: Any, path: str, offset: int, size: int, limit_s: float | None) -> None:
         self._fs, self._path, self._offset, self._size, self._limit_s = fs, path, offset, size, limit_s
         self._place = 0
         self.failed: Exception | None = None

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("AF2_SCHEMES", "memory")  # a store without a server
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
+import hostile_names
 import nodes
 import numpy as np
 import pytest
@@ -78,6 +79,21 @@ def make_sound(tmp_path: Path) -> MakeSound:
         return str(path)
 
     return make
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[hostile_names.Listener]:
+    """A port that must not be connected to, while a secret is planted and no scheme is added."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", hostile_names.SECRET)
+    monkeypatch.delenv("AF2_SCHEMES", raising=False)
+    with hostile_names.listening() as listener:
+        yield listener
+
+
+@pytest.fixture
+def hostile(listener: hostile_names.Listener, tmp_path: Path) -> list[tuple[str, str]]:
+    """Names that nobody should open, and the reason for which each is set aside."""
+    return hostile_names.names(listener.address, tmp_path)
 
 
 @pytest.fixture(scope="session")

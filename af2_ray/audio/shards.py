@@ -95,7 +95,7 @@ def _read_index(shard: str, anew: bool) -> _Index:
         check_regular(fs, beside)
         known = {} if anew else json.loads(fs.cat_file(beside))
         if known["format"] == _FORMAT and known["version"] == version:
-            return _Index(version, {name: _place(*told) for name, told in known["files"].items()})
+            return _Index(version, {name: _place(*entry) for name, entry in known["files"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         pass  # none yet, half written, of another form or of another shard: made anew
     try:
@@ -139,7 +139,7 @@ def open_member(uri: str, whole_bytes: int, limit_s: float | None = None) -> tup
     Args:
         uri: `shard.tar#member`.
         whole_bytes: most bytes that are read at once.
-        limit_s: of each read of a larger member of a remote shard.
+        limit_s: seconds that each read of a larger member may take; none: as long as it likes.
 
     Raises:
         FileNotFoundError: no such shard, or no such member in it.
@@ -169,36 +169,4 @@ def _opened(fs: Any, path: str, place: Place, whole_bytes: int, limit_s: float |
         return None
     if whole:
         return io.BytesIO(data[num_header:])
-    if limit_s is None:
-        return io.BufferedReader(_Part(fs.open(path, "rb"), place.offset, place.size))
     return cast(IO[bytes], io.BufferedReader(Ranges(fs, path, place.offset, place.size, limit_s), _BLOCK_BYTES))
-
-
-class _Part(io.RawIOBase):
-    """A stretch of a stream as a stream of its own."""
-
-    def __init__(self, stream: IO[bytes], offset: int, size: int) -> None:
-        self._stream, self._offset, self._size, self._place = stream, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = max(0, base + offset)
-        return self._place
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        wanted = max(0, min(len(buffer), self._size - self._place))
-        self._stream.seek(self._offset + self._place)
-        data = self._stream.read(wanted)
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()

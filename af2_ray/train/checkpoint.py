@@ -110,7 +110,7 @@ def save(
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Of every file that this rank has written; each rank has a folder of its own, storage has them in one."""
+    """The digest of each file of this rank; every rank has a folder of its own, and storage has them in one."""
     return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 

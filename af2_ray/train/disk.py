@@ -42,7 +42,7 @@ def forecast(recipe: Recipe, place: str) -> list[Need]:
     """What a run takes from its first step to its last, if nothing of it is there yet.
 
     Args:
-        recipe: of the run.
+        recipe: the run's.
         place: its directory or address.
 
     Raises:
@@ -87,7 +87,7 @@ def _corpus_hours(recipe: Recipe) -> float:
 
 
 def _feature_bytes(recipe: Recipe, model: Any) -> int:
-    """Of the stages that cache: all windows of their rows, or of the corpus where there is one and that is less."""
+    """Bytes of the cached stages' features: all windows of their rows, or of the corpus where that is less."""
     number_bytes = 4 if recipe.feature_cache.dtype == "fp32" else 2
     window = costs.TOKENS_PER_WINDOW * model.audio_tower.output_size * number_bytes
     total = 0

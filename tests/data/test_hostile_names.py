@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,21 +23,6 @@ from af2_ray.remote import retried
 from af2_ray.serve.offline import Asked, _read
 
 NUM_GOOD = 4000
-
-
-@pytest.fixture
-def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[hostile_names.Listener]:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", hostile_names.SECRET)
-    monkeypatch.delenv("AF2_SCHEMES", raising=False)
-    with hostile_names.listening() as listener:
-        yield listener
-
-
-@pytest.fixture
-def hostile(listener: hostile_names.Listener, tmp_path: Path) -> list[tuple[str, str]]:
-    found = hostile_names.names(listener.address, tmp_path)
-    assert len(found) >= 60
-    return found
 
 
 def test_each_is_an_audio_error_of_its_reason(hostile: list[tuple[str, str]]) -> None:

@@ -9,7 +9,6 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,6 @@ from af2_ray.serve.schemas import ApiError, AudioUrl
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 5.0  # for one name
-
-
-@pytest.fixture
-def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[hostile_names.Listener]:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", hostile_names.SECRET)
-    monkeypatch.delenv("AF2_SCHEMES", raising=False)
-    with hostile_names.listening() as listener:
-        yield listener
-
-
-@pytest.fixture
-def hostile(listener: hostile_names.Listener, tmp_path: Path) -> list[tuple[str, str]]:
-    return hostile_names.names(listener.address, tmp_path)
 
 
 @pytest.fixture(scope="module")
