@@ -1,11 +1,12 @@
 """Checkpoints: everything a worker group needs to go on as if nothing had happened.
 
 Engine state (what trains, optimiser, schedule) through DeepSpeed without the frozen parameters, which come from the
-stage's start; each rank's random state; the step; and in `checkpoint.json` how many workers and which recipe
-made it, what was reported since the checkpoint before, and a digest of every other file, of all ranks. A 3B model with
-a frozen LM so saves only what trains. Ray Train registers a checkpoint once all of it has reached storage, so a
-half-written one is never gone on from; one that was damaged since is found by its digests (`mend`). DeepSpeed unpickles
-what it loads, which can run any code: digests show damage, not who wrote a file (docs/security.md).
+stage's start; each rank's random state; the step; in `checkpoint.json` how many workers and which recipe made it and
+what was reported since the checkpoint before; and in `part_RANK.json` a digest of every file of that rank, written by
+the thread that uploads them. A 3B model with a frozen LM so saves only what trains. Ray Train registers a checkpoint
+once all of it has reached storage, so a half-written one is never gone on from; one that was damaged since is found by
+its digests (`mend`). DeepSpeed unpickles what it loads, which can run any code: digests show damage, not who wrote a
+file (docs/security.md).
 
 Another number of workers takes the same checkpoint through DeepSpeed's universal form, converted once a node.
 The feed goes on at the same place, for a step takes the same rows however many workers share them. Random states of
@@ -23,6 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from torch import nn
 from af2_ray.files import Damaged, digest, sealed_json
 from af2_ray.remote import scratch
 from af2_ray.storage import locate
-from af2_ray.train.mend import CHECKPOINT, check_files, read_told
+from af2_ray.train.mend import CHECKPOINT, check_files, part_name, read_told
 
 TAG = "engine"
 BEST = 10**12  # added to the step that a checkpoint is kept by: any that was best outlasts any that was not
@@ -88,16 +90,14 @@ def save(
         engine.save_checkpoint(str(folder), tag=TAG, client_state=asdict(state), exclude_frozen_parameters=True)
     torch.save(_random_state(), folder / f"random_{context.get_world_rank()}.pt")
     keep = state.step + (BEST if is_best else 0)
-    parts: list[Any] = [None] * context.get_world_size()
-    dist.all_gather_object(parts, (_digests(folder), accounts["failures"]))
     if context.get_world_rank() == 0:
         told = {
             "recipe": recipe,
             "world_size": context.get_world_size(),
+            "parts": context.get_world_size(),
             **asdict(state),
             "keep": keep,
-            "accounts": accounts | {"failures": [failure for _, failures in parts for failure in failures]},
-            "files": {name: mark for digests, _ in parts for name, mark in digests.items()},
+            "accounts": accounts | {"failures": []},  # each rank's are in its part
         }
         (folder / CHECKPOINT).write_text(sealed_json(told))
     ray.train.report(
@@ -105,13 +105,22 @@ def save(
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step_{state.step:06d}",
         checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=partial(_upload, rank=context.get_world_rank(), failures=accounts["failures"]),
         delete_local_checkpoint_after_upload=True,
     )
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """The digest of each file of this rank; every rank has a folder of its own, and storage has them in one."""
-    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def _upload(checkpoint: Checkpoint, name: str, *, rank: int, failures: list[Any]) -> Checkpoint:
+    """Write this rank's part, then copy its folder into storage, where the ranks' folders become one.
+
+    Training goes on meanwhile: a gigabyte takes about a second to digest.
+    """
+    folder = Path(checkpoint.path)
+    files = {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(CHECKPOINT, None)  # it has its own
+    (folder / part_name(rank)).write_text(sealed_json({"failures": failures, "files": files}))
+    persisted: Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+    return persisted
 
 
 @contextmanager

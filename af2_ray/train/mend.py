@@ -25,7 +25,7 @@ from af2_ray.storage import inner_name, locate, put_text
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.json"  # of a checkpoint: what it is, and the digests of its other files
+CHECKPOINT = "checkpoint.json"  # of a checkpoint: what it is; the digests of its files are in the ranks' parts
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray's list of a job's checkpoints
 ASIDE = "damaged"  # folder beside the checkpoints
 _BLOCK_BYTES = 2**22
@@ -82,27 +82,27 @@ def mend(storage: str) -> Newest | None:
     return Newest(int(newest["step"]), newest.get("accounts", {})) if newest else None
 
 
+def part_name(rank: int) -> str:
+    """The file of a checkpoint that one rank wrote last: `files` (its files' digests) and `failures`."""
+    return f"part_{rank}.json"
+
+
 def read_told(fs: Any, folder: str) -> dict[str, Any]:
-    """What a checkpoint says of itself: `recipe`, `world_size`, `step`, `best`, and `files` where it has digests.
+    """What a checkpoint says of itself: `recipe`, `world_size`, `step`, `best`; `parts`, the number of ranks' parts.
 
     Raises:
         Damaged: it does not, or not as it was written.
     """
-    path = f"{folder}/{CHECKPOINT}"
-    try:
-        data: bytes = retried(lambda: fs.cat_file(path))
-    except FileNotFoundError as error:
-        raise Damaged(f"{folder} is not a whole checkpoint: it has no {CHECKPOINT}") from error
-    told, has_digest = unsealed(path, data)
+    told, has_digest = _read_sealed(fs, folder, CHECKPOINT)
     if not has_digest:
         logger.warning("%s: written by a version without digests; damage would not be found", folder)
     if lacking := [key for key in ("recipe", "world_size", "step", "best") if key not in told]:
-        raise Damaged(f"{path} is damaged: it has no {', '.join(lacking)}")
+        raise Damaged(f"{folder}/{CHECKPOINT} is damaged: it has no {', '.join(lacking)}")
     return told
 
 
 def check_files(fs: Any, folder: str, *, needs_digests: bool = False) -> dict[str, Any]:
-    """`read_told`, and every file of the checkpoint compared with its digest.
+    """`read_told` with the failures of all ranks, and every file of the checkpoint compared with its digest.
 
     Args:
         needs_digests: take none without, of which nobody knows whether it is whole.
@@ -111,9 +111,16 @@ def check_files(fs: Any, folder: str, *, needs_digests: bool = False) -> dict[st
         Damaged: a file is missing or not as it was written; the message names it.
     """
     told = read_told(fs, folder)
-    if needs_digests and "files" not in told:
+    if needs_digests and not {"parts", "files"} & {*told}:
         raise Damaged(f"{folder} has no digests")
-    for name, mark in told.get("files", {}).items():
+    files = dict(told.get("files", {}))  # an earlier version had those of all ranks here
+    for rank in range(int(told.get("parts", 0))):
+        part, has_digest = _read_sealed(fs, folder, part_name(rank))
+        if not has_digest:
+            raise Damaged(f"{folder}/{part_name(rank)} is damaged: it has no digest of its own")
+        files |= part["files"]
+        told["accounts"]["failures"] += part["failures"]
+    for name, mark in files.items():
         path = f"{folder}/{inner_name(name)}"
         try:
             found = retried(lambda path=path: _digest(fs, path))  # type: ignore[misc]
@@ -126,6 +133,16 @@ def check_files(fs: Any, folder: str, *, needs_digests: bool = False) -> dict[st
         if found != mark:
             raise Damaged(f"{path} is damaged: it is not as it was written (by its SHA-256)")
     return told
+
+
+def _read_sealed(fs: Any, folder: str, name: str) -> tuple[dict[str, Any], bool]:
+    """A JSON file of a checkpoint, and whether it has a digest of its own."""
+    path = f"{folder}/{name}"
+    try:
+        data: bytes = retried(lambda: fs.cat_file(path))
+    except FileNotFoundError as error:
+        raise Damaged(f"{folder} is not a whole checkpoint: it has no {name}") from error
+    return unsealed(path, data)
 
 
 def _digest(fs: Any, path: str) -> str:

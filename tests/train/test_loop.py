@@ -32,9 +32,14 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[di
     told: list[dict[str, Any]] = []
 
     def report(metrics: dict[str, Any], checkpoint: Any = None, **options: Any) -> None:
+        if checkpoint:
+            options["checkpoint_upload_fn"](checkpoint, options["checkpoint_dir_name"])
         told.append({**metrics, "folder": checkpoint and Path(checkpoint.path)})
 
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
+    storage = SimpleNamespace(persist_current_checkpoint=lambda checkpoint, name: checkpoint)
+    context = SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0, get_storage=lambda: storage
+    )
     monkeypatch.setattr(ray.train, "report", report)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)

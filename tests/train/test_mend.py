@@ -29,18 +29,20 @@ LARGEST = "engine/zero.pt"
 
 @pytest.fixture
 def storage(tmp_path: Path) -> str:
-    """A job's storage with checkpoints of three steps, the second the best, and Ray's list of them."""
+    """A job's storage with two ranks' checkpoints of three steps, the second the best, and Ray's list of them."""
     results = []
     for step in STEPS:
         folder = tmp_path / "train" / f"step_{step:06d}"
         (folder / "engine").mkdir(parents=True)
         (folder / LARGEST).write_bytes(bytes([step]) * 100_000)
-        (folder / "random_0.pt").write_bytes(bytes([step]) * 100)
+        for rank, names in enumerate([(LARGEST, "random_0.pt"), ("random_1.pt",)]):
+            (folder / f"random_{rank}.pt").write_bytes(bytes([step + rank]) * 100)
+            part = {"files": {name: digest(folder / name) for name in names}, "failures": [f"of rank {rank}"]}
+            (folder / f"part_{rank}.json").write_text(sealed_json(part))
         keep = step + (10**12 if step == 6 else 0)
         history = [{"step": number, "clips": 3} for number in (step - 1, step)]
-        told = {"recipe": "r", "world_size": 1, "step": step, "best": 0.5, "keep": keep}
+        told = {"recipe": "r", "world_size": 2, "parts": 2, "step": step, "best": 0.5, "keep": keep}
         told["accounts"] = {"history": history, "failures": [], "validation": {}, "is_best": False}
-        told["files"] = {name: digest(folder / name) for name in (LARGEST, "random_0.pt")}
         (folder / "checkpoint.json").write_text(sealed_json(told))
         metrics = {"step": step, "best": 0.5, "keep": keep, "history": history}
         results.append(_TrainingResultState(checkpoint_dir_name=folder.name, metrics=metrics))
@@ -85,6 +87,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "checkpoint.json missing": lambda folder: (folder / "checkpoint.json").unlink(),
     "checkpoint.json empty": lambda folder: (folder / "checkpoint.json").write_text(""),
     "a file missing": lambda folder: (folder / LARGEST).unlink(),
+    "one bit of a part": lambda folder: flip_bit(folder, "part_1.json"),
+    "a part missing": lambda folder: (folder / "part_1.json").unlink(),
+    "a part without its digest": lambda folder: (folder / "part_1.json").write_text('{"files": {}, "failures": []}'),
     "removed": shutil.rmtree,
     "snapshot empty": lambda folder: (folder.parent / SNAPSHOT).write_text(""),
     "snapshot cut": lambda folder: (folder.parent / SNAPSHOT).write_text('{"checkpoint_results": ['),
@@ -117,7 +122,9 @@ def test_the_newest_whole_one_is_taken(storage: str, damage: str, num: int, capl
         assert kept == {f"step_{step:06d}" for step in whole}
         assert result.checkpoint is not None
         assert Path(result.checkpoint.path).name == f"step_{whole[-1]:06d}"
-        assert read_saved(Path(result.checkpoint.path), "r").world_size == 1
+        assert read_saved(Path(result.checkpoint.path), "r").world_size == 2
+        assert found is not None
+        assert found.accounts["failures"] == ["of rank 0", "of rank 1"]
     caplog.clear()
     before = (root / SNAPSHOT).read_bytes() if whole else b""
     assert mend(storage) == found  # nothing is left to mend
@@ -169,6 +176,23 @@ def test_every_bit_of_a_checkpoint_counts(storage: str) -> None:
                 read_saved(folder, "r")
         path.write_bytes(data)
     read_saved(folder, "r")
+
+
+def test_one_with_all_digests_in_one_place_is_checked_too(storage: str) -> None:
+    """An earlier version gathered them into `checkpoint.json`."""
+    folder = Path(storage) / "train" / "step_000008"
+    files = {name: digest(folder / name) for name in (LARGEST, "random_0.pt", "random_1.pt")}
+    told = {"recipe": "r", "world_size": 2, "step": 8, "best": 0.5, "keep": 8, "accounts": {"failures": ["a"]}}
+    (folder / "checkpoint.json").write_text(sealed_json(told | {"files": files}))
+    for rank in range(2):
+        (folder / f"part_{rank}.json").unlink()
+    found = mend(storage)
+    assert found is not None
+    assert (found.step, found.accounts) == (8, {"failures": ["a"]})
+    flip_bit(folder, "random_1.pt")
+    found = mend(storage)
+    assert found is not None
+    assert found.step == 6
 
 
 def test_one_without_digests_is_taken_with_a_warning(storage: str, caplog: pytest.LogCaptureFixture) -> None:
