@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -27,7 +26,8 @@ from rich.rule import Rule
 from rich.table import Table
 
 from af2_ray.config import Corpus, Recipe, recipe_names
-from af2_ray.train.run import Run, finished, read_metrics
+from af2_ray.machine import every
+from af2_ray.runs.run import Run, finished, read_metrics
 
 if TYPE_CHECKING:
     from af2_ray.synth.corpus import CorpusReport
@@ -196,24 +196,16 @@ def watch(title: str, folder: Path, num_steps: int) -> Iterator[None]:
         console.print("done before")
         yield
         return
-    stop = threading.Event()
     with bar("steps", num_steps) as update:
-
-        def follow() -> None:
-            while not stop.wait(POLL_S):
-                show()
 
         def show() -> None:
             if history := read_metrics(folder):
                 update(history[-1]["step"], f"loss {history[-1]['loss']:.3f}")
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
         try:
-            yield
+            with every(POLL_S, show):
+                yield
         finally:
-            stop.set()
-            thread.join()
             show()
 
 
@@ -260,7 +252,7 @@ def logs_to(path: Path) -> Iterator[None]:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
         try:
-            with _warnings_shown("af2_ray.files", "af2_ray.train.mend"):
+            with _warnings_shown("af2_ray.storage.files", "af2_ray.train.mend"):
                 yield
         finally:
             for descriptor, before in zip((1, 2), saved, strict=True):
@@ -278,7 +270,7 @@ def cluster(log_dir: Path) -> Iterator[Any]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 
-    from af2_ray.resources import connect
+    from af2_ray.cluster import connect
 
     owned = not ray.is_initialized()
     context = connect(

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from af2_ray.losses import afclap_loss
+from af2_ray.train.losses import afclap_loss
 
 BATCHES = (64, 256, 1024, 4096)
 QUICK_BATCHES = (64, 4096)

@@ -38,7 +38,7 @@ import soxr
 from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Budget
 from af2_ray.data.batching import Plan, plan, window_counts
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 
 CORES = 2
 RATE = 44_100

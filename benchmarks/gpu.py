@@ -28,15 +28,16 @@ import torch.distributed as dist
 
 from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Recipe, Serve, Stage, load_recipe
+from af2_ray.engine.engine import Engine
+from af2_ray.engine.request import Answer, Clip, Request
+from af2_ray.models.from_recipe import recipe_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
-from af2_ray.serve.engine import Engine
-from af2_ray.serve.request import Answer, Clip, Request
 from af2_ray.text import add_special_tokens, train_tokenizer
 from af2_ray.train import costs
 from af2_ray.train.costs import Work
-from af2_ray.train.engine import checkpoint_activations, freeze_except, start_engine
-from af2_ray.train.probe import made_up_row
-from af2_ray.train.sizes import recipe_config
+from af2_ray.train.deepspeed import checkpoint_activations, start_engine
+from af2_ray.train.memory_probe import made_up_row
+from af2_ray.train.optim import freeze_except
 from af2_ray.train.step import Step
 from af2_ray.train.task import LmTask
 
@@ -83,7 +84,7 @@ def train(recipe: Recipe, stage: Stage) -> dict[str, float]:
     meta = costs.meta_model(model.config)
     counts = costs.parameters(meta)
     engine = start_engine(model, recipe.deepspeed, stage.optimizer, num_steps=100, accumulation=1)
-    step = Step(engine, LmTask("", stage.optimizer, tuple(stage.trainable)))
+    step = Step(engine, LmTask("", stage))
     for number in range(WARM + TIMED):
         if number == WARM:
             torch.cuda.synchronize()

@@ -25,21 +25,23 @@ import torch
 from serve import build, engine_of
 
 from af2_ray.audio.decode import decode
+from af2_ray.audio.hear import Stretch
 from af2_ray.audio.windows import to_windows
-from af2_ray.serve.offline import Asked, answer_all
+from af2_ray.engine.batch import Limits, Question, answer_all
 from af2_ray.text import format_prompt
 
 NUM_SLOTS = 16
 
 
-def write_files(folder: Path, num: int, rng: np.random.Generator) -> list[Asked]:
+def write_files(folder: Path, num: int, rng: np.random.Generator) -> list[Question]:
     """Files of noise and a question about each."""
     asked = []
     for number in range(num):
         duration_s = float(rng.uniform(5, 60))
         uri = str(folder / f"{number}.flac")
         sf.write(uri, rng.uniform(-0.3, 0.3, round(duration_s * 16_000)), 16_000)
-        asked.append(Asked(number, str(number), uri, 0.0, duration_s, f"what is heard in recording {number}?"))
+        stretch = Stretch(uri, 0.0, duration_s)
+        asked.append(Question(number, str(number), stretch, f"what is heard in recording {number}?"))
     return asked
 
 
@@ -55,23 +57,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         asked = write_files(Path(folder), 16 if quick else 64, rng)
         warm = write_files(Path(folder), 1, rng)
-        answer_all(engine_of(parts, NUM_SLOTS), warm, max_new_tokens=2, max_windows=30)
+        answer_all(engine_of(parts, NUM_SLOTS), warm, Limits(30, 2))
 
         engine = engine_of(parts, NUM_SLOTS)
         started = time.perf_counter()
-        rows = answer_all(engine, asked, max_new_tokens=max_new_tokens, max_windows=30)
+        results = answer_all(engine, asked, Limits(30, max_new_tokens))
         engine_s = time.perf_counter() - started
 
         started, texts = time.perf_counter(), []
         for one in asked:
-            windows = torch.from_numpy(to_windows(decode(one.uri, 0.0, one.duration_s)))
+            windows = torch.from_numpy(to_windows(decode(one.stretch.uri, 0.0, one.stretch.duration_s)))
             ids = torch.tensor([tokenizer(format_prompt(one.prompt), add_special_tokens=False)["input_ids"]])
             new = model.generate(
                 ids, waveforms=windows, windows_per_clip=[len(windows)], max_new_tokens=max_new_tokens, do_sample=False
             )
             texts.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
         generate_s = time.perf_counter() - started
-    equal = sum(row["answer"] == text for row, text in zip(rows, texts, strict=True)) / len(asked)
+    equal = sum(result.answer == text for result, text in zip(results, texts, strict=True)) / len(asked)
     print(f"engine {engine_s:.1f} s, generate {generate_s:.1f} s for {len(asked)} samples, {equal:.0%} equal")
     result = {
         "throughput_vs_generate": generate_s / engine_s,

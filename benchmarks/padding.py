@@ -33,8 +33,8 @@ from af2_ray.config import Budget
 from af2_ray.data.batching import Plan, plan, window_counts
 from af2_ray.data.blend import BUCKET_EDGES_S
 from af2_ray.data.columns import SampleTable
-from af2_ray.data.measures import cost_spread, padding_share
 from af2_ray.data.packing import Rows, audio_cost, max_by, text_cost
+from af2_ray.data.plan_stats import cost_spread, padding_share
 
 WINDOWS = {"stage2": 9, "stage3": 30}
 BUDGET = Budget(windows_per_row=64, text_tokens_per_row=2048, questions_per_clip=1, step_batches=128)

@@ -39,11 +39,11 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from af2_ray.config import Serve
+from af2_ray.engine.engine import Engine
+from af2_ray.engine.request import Answer, Clip, Event, Piece, Request
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import tower_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
-from af2_ray.serve.engine import Engine
-from af2_ray.serve.request import Answer, Clip, Event, Piece, Request
 from af2_ray.text import add_special_tokens, train_tokenizer
 
 NUM_CLIENTS = 16

@@ -48,14 +48,14 @@ from af2_ray.data.batching import plan, text_lengths, window_counts
 from af2_ray.data.collate import LmCollator
 from af2_ray.data.feed import iter_local
 from af2_ray.data.manifest import read_samples
+from af2_ray.runs.fork import fork
+from af2_ray.runs.run import Run, finished, read_metrics
+from af2_ray.runs.tracking import Tracker
 from af2_ray.synth.corpus import make_corpus
-from af2_ray.train.engine import optimizer_groups
-from af2_ray.train.fork import fork
+from af2_ray.train.optim import optimizer_groups
 from af2_ray.train.precision import autocast, resolve
-from af2_ray.train.run import Run, finished, read_metrics
 from af2_ray.train.stages import assemble, plan_stage, prepare_language_model, train_run, train_stage
 from af2_ray.train.task import LmTask
-from af2_ray.train.tracking import Tracker
 
 WORKERS = 2
 EPOCHS = 3
@@ -108,11 +108,11 @@ def save_tower(recipe: Recipe, folder: Path) -> None:
     from transformers import T5Config
 
     from af2_ray.models.afclap import AfClapConfig, AfClapModel
-    from af2_ray.train.clap import audio_config_of
+    from af2_ray.models.from_recipe import audio_tower_config
 
     torch.manual_seed(0)
     text = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    config = AfClapConfig(text_config=text, audio_config=audio_config_of(recipe.model.audio), projection_dim=16)
+    config = AfClapConfig(text_config=text, audio_config=audio_tower_config(recipe.model.audio), projection_dim=16)
     AfClapModel(config).save_pretrained(folder)
 
 
@@ -180,7 +180,7 @@ def plain_loop(rank: int, rows_path: str, start: str, recipe: Recipe, result_pat
     store = dist.FileStore(f"{result_path}.store", WORKERS)
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS, store=store)
     stage = recipe.stages[0]
-    task = LmTask(start, stage.optimizer, tuple(stage.trainable))
+    task = LmTask(start, stage)
     module = task.build()
     precision = resolve(recipe.deepspeed.precision, on_gpu=False)
     if precision == "mixed":

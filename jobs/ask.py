@@ -16,18 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with the answer on standard output, 2 for input that cannot be used."""
     args = _arguments(argv)
     from af2_ray.audio.decode import AudioError  # heavy imports after the arguments are checked
-    from af2_ray.evaluate.predict import answer_one, load_model
+    from af2_ray.evaluate.predict import answer_one
 
+    limits = {"max_windows": args.max_windows, "max_new_tokens": args.max_new_tokens}
     try:
-        model, tokenizer = load_model(args.model)
-        answer = answer_one(
-            model,
-            tokenizer,
-            args.file,
-            args.question,
-            max_windows=args.max_windows,
-            max_new_tokens=args.max_new_tokens,
-        )
+        answer = answer_one(args.model, args.file, args.question, **limits)
     except (ValueError, AudioError) as error:
         print(f"ask: {error}", file=sys.stderr)
         return 2

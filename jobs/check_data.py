@@ -22,8 +22,8 @@ from rich.console import Console
 
 from af2_ray import console as job
 from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
-from af2_ray.data.survey import Survey, faults, leakage, shorten, survey
-from af2_ray.storage import allow, shown
+from af2_ray.data.data_check import Survey, faults, leakage, shorten, survey
+from af2_ray.storage.places import allow, shown
 
 STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#26323b}"
 STYLE += "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #e4e2db}"

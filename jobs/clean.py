@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 
 from af2_ray import console
+from af2_ray.runs.run import Run
 from af2_ray.train.disk import amount, remove, spare
-from af2_ray.train.run import Run
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from af2_ray import console
-from af2_ray.files import check_digests, write_digests
-from af2_ray.storage import is_local, locate, shown
+from af2_ray.storage.files import check_digests, write_digests
+from af2_ray.storage.places import is_local, locate, shown
 
 EXTRAS_FILE = "reference_extras.safetensors"
 

@@ -12,25 +12,25 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, TypeVar
 
 from openai import OpenAI
 
 from af2_ray import console
 from af2_ray.config import load_recipe
-from af2_ray.data.manifest import Sample, read_samples
+from af2_ray.data.manifest import read_samples
+from af2_ray.data.samples import Sample
 from af2_ray.evaluate.clap import read_scenes, scenes_uri_of
-from af2_ray.evaluate.report import licence_rows, write_report
-from af2_ray.evaluate.run import EvaluationResult, choose_examples, evaluate_run
-from af2_ray.files import write_whole
-from af2_ray.memory import watch_memory
-from af2_ray.storage import is_remote
+from af2_ray.evaluate.evaluate import EvaluationResult, choose_examples, evaluate_run
+from af2_ray.evaluate.report.run import licence_rows, write_report
+from af2_ray.machine import every, watch_memory
+from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
+from af2_ray.runs.tracking import Tracker
+from af2_ray.storage.files import write_whole
+from af2_ray.storage.places import is_remote
 from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import CorpusReport
-from af2_ray.train.run import Run, finished, mark_finished, read_metrics
 from af2_ray.train.stages import train_run
-from af2_ray.train.tracking import Tracker
 from serve_apps.af2 import run_app
 
 Result = TypeVar("Result")
@@ -84,8 +84,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
         train=list(train.values()),
         clap_dir=run.clap_dir / "model",
         out_dir=folder,
-        num_shards=recipe.cluster.num_workers,
-        cpus_per_shard=recipe.cluster.cpus_per_worker,
+        cluster=recipe.cluster,
         clap_max_windows=recipe.clap.max_windows if recipe.clap else 1,
         wordings=Bank(Path(recipe.corpus.dir) / "sources").phrases,
     )
@@ -224,25 +223,18 @@ class Clock:
         """Run a step and add its seconds to what it took before an interruption; a repetition does not count."""
         if name in self.done:
             return step()
-        before, started, over = self.seconds.get(name, 0.0), time.perf_counter(), Event()
+        before, started = self.seconds.get(name, 0.0), time.perf_counter()
 
         def keep() -> None:
             self.seconds[name] = round(before + time.perf_counter() - started, 1)
             self._keep()
 
-        def tick() -> None:  # a killed process has no time to write
-            while not over.wait(TICK_S):
-                keep()
-
-        ticking = Thread(target=tick, daemon=True)
-        ticking.start()
         try:
-            result = step()
+            with every(TICK_S, keep):  # a killed process has no time to write
+                result = step()
             self.done.append(name)
             return result
         finally:
-            over.set()
-            ticking.join()
             keep()
 
     def keep_peak(self, gib: float) -> None:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from af2_ray import console as job
-from af2_ray.config import Dataset, Evaluation
-from af2_ray.storage import shown
+from af2_ray.config import Cluster, Dataset, Evaluation
+from af2_ray.storage.places import shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,18 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
-    from af2_ray.evaluate.run import evaluate_run  # heavy imports after the arguments are checked
+    from af2_ray.evaluate.evaluate import evaluate_run  # heavy imports after the arguments are checked
 
     train = [Dataset(manifest=manifest, root=args.root) for manifest in args.train]
     if not args.shards:
         return evaluate_run(args.model, evaluation, train=train, out_dir=args.out)
-    from af2_ray.resources import capacity
-
     with job.cluster(args.out / "logs"):
-        gpus = 1.0 if capacity().get("GPU", 0) >= args.shards else 0.0
-        return evaluate_run(
-            args.model, evaluation, train=train, out_dir=args.out, num_shards=args.shards, gpus_per_shard=gpus
-        )
+        workers = Cluster(num_workers=args.shards)
+        return evaluate_run(args.model, evaluation, train=train, out_dir=args.out, cluster=workers)
 
 
 def _table(details: dict[str, Any]) -> Table:

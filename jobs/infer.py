@@ -17,7 +17,7 @@ from pathlib import Path
 
 from af2_ray import console
 from af2_ray.config import Serve, load_recipe
-from af2_ray.storage import allow, locate, write_text
+from af2_ray.storage.places import allow, locate, write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,29 +35,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _infer(args: argparse.Namespace) -> None:
     from af2_ray.data.durations import fill_durations  # heavy imports after the arguments are checked
-    from af2_ray.data.manifest import fingerprint, read_samples
-    from af2_ray.remote import scratch
-    from af2_ray.serve.offline import join, label, model_facts, parts_there, plan_chunks, read_asked
+    from af2_ray.data.manifest import read_samples
+    from af2_ray.data.samples import fingerprint
+    from af2_ray.engine.batch import (
+        Limits,
+        answer_on_ray,
+        join,
+        model_facts,
+        part_uri,
+        parts_there,
+        plan_chunks,
+        questions_of,
+        server_actors,
+        write_rows,
+    )
+    from af2_ray.storage.stores import scratch
 
     settings = Serve()
     if args.recipe:
         recipe = load_recipe(args.recipe, args.overrides)
         allow(recipe.access.schemes, parents=recipe.access.parents)
         settings = recipe.serve
-    settings = settings.model_copy(
-        update={
-            "num_slots": args.slots or settings.num_slots,
-            "max_new_tokens": max(args.max_new_tokens, settings.max_new_tokens),
-            "request_timeout_s": 86_400.0,  # nobody waits at the other end
-        }
-    )
+    settings = settings.model_copy(update={"num_slots": args.slots or settings.num_slots})
     model = args.model if "://" in args.model else str(Path(args.model).absolute())
     facts = model_facts(model)
     max_windows = min(args.max_windows, facts["max_windows"] or args.max_windows)
     read = read_samples(args.manifest, args.root)
     samples, unread = fill_durations(read, args.manifest, fallback=str(scratch("durations")))
-    asked, refused = read_asked(samples, args.question, unread)
-    chunks = plan_chunks(asked, args.chunk, max_windows)
+    questions, refused = questions_of(samples, args.question, unread)
+    chunks = plan_chunks(questions, args.chunk, max_windows)
     out = args.out if "://" in args.out else str(Path(args.out).absolute())
     folder = f"{out}.parts"
     _check_same_job(
@@ -65,7 +71,7 @@ def _infer(args: argparse.Namespace) -> None:
         {
             "model": model,
             "version": facts["version"],
-            "samples": fingerprint(samples),
+            "samples": fingerprint(list(samples)),
             "root": args.root,
             "question": args.question,
             "chunk": args.chunk,
@@ -73,27 +79,20 @@ def _infer(args: argparse.Namespace) -> None:
             "max_new_tokens": args.max_new_tokens,
         },
     )
-    there = len(parts_there(folder))
-    console.heading(f"{len(asked)} questions in {len(chunks)} chunks, {there} done before; {len(refused)} set aside")
+    there = parts_there(folder)
+    counts = f"{len(questions)} questions in {len(chunks)} chunks, {len(there)} done before"
+    console.heading(f"{counts}; {len(refused)} set aside")
+    left = {number: chunk for number, chunk in enumerate(chunks) if number not in there}
+    limits = Limits(max_windows, args.max_new_tokens)
     done, errors = 0, len(refused)
     with console.cluster(scratch("infer")), console.bar("chunks", len(chunks)) as update:
-
-        def progress(answers: int, failed: int) -> None:
-            nonlocal done, errors
-            done, errors = done + answers, errors + failed
-            update(len(parts_there(folder)), f"{done} answers, {errors} errors")
-
-        label(
-            model,
-            chunks,
-            folder,
-            settings,
-            num_actors=args.actors,
-            max_new_tokens=args.max_new_tokens,
-            max_windows=max_windows,
-            progress=progress,
-        )
-    num_rows, num_answers = join(folder, len(chunks), refused, out)
+        found = answer_on_ray(model, left, settings, limits, server_actors(settings, args.actors))
+        for place, (number, results) in enumerate(found, start=1):
+            write_rows(part_uri(folder, number), [result.to_row() for result in results])
+            failed = sum(result.answer is None for result in results)
+            done, errors = done + len(results) - failed, errors + failed
+            update(len(there) + place, f"{done} answers, {errors} errors")
+    num_rows, num_answers = join(folder, len(chunks), [result.to_row() for result in refused], out)
     console.console.print(f"{num_rows} rows in {out}")
     if num_rows and not num_answers:
         raise ValueError(f"no question was answered: the `error` of each row of {out} says why")

@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from af2_ray import console as job
-from af2_ray.remote import scratch
+from af2_ray.storage.stores import scratch
 from af2_ray.synth.captions import Captions, captions_of
 from af2_ray.synth.free_captions import read_caption
 from af2_ray.synth.llm_captions import CaptionError, Endpoint, LlmCaptions, Spent

@@ -6,7 +6,7 @@ import json
 
 from af2_ray import console
 from af2_ray.config import load_recipe
-from af2_ray.storage import allow, open_text
+from af2_ray.storage.places import allow, open_text
 
 
 def main() -> None:

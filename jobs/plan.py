@@ -14,11 +14,11 @@ from rich.table import Table
 
 from af2_ray import console
 from af2_ray.config import Recipe, Stage, load_recipe
-from af2_ray.storage import allow
+from af2_ray.models.from_recipe import recipe_config
+from af2_ray.storage.places import allow
 from af2_ray.train import costs
 from af2_ray.train.costs import Work
 from af2_ray.train.disk import amount, forecast
-from af2_ray.train.sizes import recipe_config
 
 PAPER_HOURS = {"pretrain": 96.0, "finetune": 120.0, "long": 12.0}
 """The paper's stages on 128 A100 (arXiv 2503.03983)."""

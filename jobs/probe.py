@@ -14,8 +14,8 @@ from rich.table import Table
 
 from af2_ray import console
 from af2_ray.config import Recipe, Stage, load_recipe
-from af2_ray.storage import allow
-from af2_ray.train.probe import Found, largest_budget, try_row
+from af2_ray.storage.places import allow
+from af2_ray.train.memory_probe import Found, largest_budget, try_row
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from rich.console import Console
 from af2_ray import console as job
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import SAMPLE_RATE
-from af2_ray.data.manifest import CaptionSet, read_captions
+from af2_ray.data.manifest import read_captions
+from af2_ray.data.samples import CaptionSet
 
 MOST_AUDIO_S = 30.0
 
@@ -63,7 +64,7 @@ def page_of(sets: Sequence[CaptionSet], source: str, total: int) -> tuple[str, i
         true = [each.caption, *each.positives]
         relations = ", ".join(each.relations)
         clips.append({"id": each.id, "relations": relations, "audio": audio, "true": true, "wrong": wrong})
-    loader = PackageLoader("af2_ray.evaluate", ".")
+    loader = PackageLoader("af2_ray.evaluate", "report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     template = environment.get_template("captions.html")
     return template.render(clips=clips, lost=lost, source=source, total=total), len(clips)

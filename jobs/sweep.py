@@ -13,7 +13,7 @@ from pathlib import Path
 
 from af2_ray import console
 from af2_ray.config import load_sweep, sweep_names
-from af2_ray.storage import allow
+from af2_ray.storage.places import allow
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     root = Path(out)
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}  # Ctrl-C is no success
     from af2_ray.tune.report import write_report  # Ray Tune reads its environment when it is imported
-    from af2_ray.tune.run import SweepRun
+    from af2_ray.tune.sweep import SweepRun
 
     console.check_tracking(recipe)
     run = SweepRun(sweep, root, arguments.overrides)

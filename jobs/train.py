@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from af2_ray import console, resources
+from af2_ray import console
+from af2_ray.cluster import preflight
 from af2_ray.config import load_recipe
-from af2_ray.train.fork import fork
-from af2_ray.train.run import Run
+from af2_ray.runs.fork import fork
+from af2_ray.runs.run import Run
 from af2_ray.train.stages import train_run
 
 
@@ -43,7 +44,7 @@ def main() -> None:
         if recipe.corpus is not None:
             console.corpus(recipe.corpus)
         with console.cluster(run.root / "logs"):
-            resources.preflight(recipe.cluster)
+            preflight(recipe.cluster)
             for facts in train_run(run, watch=console.watch):
                 if "loss_last" in facts:
                     change = f"loss {facts['loss_first']:.3f} -> {facts['loss_last']:.3f}"

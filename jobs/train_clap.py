@@ -10,11 +10,12 @@ The model is in <run>/clap/model; `model.audio.weights=<run>/clap/model` makes a
 
 from __future__ import annotations
 
-from af2_ray import console, resources
+from af2_ray import console
+from af2_ray.cluster import preflight
 from af2_ray.config import load_recipe
-from af2_ray.train.clap import train_clap
-from af2_ray.train.run import Run
-from af2_ray.train.tracking import Tracker
+from af2_ray.runs.run import Run
+from af2_ray.runs.tracking import Tracker
+from af2_ray.train.stage_clap import train_clap
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         if recipe.corpus is not None:
             console.corpus(recipe.corpus)
         with console.cluster(run.root / "logs"), console.watch("AF-CLAP", run.clap_dir, recipe.clap.steps):
-            resources.preflight(recipe.cluster)
+            preflight(recipe.cluster)
             tracker = Tracker(run)
             with tracker.closing():
                 tracker.parent()

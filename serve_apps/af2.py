@@ -4,7 +4,7 @@
     curl localhost:8000/v1/models
 
 Deployments scale each on its own: the ingress checks requests and decodes audio on CPUs and never loads a model; the
-model's replicas answer by continuous batching (`af2_ray.serve.engine`); with `clap=FOLDER`, AF-CLAP's embed.
+model's replicas answer by continuous batching (`af2_ray.engine.engine`); with `clap=FOLDER`, AF-CLAP's embed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import cloudpickle, serve
 
+from af2_ray.cluster import capacity, prospect, shortage
 from af2_ray.config import Serve, load_recipe
-from af2_ray.resources import capacity, prospect, shortage
-from af2_ray.serve.keys import Keys
 from serve_apps import ingress
-from serve_apps.clap import REQUESTS_PER_PASS, Clap
+from serve_apps.embedding import REQUESTS_PER_PASS, Clap
 from serve_apps.ingress import Ingress, api
-from serve_apps.model import Model
+from serve_apps.keys import Keys
+from serve_apps.replica import Model
 
 APP_NAME = "af2"
 _LEAVING_S = 5.0

@@ -8,10 +8,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-from af2_ray.serve.limits import failure_error
-from af2_ray.serve.replies import ChatChunk, ChunkChoice, Delta, Logprobs, Usage
-from af2_ray.serve.request import Answer, Event, Failure, Piece
-from af2_ray.serve.schemas import ApiError, ChatRequest
+from af2_ray.engine.request import Answer, Event, Piece, RequestFailure
+from serve_apps.limits import failure_error
+from serve_apps.replies import ChatChunk, ChunkChoice, Delta, Logprobs, Usage
+from serve_apps.schemas import ApiError, ChatRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,7 +72,7 @@ async def _pass_on(
         while isinstance(event, Piece):
             events.put_nowait((index, event))
             event = await anext(stream)
-        if isinstance(event, Failure):
+        if isinstance(event, RequestFailure):
             raise failure_error(event)
         events.put_nowait((index, event))
     except Exception as error:  # whatever it is: the client waits for it

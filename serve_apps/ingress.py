@@ -29,10 +29,13 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from af2_ray.config import Serve
-from af2_ray.serve.fetch import Fetcher
-from af2_ray.serve.keys import Keys
-from af2_ray.serve.limits import Limits, failure_error
-from af2_ray.serve.replies import (
+from af2_ray.engine.request import Answer, Embedded, Event, Request, RequestFailure
+from serve_apps.events import Chunks
+from serve_apps.fetch import Fetcher
+from serve_apps.keys import Keys
+from serve_apps.limits import Limits, failure_error
+from serve_apps.openapi import describe
+from serve_apps.replies import (
     ChatCompletion,
     Choice,
     EmbeddingList,
@@ -45,10 +48,7 @@ from af2_ray.serve.replies import (
     ReplyMessage,
     Usage,
 )
-from af2_ray.serve.request import Answer, Embedded, Event, Failure, Request
-from af2_ray.serve.schemas import ApiError, ChatRequest, Content, TextPart, audio_of
-from serve_apps.events import Chunks
-from serve_apps.openapi import describe
+from serve_apps.schemas import ApiError, ChatRequest, Content, TextPart, audio_of
 from serve_apps.telemetry import scrape
 
 logger = logging.getLogger("ray.serve")  # the one whose lines carry Serve's replica and request id
@@ -171,11 +171,11 @@ class Ingress:
         left = iter(clips)
         items = [part.text if isinstance(part, TextPart) else next(left) for part in parts]
 
-        async def ask() -> Embedded | Failure:
+        async def ask() -> Embedded | RequestFailure:
             return await clap.embed.remote(items)
 
         result = await self._retried(ask)
-        if isinstance(result, Failure):
+        if isinstance(result, RequestFailure):
             raise failure_error(result)
         usage = EmbeddingUsage.of(result.prompt_tokens, sum(clip.duration_s for clip in clips))
         audio_s, took_s = usage.prompt_tokens_details.audio_seconds, time.monotonic() - start
@@ -185,13 +185,13 @@ class Ingress:
     # --- Answers -------------------------------------------------------------------------------------------------
 
     async def _whole(self, chat: ChatRequest, files: list[bytes], request_id: str, start: float) -> Response:
-        async def ask(requests: list[Request]) -> list[Answer | Failure]:
+        async def ask(requests: list[Request]) -> list[Answer | RequestFailure]:
             model = self._named(chat.model)
             return list(await asyncio.gather(*(model.answer.remote(request) for request in requests)))
 
         requests, results = await self._asked(chat, files, request_id, ask)
         answers = [result for result in results if isinstance(result, Answer)]
-        if failure := next((result for result in results if isinstance(result, Failure)), None):
+        if failure := next((result for result in results if isinstance(result, RequestFailure)), None):
             raise failure_error(failure)
         choices = [
             Choice(
@@ -222,7 +222,7 @@ class Ingress:
             return list(zip(cast(list[AsyncIterator[Event]], streams), firsts, strict=True))
 
         requests, begun = await self._asked(chat, files, request_id, ask)
-        if failure := next((first for _, first in begun if isinstance(first, Failure)), None):
+        if failure := next((first for _, first in begun if isinstance(first, RequestFailure)), None):
             raise failure_error(failure)
 
         async def events() -> AsyncIterator[str]:
@@ -250,7 +250,7 @@ class Ingress:
             requests = await asyncio.to_thread(self._limits.to_engine, chat, request_id, files, heard)
             results = await self._retried(lambda requests=requests: ask(requests))  # type: ignore[misc]
             firsts = [result[1] if isinstance(result, tuple) else result for result in results]
-            if not any(isinstance(first, Failure) and first.missing for first in firsts):
+            if not any(isinstance(first, RequestFailure) and first.missing for first in firsts):
                 break
             heard = {}
         for clip in requests[0].clips:

@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from af2_ray.serve.replies import ChatCompletion
-from af2_ray.serve.schemas import ChatRequest, EmbeddingRequest, LabelRequest
+from serve_apps.replies import ChatCompletion
+from serve_apps.schemas import ChatRequest, EmbeddingRequest, LabelRequest
 
 _AUDIO = {"type": "input_audio", "input_audio": {"data": "<base64 of a whole file>", "format": "wav"}}
 _ASK = {"type": "text", "text": "Which sound comes first? (A) dog (B) drum"}

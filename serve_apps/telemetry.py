@@ -17,10 +17,10 @@ import aiohttp
 import ray
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from af2_ray.serve.request import Answer, Event, Failure, Request
+from af2_ray.engine.request import Answer, Event, Request, RequestFailure
 
 if TYPE_CHECKING:  # its module loads torch, which the ingress does without
-    from af2_ray.serve.runner import Runner
+    from af2_ray.engine.runner import Runner
 
 logger = logging.getLogger("ray.serve")
 
@@ -81,7 +81,7 @@ class Telemetry:
                 if number:
                     count.inc(number)
         else:
-            by_caller = isinstance(last, Failure) and last.by_caller
+            by_caller = isinstance(last, RequestFailure) and last.by_caller
             self._requests.inc(tags={"result": "cancelled" if last is None else "refused" if by_caller else "failed"})
         self.look()
 

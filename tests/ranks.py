@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch.distributed", "af2_ray.losses", "af2_ray.train.step", "af2_ray.models"]
+PRELOADED = ["torch.distributed", "af2_ray.train.losses", "af2_ray.train.step", "af2_ray.models"]
 
 
 def run(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:

@@ -58,6 +58,7 @@ def build(tokenizer: Any, *, seed: int = 0, llama: bool = False, **settings: Any
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         initializer_range=0.5,
+        max_position_embeddings=1024,
     )
     config = AudioFlamingo2Config(
         text_config=lm,

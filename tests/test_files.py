@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from af2_ray import files
 from af2_ray.config import load_recipe
-from af2_ray.files import Damaged, append_lines, check_digests, check_seal, read_rows, sealed_json, sealed_yaml
-from af2_ray.remote import local_model
-from af2_ray.train.run import Run, finished, mark_finished, read_metrics, replacing
+from af2_ray.runs.run import Run, finished, mark_finished, read_metrics, replacing
+from af2_ray.storage import files
+from af2_ray.storage.files import Damaged, append_lines, check_digests, check_seal, read_rows, sealed_json, sealed_yaml
+from af2_ray.storage.stores import local_model
 
 FACTS = {"steps": 3, "loss": 1.5e-07, "name": "é", "nested": {"a": [1, 2]}}
 

@@ -12,7 +12,7 @@ import ranks as ranks_in_processes
 import torch
 import torch.distributed as dist
 
-from af2_ray.losses import afclap_loss, afclap_loss_sum, clamp_scale
+from af2_ray.train.losses import afclap_loss, afclap_loss_sum, clamp_scale
 
 CLIPS, M, N, J = 7, 2, 2, 6
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
+
+from af2_ray.config import Clap, Dataset, Stage
 
 RATE = 16_000
 SOUNDS = {"low tone": 220.0, "high tone": 1760.0, "noise": 0.0, "chirp": -1.0}
@@ -64,6 +67,17 @@ def make(folder: Path, *, num_clips: int = 24, min_s: float = 2.0, max_s: float 
     (root / "train.reading.jsonl").write_text("".join(json.dumps(line) + "\n" for line in readings))
     (root / "train.captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in captions))
     return root
+
+
+def stage(**settings: Any) -> Stage:
+    """A stage's settings; its manifest is nowhere."""
+    given = {"trainable": ["transform", "xattn", "tokens"], "data": [Dataset(manifest="none.json")], "max_windows": 1}
+    return Stage(name="toy", steps=1, **(given | settings))
+
+
+def clap(**settings: Any) -> Clap:
+    """Settings of AF-CLAP; its captions are nowhere."""
+    return Clap(steps=1, captions=[Dataset(manifest="none.captions.jsonl")], **settings)
 
 
 def overrides(root: Path | str, storage: Path | str) -> list[str]:

@@ -1,9 +1,9 @@
 """Any uri to mono float32 at 16 kHz: soundfile reads, soxr resamples, nothing else is tried.
 
 A file is recognised by its content, never by its name. Only the stretch asked for is read: local files and object-store
-objects are seeked, and a small object is fetched in one request. Samples come in blocks of which one channel (or the
-mean) is kept, so eight channels at 192 kHz cost no more memory than one. Whatever is wrong with a file becomes one
-`AudioError` with a short stable reason, which is what the run counts and lists.
+objects are seeked, and a small object is fetched in one request. Samples come in blocks of which the first channel is
+kept (as in the reference), so eight channels at 192 kHz cost no more memory than one. Whatever is wrong with a file
+becomes one `AudioError` with a short stable reason, which is what the run counts and lists.
 
 The trade-off: libsndfile's formats (WAV, FLAC, OGG, Opus, MP3, AIFF ...) and no video containers, for one decoder
 without child processes whose failures are all visible here.
@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Literal, cast
+from typing import IO, cast
 
 import numpy as np
 import soundfile as sf
@@ -26,13 +26,11 @@ from numpy.typing import NDArray
 
 from af2_ray.audio import shards
 from af2_ray.audio.windows import SAMPLE_RATE
-from af2_ray.remote import Ranges, retried
-from af2_ray.storage import READ_S, NameRefused, is_remote, locate, open_local, shown
+from af2_ray.storage.places import READ_S, NameRefused, is_remote, locate, open_local, shown
+from af2_ray.storage.stores import Ranges, retried
 
 MAX_BYTES = 4 * 2**30
 MAX_DURATION_S = 3600.0
-
-Channel = Literal["first", "mix"]
 
 _BLOCK = 2**16  # frames read at a time: a header that claims a day costs nothing, and a block stays in the cache
 _WHOLE_BYTES = 8 * 2**20  # a remote object up to this size comes in one request
@@ -68,7 +66,6 @@ def decode(
     offset_s: float = 0.0,
     duration_s: float | None = None,
     *,
-    channel: Channel = "first",
     max_bytes: int = MAX_BYTES,
     max_duration_s: float = MAX_DURATION_S,
     allow_silent: bool = True,
@@ -80,7 +77,6 @@ def decode(
             credentials come from the environment.
         offset_s: where the stretch begins.
         duration_s: its length; none: to the end of the file.
-        channel: `first` keeps channel 0 (the reference), `mix` the mean of all.
         max_bytes: largest file.
         max_duration_s: longest stretch.
         allow_silent: false makes silence and a constant an `AudioError`, as training wants it.
@@ -93,7 +89,7 @@ def decode(
     """
     _check_stretch(uri, offset_s, duration_s)
     with _opened(uri, max_bytes) as file:
-        return _read(uri, file, offset_s, duration_s, channel, max_duration_s, allow_silent)
+        return _read(uri, file, offset_s, duration_s, max_duration_s, allow_silent)
 
 
 def decode_bytes(
@@ -102,14 +98,13 @@ def decode_bytes(
     duration_s: float | None = None,
     *,
     name: str = "<bytes>",
-    channel: Channel = "first",
     max_duration_s: float = MAX_DURATION_S,
     allow_silent: bool = True,
 ) -> NDArray[np.float32]:
     """Like `decode`, of a file already in memory; `name` stands for its uri in errors."""
     _check_stretch(name, offset_s, duration_s)
     with _sound_file(name, io.BytesIO(data), len(data)) as file:
-        return _read(name, file, offset_s, duration_s, channel, max_duration_s, allow_silent)
+        return _read(name, file, offset_s, duration_s, max_duration_s, allow_silent)
 
 
 def probe(uri: str, *, max_bytes: int = MAX_BYTES) -> float:
@@ -227,7 +222,6 @@ def _read(
     file: sf.SoundFile,
     offset_s: float,
     duration_s: float | None,
-    channel: Channel,
     max_duration_s: float,
     allow_silent: bool,
 ) -> NDArray[np.float32]:
@@ -248,7 +242,7 @@ def _read(
     if target is not None and target > limit:
         raise AudioError(uri, "too long", f"{target / rate:.1f} s, the limit is {max_duration_s} s")
 
-    mono, fault = _blocks(file, start, target if target is not None else limit + 1, channel)
+    mono, fault = _blocks(file, start, target if target is not None else limit + 1)
     if len(mono) == 0:
         raise AudioError(uri, "no samples", fault)
     if len(mono) > limit:
@@ -268,8 +262,8 @@ def _read(
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def _blocks(file: sf.SoundFile, start: int, num_frames: int, channel: Channel) -> tuple[NDArray[np.float32], str]:
-    """Read up to `num_frames` from `start`, one channel: the samples [T] and the decoder's complaint, if any.
+def _blocks(file: sf.SoundFile, start: int, num_frames: int) -> tuple[NDArray[np.float32], str]:
+    """Read up to `num_frames` of the first channel from `start`: the samples [T] and the decoder's complaint, if any.
 
     16-bit samples are read as they are, and only the channel that is kept is made float, to the same bits: where
     libsndfile converts all of them, a WAV file takes 7 times as long to read.
@@ -285,7 +279,7 @@ def _blocks(file: sf.SoundFile, start: int, num_frames: int, channel: Channel) -
             frames = file.read(out=block[:num_frames])
             if len(frames) == 0:
                 break
-            one = frames[:, 0].astype(np.float32) if channel == "first" else frames.mean(axis=1, dtype=np.float32)
+            one = frames[:, 0].astype(np.float32)
             parts.append(one * np.float32(_INT16_STEP) if is_16_bit else one)
             num_frames -= len(frames)
     except (sf.LibsndfileError, RuntimeError, OSError) as error:

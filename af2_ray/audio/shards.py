@@ -19,8 +19,8 @@ import threading
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
 
-from af2_ray.remote import Ranges, version_of
-from af2_ray.storage import check_regular, locate, put_text
+from af2_ray.storage.places import check_regular, locate, put_text
+from af2_ray.storage.stores import Ranges, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,6 @@ def split_member(uri: str) -> tuple[str, str] | None:
     """Shard and member of `shard.tar#member`; none for any other uri."""
     shard, mark, member = uri.partition(_MARK)
     return (shard + _MARK[:-1], member) if mark and member else None
-
-
-def member_uris(shard: str) -> list[str]:
-    """Uris of all files in a shard, in order."""
-    return [f"{shard}#{member}" for member in places(shard)]
 
 
 def places(shard: str) -> Places:

@@ -7,7 +7,7 @@ ever sees: we keep it, at half the bytes of float32, until the mel front end.
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ WINDOW_S = 10
 WINDOW_SAMPLES = SAMPLE_RATE * WINDOW_S
 INT16_SCALE = 32_767
 
-ScalarT = TypeVar("ScalarT", bound=np.generic)
+ShortClips = Literal["silence", "repeat"]
 
 
 def num_windows(num_samples: int, max_windows: int | None = None) -> int:
@@ -45,13 +45,24 @@ def peak_normalise(x: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.divide(x, peak, dtype=np.float64)
 
 
-def to_windows(mono: NDArray[np.floating], max_windows: int | None = None) -> NDArray[np.int16]:
+def to_windows(
+    mono: NDArray[np.floating], max_windows: int | None = None, *, short_clips: ShortClips = "silence"
+) -> NDArray[np.int16]:
     """Cut `mono` [T] (16 kHz, any float type) into int16 windows [W, 160000], the last one zero-padded.
 
     What lies beyond `max_windows` is dropped first, so that it does not enter the peak. The arithmetic is float64, as
     in the reference: one rounding less than float32 before the truncation. A quotient by the peak is never above 1, so
     nothing needs clipping.
+
+    Args:
+        short_clips: what fills the window of a clip of less than 10 s: silence after it, or the clip itself, as often
+            as it fits in whole.
+
+    Raises:
+        ValueError: no sample, more than one channel, NaN or infinite samples.
     """
+    if short_clips == "repeat" and 0 < len(mono) < WINDOW_SAMPLES:
+        mono = np.tile(mono, WINDOW_SAMPLES // len(mono))
     if mono.ndim != 1 or mono.size == 0:
         raise ValueError(f"need a mono waveform [T] with at least one sample, got shape {mono.shape}")
     count = num_windows(mono.size, max_windows)
@@ -63,8 +74,3 @@ def to_windows(mono: NDArray[np.floating], max_windows: int | None = None) -> ND
     scaled *= INT16_SCALE
     windows.reshape(-1)[: x.size] = scaled
     return windows
-
-
-def repeated(mono: NDArray[ScalarT]) -> NDArray[ScalarT]:
-    """A clip of less than a window, as often as it fits in whole; a longer one, or an empty one, as it is."""
-    return np.tile(mono, max(1, WINDOW_SAMPLES // len(mono))) if len(mono) else mono

@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +26,12 @@ from numpy.typing import NDArray
 from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES
 from af2_ray.data.blend import Blend
 from af2_ray.data.columns import Joined, SampleTable, clip_numbers, durations
-from af2_ray.data.manifest import CaptionSet, Sample, Stretch, StretchT, fingerprint
-from af2_ray.data.measures import PlanStats, measure
 from af2_ray.data.packing import Budget, Index, Rows, deal_steps, fill_rows, share_clips
+from af2_ray.data.plan_stats import PlanStats, measure
+from af2_ray.data.samples import CaptionSet, Item, ItemT, Sample, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Tail = Literal["empty", "drop"]
 
 _FRAME_TOKENS = 4  # <audio>, <SEP>, <|endofchunk|> and the end of sequence around prompt and answer
 _MAX_IDLE_EPOCHS = 10_000
@@ -41,15 +39,15 @@ _TEXTS = 2**16  # distinct texts tokenised in one call
 
 
 @dataclass(frozen=True, slots=True)
-class Row(Generic[StretchT]):
+class Row(Generic[ItemT]):
     """One batch to be: its number in the plan, and for each clip the samples that ask about it."""
 
     index: int
-    clips: tuple[tuple[StretchT, ...], ...]
+    clips: tuple[tuple[ItemT, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Generic[StretchT]):
+class Plan(Generic[ItemT]):
     """An ordered list of rows, held as index arrays over `items`.
 
     Attributes:
@@ -63,7 +61,7 @@ class Plan(Generic[StretchT]):
         origin: what shaped it, by name (`data`, `seed`, `budget` ...): says what changed where fingerprints differ.
     """
 
-    items: Sequence[StretchT]
+    items: Sequence[ItemT]
     entries: Index
     clip_starts: Index
     row_starts: Index
@@ -80,7 +78,7 @@ class Plan(Generic[StretchT]):
         """Optimiser steps of the plan."""
         return len(self) // self.step_batches
 
-    def row(self, index: int) -> Row[StretchT]:
+    def row(self, index: int) -> Row[ItemT]:
         """Row `index`, from 0 on."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a plan of {len(self)} rows")
@@ -88,7 +86,7 @@ class Plan(Generic[StretchT]):
         clips = (self.entries[a:b].tolist() for a, b in pairwise(bounds))
         return Row(index, tuple(tuple(self.items[i] for i in clip) for clip in clips))
 
-    def rows(self, start: int = 0) -> Iterator[Row[StretchT]]:
+    def rows(self, start: int = 0) -> Iterator[Row[ItemT]]:
         """The rows in order, from `start` on."""
         return (self.row(index) for index in range(start, len(self)))
 
@@ -105,7 +103,6 @@ def plan(
     seed: int,
     epoch: int = 0,
     index: Index | None = None,
-    tail: Tail = "empty",
 ) -> Plan[Sample]:
     """Plan one epoch.
 
@@ -116,8 +113,8 @@ def plan(
         budget: of a row and a step.
         seed, epoch: of the order.
         index: the epoch's draw from `samples` (`blend`); none: each once.
-        tail: rows are a multiple of `step_batches`. `empty` fills the last step up with rows without clips (a silent
-            window without labels: nothing is repeated or lost), `drop` leaves out what does not fill a step.
+
+    The last step is filled up with rows without clips (a silent window without labels): nothing is repeated or lost.
 
     Raises:
         ValueError: a sample does not fit the budget alone, or there is not a single step.
@@ -126,13 +123,12 @@ def plan(
     rows = pool.rows(np.arange(len(samples)) if index is None else index, np.random.default_rng((seed, epoch)))
     rng = np.random.default_rng((seed, epoch, 1))
     spare = len(rows) % budget.step_batches
-    if spare and tail == "drop":
-        rows = rows.take(np.sort(rng.permutation(len(rows))[spare:]))
-    elif spare:
+    if spare:
         rows = Rows.join([rows, Rows.empty(budget.step_batches - spare)])
     rows = pool.dealt(rows, rng)
     drawn = "all" if index is None else _digest("", np.asarray(index))
-    return pool.finish(rows, {"seed": str(seed), "epoch": str(epoch), "tail": tail, "draw": drawn})
+    # `tail` was an option once: without it the fingerprints of plans would change.
+    return pool.finish(rows, {"seed": str(seed), "epoch": str(epoch), "tail": "empty", "draw": drawn})
 
 
 def plan_steps(
@@ -178,13 +174,13 @@ def plan_steps(
         num_idle = 0 if len(rows) else num_idle + 1
         if num_idle > _MAX_IDLE_EPOCHS:
             raise ValueError(f"{num_idle} epochs of the blend drew no sample: raise the datasets' weights")
-    told = {
+    origin = {
         "seed": str(seed),
         "steps": str(num_steps),
         "max_windows": str(max_windows),
         "weights": str([weight for _, weight in datasets]),
     }
-    return pool.finish(Rows.join(steps).take(np.arange(num_steps * size)), told)
+    return pool.finish(Rows.join(steps).take(np.arange(num_steps * size)), origin)
 
 
 def plan_captions(
@@ -251,7 +247,7 @@ def _contrastive_steps(sets: Sequence[CaptionSet], num_steps: int, size: int, se
 # --- Lengths -----------------------------------------------------------------------------------------------------
 
 
-def window_counts(samples: Sequence[Stretch], max_windows: int) -> Index:
+def window_counts(samples: Sequence[Item], max_windows: int) -> Index:
     """10 s windows of each sample by its manifest duration: int64 [N]."""
     num_audio_samples = np.rint(durations(samples) * SAMPLE_RATE)
     return np.clip(np.ceil(num_audio_samples / WINDOW_SAMPLES), 1, max_windows).astype(np.int64)
@@ -322,11 +318,11 @@ class _Pool:
         run = self.budget.balanced_rows or self.budget.step_batches
         return rows.take(deal_steps(rows.cost(self.windows, self.texts, self.budget), run, rng))
 
-    def finish(self, rows: Rows, told: dict[str, str]) -> Plan[Sample]:
+    def finish(self, rows: Rows, more: dict[str, str]) -> Plan[Sample]:
         """Measure the rows and put the fingerprint on."""
         budget = self.budget
         if not len(rows):
-            raise ValueError("nothing to plan: no usable samples, or fewer rows than one step takes (tail='drop')")
+            raise ValueError("nothing to plan: no usable samples")
         windows = self.windows[rows.entries[rows.clip_starts[:-1]]]
         cost = rows.cost(self.windows, self.texts, self.budget)
         stats = measure(windows, rows.told(self.texts), rows.row_starts, len(rows.entries), cost, budget.step_batches)
@@ -335,7 +331,7 @@ class _Pool:
             "data": fingerprint(self.items),
             "text lengths": _digest("", self.texts),
             "budget": " ".join(f"{name}={getattr(budget, name)}" for name in sizes),
-            **told,
+            **more,
         }
         mark = _digest(repr(origin), rows.entries, rows.clip_starts, rows.row_starts)
         return Plan(
@@ -343,8 +339,8 @@ class _Pool:
         )
 
 
-def _digest(told: str, *arrays: NDArray[Any]) -> str:
-    digest = hashlib.sha256(told.encode())
+def _digest(text: str, *arrays: NDArray[Any]) -> str:
+    digest = hashlib.sha256(text.encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array, np.int64).data)
     return digest.hexdigest()[:16]

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from af2_ray.data.columns import clip_numbers, durations
-from af2_ray.data.manifest import Stretch
 from af2_ray.data.packing import Index, ragged
+from af2_ray.data.samples import Item
 
 BUCKET_EDGES_S = (2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 90.0, 180.0, 300.0)
 
@@ -27,7 +27,7 @@ class Blend:
         seed: of the shuffles.
     """
 
-    def __init__(self, datasets: Sequence[tuple[Sequence[Stretch], float]], seed: int) -> None:
+    def __init__(self, datasets: Sequence[tuple[Sequence[Item], float]], seed: int) -> None:
         self._buckets: list[tuple[float, tuple[int, ...], Index, Index, Index]] = []
         base = 0
         for number, (samples, weight) in enumerate(datasets):
@@ -50,7 +50,7 @@ class Blend:
         return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
 
 
-def blend(datasets: Sequence[tuple[Sequence[Stretch], float]], epoch: int, seed: int) -> Index:
+def blend(datasets: Sequence[tuple[Sequence[Item], float]], epoch: int, seed: int) -> Index:
     """Choose the samples of one epoch.
 
     Args:

@@ -2,40 +2,38 @@
 
 Ragged in windows, each clip once: nothing is padded where it would be expensive. The questions about a clip stand in
 one row of text, end to end, and do not see each other: questions of unlike length would otherwise pad a third of the
-text away. A batch is made of numpy arrays in a
-decode task, which needs no torch (450 MB and 2.5 s less a worker process), and of torch tensors in the trainer;
-`to_row` and `from_row` are the way through Ray's object store. A clip that fails is left out with all that was asked
-of it and recorded; nothing takes its place. A row with no clip left keeps its place as one silent window without
-labels, so that no rank waits for another.
+text away. A batch is made of numpy arrays in a decode task, which needs no torch (450 MB and 2.5 s less a worker
+process), and of torch tensors in the trainer; `to_row` and `from_row` are the way through Ray's object store. A clip
+that fails is left out with all that was asked of it and recorded; nothing takes its place. A row with no clip left
+keeps its place as one silent window without labels, so that no rank waits for another.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from af2_ray import text
-from af2_ray.audio.augment import random_eq, random_noise
-from af2_ray.audio.decode import AudioError, Channel, decode
-from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES, repeated, to_windows
-from af2_ray.config import Augment
+from af2_ray.audio.decode import AudioError
+from af2_ray.audio.hear import Stretch, hear
+from af2_ray.audio.windows import WINDOW_SAMPLES
+from af2_ray.config import Clap
 from af2_ray.data import quarantine
 from af2_ray.data.batching import Row
-from af2_ray.data.manifest import CaptionSet, Sample, Stretch
 from af2_ray.data.quarantine import Failure
+from af2_ray.data.samples import CaptionSet, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Array = Any  # numpy in a decode task, torch in the trainer
-ShortClips = Literal["silence", "repeat"]
-AS_IT_IS = Augment()
+CAPTION_TOKENS = 77  # most of a caption
 ItemT = TypeVar("ItemT", Sample, CaptionSet)
 
 
@@ -48,8 +46,6 @@ class _Batch:
     failures: tuple[Failure, ...]
     sample_ids: tuple[str, ...]
     num_truncated: int
-
-    SHAPES: ClassVar[Mapping[str, str]] = {}
 
     def to_row(self) -> dict[str, Any]:
         """A flat dict of 1-D arrays, shapes and one JSON string: what Arrow stores without copies or objects."""
@@ -102,8 +98,8 @@ class _Batch:
 class LmBatch(_Batch):
     """Questions about clips. B rows of text, C clips, S windows of all clips, K audios a row (1), T text tokens.
 
-    `audio_index` [B, K] names the clips of each row (-1: none). For training a row holds all questions about its clip,
-    numbered in `attention_mask`; to be answered, each question has a row. `sample_ids` has one entry a question.
+    `audio_index` [B, K] names the clips of each row (-1: none). A row holds all questions about its clip, numbered in
+    `attention_mask`. `sample_ids` has one entry a question.
     """
 
     waveforms: Array = field(kw_only=True)  # int16 [S, 160000], or from a `Source` the tower's features [S, F, D]
@@ -127,7 +123,6 @@ class ClapBatch(_Batch):
     text_ids: Array = field(kw_only=True)  # int64 [N, T]
     text_mask: Array = field(kw_only=True)  # int64 [N, T]
     caption_owner: Array = field(kw_only=True)  # int64 [N], clip
-    caption_kind: Array = field(kw_only=True)  # int64 [N], 0 positive, 1 negative
     caption_slot: Array = field(kw_only=True)  # int64 [N], m
     caption_rank: Array = field(kw_only=True)  # int64 [N], 0 positive, n+1 negative
 
@@ -149,58 +144,26 @@ def _tensor(array: NDArray[Any]) -> Any:
 
 
 class Source(Protocol):
-    """Where a clip's windows come from in place of its audio (`features.FeatureStore`)."""
+    """Where a clip's windows come from: `Audio`, or what is kept of it (`feature_store.FeatureStore`)."""
 
     @property
     def silence(self) -> NDArray[Any]:
         """One window without any sound, for a row with no clip left."""
 
-    def read(self, stretch: Stretch, max_windows: int, number: int) -> NDArray[Any]:
-        """The windows of a stretch, the row's clip of that number, [W, ...]; `AudioError` where it cannot be used."""
+    def read(self, stretch: Stretch, max_windows: int) -> NDArray[Any]:
+        """The windows of a stretch, [W, ...]; `AudioError` where it cannot be used."""
 
 
 @dataclass(frozen=True)
-class _Audio:
+class Audio:
     """The audio itself, decoded."""
-
-    channel: Channel
-    allow_silent: bool
 
     @property
     def silence(self) -> NDArray[np.int16]:
         return np.zeros((1, WINDOW_SAMPLES), np.int16)
 
-    def read(self, stretch: Stretch, max_windows: int, number: int) -> NDArray[np.int16]:
-        return read_windows(stretch, max_windows, channel=self.channel, allow_silent=self.allow_silent)
-
-
-@dataclass(frozen=True)
-class _VariedAudio(_Audio):
-    """Audio as `config.Clap` wants it heard, other draws for each place in the plan: (seed, the first clip's place)."""
-
-    short_clips: ShortClips
-    augment: Augment
-    first: tuple[int, int]
-
-    def read(self, stretch: Stretch, max_windows: int, number: int) -> NDArray[np.int16]:
-        rng = np.random.default_rng((self.first[0], self.first[1] + number))
-        mono = self._decode(stretch, float(max_windows * WINDOW_S), rng)
-        if self.augment.eq_db:
-            mono = random_eq(mono, self.augment.eq_db, rng)
-        if self.augment.noise_snr_db:
-            mono = random_noise(mono, self.augment.noise_snr_db, rng)
-        return to_windows(repeated(mono) if self.short_clips == "repeat" else mono, max_windows)
-
-    def _decode(self, stretch: Stretch, heard_s: float, rng: np.random.Generator) -> NDArray[np.float32]:
-        """The stretch, or `heard_s` of it. A cropped one that is silent, or not there, says nothing of the file."""
-        spare_s = stretch.duration_s - heard_s
-        options: dict[str, Any] = {"channel": self.channel, "allow_silent": self.allow_silent}
-        if self.augment.crop and spare_s > 0:
-            try:
-                return decode(stretch.uri, stretch.offset_s + rng.uniform(0, spare_s), heard_s, **options)
-            except AudioError:
-                pass  # its beginning decides
-        return decode(stretch.uri, stretch.offset_s, min(stretch.duration_s, heard_s), **options)
+    def read(self, stretch: Stretch, max_windows: int) -> NDArray[np.int16]:
+        return hear(stretch, max_windows)
 
 
 @dataclass(frozen=True)
@@ -211,90 +174,91 @@ class LmCollator:
         tokenizer: with the model's special tokens.
         max_windows: of a clip; what lies beyond is not read.
         max_text_tokens: of a question with its answer.
-        with_answers: false stops the text at `<SEP>` and pads on the left, for generation.
-        channel, allow_silent: see `audio.decode`.
-        source: where windows come from; none: the audio.
+        source: of the windows.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_windows: int
     max_text_tokens: int = 512
-    with_answers: bool = True
-    channel: Channel = "first"
-    allow_silent: bool = False
-    source: Source | None = None
+    source: Source = Audio()
 
     def __call__(self, row: Row[Sample]) -> LmBatch:
         """Decode and collate one row."""
-        return collate_lm(row, **{f.name: getattr(self, f.name) for f in fields(self)})
+        clips, waveforms, failures = _read(
+            row, lambda number, stretch: self.source.read(stretch, self.max_windows), self.source.silence
+        )
+        samples = [sample for clip in clips for sample in clip]
+        encoded = text.encode(
+            self.tokenizer,
+            [sample.prompt for sample in samples] or [""],
+            [sample.answer for sample in samples] or [""],
+            max_tokens=self.max_text_tokens,
+            padding_side="right",
+        )
+        sizes = [len(clip) for clip in clips] or [1]
+        input_ids, attention_mask, labels = _end_to_end(encoded, sizes, int(self.tokenizer.pad_token_id))
+        return LmBatch(
+            row=row.index,
+            num_clips=len(row.clips),
+            failures=failures,
+            sample_ids=tuple(sample.id for sample in samples),
+            num_truncated=encoded.num_truncated if samples else 0,
+            waveforms=np.concatenate(waveforms),
+            windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
+            audio_index=np.arange(len(waveforms))[:, None],
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels if samples else np.full_like(labels, text.IGNORE),
+        )
 
 
 @dataclass(frozen=True)
 class ClapCollator:
     """Turns a row of caption sets into a `ClapBatch` (numpy), with at most M positives and N negatives for each.
 
+    A row with no clip left has one silent window and no caption (text tensors [0, 1]).
+
     Attributes:
-        max_windows: of a clip; what lies beyond is not read, unless `augment` crops elsewhere.
-        channel, allow_silent: see `audio.decode`.
-        short_clips, augment: see `config.Clap`.
+        tokenizer: of the text tower.
+        clap: settings of AF-CLAP: numbers of texts, windows, augmentation.
         seed: of what `augment` draws; a clip's place in the plan has its part in it, the number of workers none.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    max_windows: int = 1
-    max_text_tokens: int = 77
-    num_positives: int = 3
-    num_negatives: int = 3
-    channel: Channel = "first"
-    allow_silent: bool = False
-    short_clips: ShortClips = "silence"
-    augment: Augment = AS_IT_IS
+    clap: Clap
     seed: int = 0
 
     def __call__(self, row: Row[CaptionSet]) -> ClapBatch:
         """Decode and collate one row."""
-        return collate_clap(row, **{f.name: getattr(self, f.name) for f in fields(self)})
+        first = row.index * len(row.clips)  # place of its first clip in the plan
+        clips, waveforms, failures = _read(row, lambda number, clip: self._hear(clip, first + number), Audio().silence)
+        captions, places = [], []
+        for owner, (clip, *_) in enumerate(clips):
+            for slot, positive in enumerate((clip.caption, *clip.positives)[: self.clap.num_positives]):
+                wrong = clip.negatives[slot][: self.clap.num_negatives] if slot < len(clip.negatives) else ()
+                captions += [positive, *wrong]
+                places += [(owner, slot, rank) for rank in range(1 + len(wrong))]
+        owner_, slot_, rank_ = np.array(places, np.int64).reshape(-1, 3).T
+        ids, mask, num_truncated = _tokenise(self.tokenizer, captions, CAPTION_TOKENS)
+        return ClapBatch(
+            row=row.index,
+            num_clips=len(row.clips),
+            failures=failures,
+            sample_ids=tuple(clip.id for clip, *_ in clips),
+            num_truncated=num_truncated,
+            waveforms=np.concatenate(waveforms),
+            windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
+            text_ids=ids,
+            text_mask=mask,
+            caption_owner=owner_,
+            caption_slot=slot_,
+            caption_rank=rank_,
+        )
 
-
-def collate_lm(
-    row: Row[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_windows: int,
-    max_text_tokens: int = 512,
-    with_answers: bool = True,
-    channel: Channel = "first",
-    allow_silent: bool = False,
-    source: Source | None = None,
-) -> LmBatch:
-    """Decode a row's clips and encode its questions; see `LmCollator`."""
-    clips, waveforms, failures = _hear(row, max_windows, source or _Audio(channel, allow_silent))
-    samples = [sample for clip in clips for sample in clip]
-    sizes = [len(clip) for clip in clips] or [1]
-    encoded = text.encode(
-        tokenizer,
-        [sample.prompt for sample in samples] or [""],
-        ([sample.answer for sample in samples] or [""]) if with_answers else None,
-        max_tokens=max_text_tokens,
-        padding_side="right" if with_answers else "left",
-    )
-    input_ids, attention_mask, labels = encoded.input_ids, encoded.attention_mask, encoded.labels
-    if with_answers:
-        input_ids, attention_mask, labels = _end_to_end(encoded, sizes, int(tokenizer.pad_token_id))
-        sizes = [1] * len(sizes)
-    return LmBatch(
-        row=row.index,
-        num_clips=len(row.clips),
-        failures=failures,
-        sample_ids=tuple(sample.id for sample in samples),
-        num_truncated=encoded.num_truncated if samples else 0,
-        waveforms=np.concatenate(waveforms),
-        windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
-        audio_index=np.repeat(np.arange(len(waveforms)), sizes)[:, None],
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels if samples else np.full_like(labels, text.IGNORE),
-    )
+    def _hear(self, stretch: Stretch, place: int) -> NDArray[np.int16]:
+        rng = np.random.default_rng((self.seed, place))
+        settings = self.clap
+        return hear(stretch, settings.max_windows, short_clips=settings.short_clips, augment=settings.augment, rng=rng)
 
 
 def _end_to_end(encoded: text.TextBatch, sizes: list[int], pad_id: int) -> tuple[NDArray[np.int64], ...]:
@@ -311,53 +275,8 @@ def _end_to_end(encoded: text.TextBatch, sizes: list[int], pad_id: int) -> tuple
     return tuple(rows)
 
 
-def collate_clap(
-    row: Row[CaptionSet],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_windows: int = 1,
-    max_text_tokens: int = 77,
-    num_positives: int = 3,
-    num_negatives: int = 3,
-    channel: Channel = "first",
-    allow_silent: bool = False,
-    short_clips: ShortClips = "silence",
-    augment: Augment = AS_IT_IS,
-    seed: int = 0,
-) -> ClapBatch:
-    """Decode a row's clips and tokenise their captions, padded to the longest; see `ClapCollator`.
-
-    A row with no clip left has one silent window and no caption (text tensors [0, 1]).
-    """
-    source = _VariedAudio(channel, allow_silent, short_clips, augment, (seed, row.index * len(row.clips)))
-    clips, waveforms, failures = _hear(row, max_windows, source)
-    captions, places = [], []
-    for owner, (clip, *_) in enumerate(clips):
-        for slot, positive in enumerate((clip.caption, *clip.positives)[:num_positives]):
-            wrong = clip.negatives[slot][:num_negatives] if slot < len(clip.negatives) else ()
-            captions += [positive, *wrong]
-            places += [(owner, slot, rank) for rank in range(1 + len(wrong))]
-    owner_, slot_, rank_ = np.array(places, np.int64).reshape(-1, 3).T
-    ids, mask, num_truncated = _tokenise(tokenizer, captions, max_text_tokens)
-    return ClapBatch(
-        row=row.index,
-        num_clips=len(row.clips),
-        failures=failures,
-        sample_ids=tuple(clip.id for clip, *_ in clips),
-        num_truncated=num_truncated,
-        waveforms=np.concatenate(waveforms),
-        windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
-        text_ids=ids,
-        text_mask=mask,
-        caption_owner=owner_,
-        caption_kind=(rank_ > 0).astype(np.int64),
-        caption_slot=slot_,
-        caption_rank=rank_,
-    )
-
-
-def _hear(
-    row: Row[ItemT], max_windows: int, source: Source
+def _read(
+    row: Row[ItemT], read: Callable[[int, Stretch], NDArray[Any]], silence: NDArray[Any]
 ) -> tuple[list[tuple[ItemT, ...]], list[NDArray[Any]], tuple[Failure, ...]]:
     """Read a row: the clips that could be read, windows [W, ...] of each, and the failures.
 
@@ -366,22 +285,13 @@ def _hear(
     clips, waveforms, failures = [], [], []
     for number, clip in enumerate(row.clips):
         try:
-            waveforms.append(source.read(clip[0], max_windows, number))
+            waveforms.append(read(number, clip[0].stretch))
             clips.append(clip)
         except AudioError as error:
             failures.append(
                 Failure(error.uri, error.reason, clip[0].offset_s, error.detail, row.index, num_samples=len(clip))
             )
-    return clips, waveforms or [source.silence], tuple(failures)
-
-
-def read_windows(
-    stretch: Stretch, max_windows: int, *, channel: Channel = "first", allow_silent: bool = False
-) -> NDArray[np.int16]:
-    """Decode a sample's stretch, as much of it as `max_windows` hold: int16 [W, 160000]. Raises `AudioError`."""
-    duration_s = min(stretch.duration_s, float(max_windows * WINDOW_S))
-    mono = decode(stretch.uri, stretch.offset_s, duration_s, channel=channel, allow_silent=allow_silent)
-    return to_windows(mono, max_windows)
+    return clips, waveforms or [silence], tuple(failures)
 
 
 def _tokenise(

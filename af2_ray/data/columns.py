@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from af2_ray.data.manifest import Sample, Stretch, StretchT, check_samples, fingerprint, name_fault
-from af2_ray.storage import MAX_CHARACTERS, PLAIN_ADDRESS, UNUSUAL_NAME
+from af2_ray.data.names import name_fault
+from af2_ray.data.samples import Item, ItemT, Sample, check_samples, fingerprint
+from af2_ray.storage.places import MAX_CHARACTERS, PLAIN_ADDRESS, UNUSUAL_NAME
 from af2_ray.text import AUDIO
 
 TEXT_COLUMNS = ("id", "uri", "prompt", "answer", "task", "dataset", "skill", "pair", "template")
@@ -36,6 +37,7 @@ class SampleTable(Sequence[Sample]):
     Args:
         texts: for each of TEXT_COLUMNS and JSON_COLUMNS its distinct texts (Arrow) and each sample's code, [N].
         offset_s, duration_s: float64 [N].
+        remarks: what is odd about the manifest that they are from, and keeps none of them out.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class SampleTable(Sequence[Sample]):
         texts: Mapping[str, tuple[pa.Array, NDArray[Any]]],
         offset_s: NDArray[np.float64],
         duration_s: NDArray[np.float64],
+        remarks: Sequence[str] = (),
     ) -> None:
+        self.remarks = tuple(remarks)
         self._texts = dict(texts)
         self.offset_s, self.duration_s = offset_s, duration_s
 
@@ -62,14 +66,16 @@ class SampleTable(Sequence[Sample]):
         return cls(texts, offset_s, np.asarray(columns["duration_s"], np.float64))
 
     @classmethod
-    def from_samples(cls, samples: Sequence[Sample]) -> SampleTable:
+    def from_samples(cls, samples: Sequence[Sample], remarks: Sequence[str] = ()) -> SampleTable:
         """A table of the samples."""
         columns: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in TEXT_COLUMNS}
         columns["options"] = [json.dumps(s.options, ensure_ascii=False) if s.options else "" for s in samples]
         columns["meta"] = [json.dumps(dict(s.meta), ensure_ascii=False) if s.meta else "" for s in samples]
         columns["offset_s"] = np.fromiter((s.offset_s for s in samples), np.float64, len(samples))
         columns["duration_s"] = np.fromiter((s.duration_s for s in samples), np.float64, len(samples))
-        return cls.from_columns(columns)
+        table = cls.from_columns(columns)
+        table.remarks = tuple(remarks)
+        return table
 
     def __len__(self) -> int:
         return len(self.offset_s)
@@ -82,8 +88,8 @@ class SampleTable(Sequence[Sample]):
         if isinstance(place, slice):
             return self.take(np.arange(*place.indices(len(self))))
         place = range(len(self))[place]
-        told = {name: values[int(codes[place])].as_py() for name, (values, codes) in self._texts.items()}
-        return _sample(told, float(self.offset_s[place]), float(self.duration_s[place]))
+        texts = {name: values[int(codes[place])].as_py() for name, (values, codes) in self._texts.items()}
+        return _sample(texts, float(self.offset_s[place]), float(self.duration_s[place]))
 
     def __iter__(self) -> Iterator[Sample]:
         for start in range(0, len(self), _BATCH):
@@ -111,8 +117,23 @@ class SampleTable(Sequence[Sample]):
         """The same samples with other durations, [N]."""
         return SampleTable(self._texts, self.offset_s, duration_s)
 
+    def checked(self, unread: Mapping[str, str] = MappingProxyType({})) -> tuple[SampleTable, list[tuple[Sample, str]]]:
+        """As `samples.check_samples`, of columns: an object is made of a bad sample only."""
+        seconds, offset_s = self.duration_s, self.offset_s
+        good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
+        uris, codes = self._texts["uri"]
+        good &= _openable(uris)[codes]
+        for name in ("prompt", "answer"):
+            values, codes = self._texts[name]
+            good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
+        prompts, codes = self._texts["prompt"]
+        num_markers = pc.count_substring(prompts, AUDIO, ignore_case=True)
+        good &= pc.less_equal(num_markers, 1).to_numpy(zero_copy_only=False)[codes]
+        bad = check_samples(list(self.take(~good)), unread)[1]
+        return (self if good.all() else self.take(good)), bad
+
     def fingerprint(self) -> str:
-        """As `manifest.fingerprint`, of columns: what the samples say, in order, wherever the audio lies."""
+        """As `samples.fingerprint`, of columns: what the samples say, in order, wherever the audio lies."""
         digest = hashlib.sha256()
         for name in ("uri", "id", "prompt", "answer"):
             values, codes = self._texts[name]
@@ -129,10 +150,10 @@ class SampleTable(Sequence[Sample]):
         return digest.hexdigest()[:16]
 
 
-class Joined(Sequence[StretchT], Generic[StretchT]):
+class Joined(Sequence[ItemT], Generic[ItemT]):
     """Several sequences read as one, none of them copied."""
 
-    def __init__(self, parts: Sequence[Sequence[StretchT]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[ItemT]]) -> None:
         self.parts = tuple(parts)
         self._ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64).tolist()
 
@@ -140,17 +161,17 @@ class Joined(Sequence[StretchT], Generic[StretchT]):
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, place: int) -> StretchT: ...
+    def __getitem__(self, place: int) -> ItemT: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[StretchT]: ...
-    def __getitem__(self, place: int | slice) -> StretchT | Sequence[StretchT]:
+    def __getitem__(self, place: slice) -> Sequence[ItemT]: ...
+    def __getitem__(self, place: int | slice) -> ItemT | Sequence[ItemT]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
         part = bisect.bisect_right(self._ends, place)
         return self.parts[part][place - (self._ends[part - 1] if part else 0)]
 
-    def __iter__(self) -> Iterator[StretchT]:
+    def __iter__(self) -> Iterator[ItemT]:
         for part in self.parts:
             yield from part
 
@@ -159,13 +180,13 @@ class Joined(Sequence[StretchT], Generic[StretchT]):
         return hashlib.sha256(" ".join(fingerprint(part) for part in self.parts).encode()).hexdigest()[:16]
 
 
-class Pickled(Sequence[StretchT], Generic[StretchT]):
+class Pickled(Sequence[ItemT], Generic[ItemT]):
     """Items as bytes in one array, each unpickled where it is asked for: reading one does not load the others.
 
     For the way through the object store alone; bytes from elsewhere are never unpickled.
     """
 
-    def __init__(self, items: Sequence[StretchT]) -> None:
+    def __init__(self, items: Sequence[ItemT]) -> None:
         parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
         self._bytes = np.frombuffer(b"".join(parts), np.uint8)
         self._starts = np.cumsum([0, *map(len, parts)])
@@ -174,18 +195,18 @@ class Pickled(Sequence[StretchT], Generic[StretchT]):
         return len(self._starts) - 1
 
     @overload
-    def __getitem__(self, place: int) -> StretchT: ...
+    def __getitem__(self, place: int) -> ItemT: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[StretchT]: ...
-    def __getitem__(self, place: int | slice) -> StretchT | Sequence[StretchT]:
+    def __getitem__(self, place: slice) -> Sequence[ItemT]: ...
+    def __getitem__(self, place: int | slice) -> ItemT | Sequence[ItemT]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
-        item: StretchT = pickle.loads(self._bytes[self._starts[place] : self._starts[place + 1]].data)  # noqa: S301
+        item: ItemT = pickle.loads(self._bytes[self._starts[place] : self._starts[place + 1]].data)  # noqa: S301
         return item
 
 
-def portable(items: Sequence[StretchT]) -> Sequence[StretchT]:
+def portable(items: Sequence[ItemT]) -> Sequence[ItemT]:
     """The same items in a form that crosses the object store as arrays: tables as they are, others pickled one by one.
 
     A table of a few samples of a large corpus takes the corpus' texts along; a plan uses nearly all of them.
@@ -200,7 +221,7 @@ def portable(items: Sequence[StretchT]) -> Sequence[StretchT]:
 # --- What the plan needs of samples ------------------------------------------------------------------------------
 
 
-def durations(samples: Sequence[Stretch]) -> NDArray[np.float64]:
+def durations(samples: Sequence[Item]) -> NDArray[np.float64]:
     """Seconds of each sample, [N]."""
     if isinstance(samples, SampleTable):
         return samples.duration_s
@@ -209,25 +230,8 @@ def durations(samples: Sequence[Stretch]) -> NDArray[np.float64]:
     return np.fromiter((s.duration_s for s in samples), np.float64, len(samples))
 
 
-def check_table(
-    table: SampleTable, unread: Mapping[str, str] = MappingProxyType({})
-) -> tuple[SampleTable, list[tuple[Sample, str]]]:
-    """As `manifest.check_samples`, of columns: an object is made of a bad sample only."""
-    seconds, offset_s = table.duration_s, table.offset_s
-    good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
-    uris, codes = table.texts("uri")
-    good &= _openable(uris)[codes]
-    for name in ("prompt", "answer"):
-        values, codes = table.texts(name)
-        good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
-    prompts, codes = table.texts("prompt")
-    good &= pc.less_equal(pc.count_substring(prompts, AUDIO, ignore_case=True), 1).to_numpy(zero_copy_only=False)[codes]
-    bad = check_samples(table.take(~good), unread)[1]
-    return (table if good.all() else table.take(good)), bad
-
-
 def _openable(uris: pa.Array) -> NDArray[np.bool_]:
-    """Which uris may be opened, as `manifest.name_fault` has it; only those that look unusual are asked about."""
+    """Which uris may be opened, as `names.name_fault` has it; only those that look unusual are asked about."""
     asked = pc.or_(pc.match_substring_regex(uris, UNUSUAL_NAME), pc.greater(pc.utf8_length(uris), MAX_CHARACTERS))
     odd = pc.and_not(pc.match_substring(uris, "://"), pc.match_substring_regex(uris, PLAIN_ADDRESS))
     found = pc.invert(pc.or_(asked, odd)).to_numpy(zero_copy_only=False).copy()
@@ -236,7 +240,7 @@ def _openable(uris: pa.Array) -> NDArray[np.bool_]:
     return found
 
 
-def clip_numbers(samples: Sequence[Stretch]) -> NDArray[np.int64]:
+def clip_numbers(samples: Sequence[Item]) -> NDArray[np.int64]:
     """A number for each distinct stretch (uri, offset, duration), from 0 in order of appearance: int64 [N]."""
     parts = samples.parts if isinstance(samples, Joined) else (samples,)
     if len(samples) and all(isinstance(part, SampleTable) for part in parts):
@@ -302,10 +306,10 @@ def _encoded(column: Any) -> tuple[pa.Array, NDArray[Any]]:
     return values, codes.to_numpy(zero_copy_only=False).astype(size)
 
 
-def _sample(told: dict[str, str], offset_s: float, duration_s: float) -> Sample:
-    options, meta = told.pop("options"), told.pop("meta")
+def _sample(texts: dict[str, str], offset_s: float, duration_s: float) -> Sample:
+    options, meta = texts.pop("options"), texts.pop("meta")
     return Sample(
-        **told,
+        **texts,
         offset_s=offset_s,
         duration_s=duration_s,
         options=tuple(json.loads(options)) if options else (),

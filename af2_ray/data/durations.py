@@ -18,8 +18,9 @@ import numpy as np
 
 from af2_ray.audio.decode import AudioError, probe
 from af2_ray.data.columns import SampleTable
-from af2_ray.data.manifest import CaptionSet, Sample, name_fault
-from af2_ray.storage import check_regular, locate, write_text
+from af2_ray.data.names import name_fault
+from af2_ray.data.samples import CaptionSet, Sample
+from af2_ray.storage.places import check_regular, locate, write_text
 
 logger = logging.getLogger(__name__)
 

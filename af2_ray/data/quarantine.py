@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from af2_ray.files import append_lines, read_rows
-from af2_ray.storage import shown
+from af2_ray.storage.files import append_lines, read_rows
+from af2_ray.storage.places import shown
 
 log = logging.getLogger(__name__)
 

@@ -12,20 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 
 DURATION_BANDS: tuple[tuple[str, float], ...] = (("<=30", 30.0), ("30-90", 90.0), ("90-300", float("inf")))
 
 _MARKER = re.compile(r"^\(?[a-z]\)\s*")
 _NOT_WORD = re.compile(r"[\W_]+")
 _OPTIONS = re.compile(r"\s*\(A\)\s.*$", re.DOTALL | re.IGNORECASE)
-
-Clip = tuple[str, float, float]
-
-
-def clip_of(sample: Sample) -> Clip:
-    """(uri, offset_s, duration_s): what is decoded and encoded once, however many questions ask about it."""
-    return sample.uri, sample.offset_s, sample.duration_s
 
 
 def normalise(text: str) -> str:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from af2_ray.audio.decode import AudioError, decode, probe
-from af2_ray.audio.windows import WINDOW_S, repeated, to_windows
+from af2_ray.audio.decode import AudioError, probe
+from af2_ray.audio.hear import hear
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.manifest import CaptionSet, Root, check_samples, read_captions
+from af2_ray.data.manifest import read_captions
+from af2_ray.data.names import Root
 from af2_ray.data.quarantine import Failure
+from af2_ray.data.samples import CaptionSet, check_samples
 from af2_ray.evaluate.composition import Pairs, mirrored_pairs, score_pairs
 from af2_ray.evaluate.contrast import Vectors, alignment, first_hits, retrieval, uniformity, zero_shot
 from af2_ray.evaluate.layouts import Labelled, Table, read_csv
 from af2_ray.evaluate.marks import Mark, mark_of
 from af2_ray.models.afclap import AfClapModel
-from af2_ray.remote import local_model, scratch
-from af2_ray.storage import locate, open_text
+from af2_ray.storage.places import locate, open_text
+from af2_ray.storage.stores import local_model, scratch
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +103,10 @@ def embed_audio(
 
     for index, item in enumerate(clips):
         try:
-            duration_s = item.duration_s if math.isfinite(item.duration_s) else probe(item.uri)
-            heard_s = min(duration_s, float(max_windows * WINDOW_S))
-            mono = decode(item.uri, item.offset_s, heard_s, allow_silent=False)
-            windows = to_windows(repeated(mono) if model.config.short_clips == "repeat" else mono, max_windows)
+            stretch = item.stretch
+            if not math.isfinite(stretch.duration_s):
+                stretch = replace(stretch, duration_s=probe(item.uri))
+            windows = hear(stretch, max_windows, short_clips=model.config.short_clips)
         except AudioError as error:
             failures.append(Failure(error.uri, error.reason, item.offset_s, error.detail))
             continue
@@ -179,7 +182,7 @@ def read_benchmark(uri: str, root: str | None = None) -> Table:
         return Table([], clips, [])
     filled, unread = fill_durations(read_captions(uri, root), uri, fallback=str(scratch("durations")))
     captions, bad = check_samples(filled, unread)
-    return Table(captions, [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])
+    return Table(list(captions), [], [Failure(item.uri, reason, item.offset_s) for item, reason in bad])
 
 
 def score_captions(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from af2_ray.data.manifest import CaptionSet
+from af2_ray.data.samples import CaptionSet
 from af2_ray.evaluate.contrast import Vectors
 from af2_ray.evaluate.marks import Mark, mark_of
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from af2_ray.data.manifest import Sample
-from af2_ray.evaluate.answers import clip_of, duration_band, is_caption, normalise, question_words
+from af2_ray.data.samples import Sample
+from af2_ray.evaluate.answers import duration_band, is_caption, normalise, question_words
 from af2_ray.evaluate.metrics import Scores, event_mentions
 
 
@@ -54,7 +54,7 @@ def _pick(samples: Sequence[Sample], index: int, pool: Sequence[int]) -> int | N
     partner = None
     for other in (*pool[start:], *pool[:start]):
         sample = samples[other]
-        if clip_of(sample) == clip_of(asked) or normalise(sample.answer) == normalise(asked.answer):
+        if sample.stretch == asked.stretch or normalise(sample.answer) == normalise(asked.answer):
             continue
         if asked.pair and sample.pair == asked.pair:
             partner = other

@@ -21,9 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from af2_ray.data.manifest import CaptionSet
+from af2_ray.audio.hear import Stretch
 from af2_ray.data.quarantine import Failure
-from af2_ray.storage import locate, open_text
+from af2_ray.data.samples import CaptionSet
+from af2_ray.storage.places import locate, open_text
 
 NAMES = ("file_name", "filename", "fname", "name", "file", "path", "audio", "audio_path")
 LABELS = ("category", "label", "labels", "class")
@@ -40,6 +41,10 @@ class Labelled:
     offset_s: float
     duration_s: float
     labels: tuple[str, ...]
+
+    @property
+    def stretch(self) -> Stretch:
+        return Stretch(self.uri, self.offset_s, self.duration_s)
 
 
 @dataclass(frozen=True)

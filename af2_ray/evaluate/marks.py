@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from af2_ray.data.manifest import CaptionSet
+from af2_ray.data.samples import CaptionSet
 from af2_ray.evaluate.answers import Prediction, duration_band, is_caption
 from af2_ray.evaluate.intervals import units_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import DURATION_BANDS, Prediction, duration_band, normalise
 from af2_ray.evaluate.intervals import units_of
 

@@ -28,6 +28,7 @@ class AudioFlamingo2Config(PreTrainedConfig):
         transform_time_features: size of an embedding of each audio token's time; 0, as in the paper, for none.
         transform_moments: moments of time of the clip that each audio token is told; 0, as in the paper, for none.
         max_windows: the longest audio, in windows of 10 s, that the model accepts.
+        max_text_tokens: the longest question with its answer that the model was trained on; none: not known.
     """
 
     model_type = "audio_flamingo_2"
@@ -52,6 +53,7 @@ class AudioFlamingo2Config(PreTrainedConfig):
     transform_time_features: int = 0
     transform_moments: int = 0
     max_windows: int = 30
+    max_text_tokens: int | None = None
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 

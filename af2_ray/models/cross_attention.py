@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as nnf
@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from af2_ray.models.attention import attend
 from af2_ray.models.audio_states import Heard, to_rectangle
+from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 
 
 class AudioCache(DynamicCache):
@@ -64,9 +65,20 @@ class AudioCache(DynamicCache):
         self.markers = None if self.markers is None else change(self.markers)
 
 
+class Audio(Protocol):
+    """What the text of one forward pass attends to; handed to every layer by keyword."""
+
+    @property
+    def hears(self) -> Tensor:
+        """bool [B, T, 1] (or [B, 1, 1]), false where a text token hears nothing: there a layer changes nothing."""
+
+    def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
+        """Queries [B, H, T, d] of a layer to the audio, [B, H, T, d]."""
+
+
 @dataclass
 class AudioContext:
-    """What the text of one forward pass attends to; handed to every layer by keyword.
+    """`Audio` of whole batches, as in training and `generate`.
 
     Attributes:
         heard: the clips and who hears which.
@@ -109,20 +121,12 @@ class GatedCrossAttention(GradientCheckpointingLayer):
     and values from the audio states as they are, by one packed projection (keys first). No biases.
     """
 
-    def __init__(
-        self,
-        text_width: int,
-        audio_width: int,
-        layer_idx: int,
-        *,
-        num_heads: int = 8,
-        head_dim: int = 64,
-        ff_mult: int = 4,
-    ) -> None:
+    def __init__(self, config: AudioFlamingo2Config, audio_width: int, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.num_heads, self.head_dim = num_heads, head_dim
-        inner = num_heads * head_dim
+        self.num_heads, self.head_dim = config.cross_attn_heads, config.cross_attn_head_dim
+        text_width, ff_mult = config.text_config.hidden_size, config.cross_attn_ff_mult
+        inner = self.num_heads * self.head_dim
         self.attn_gate = nn.Parameter(torch.zeros(1))
         self.norm = nn.LayerNorm(text_width)
         self.to_q = nn.Linear(text_width, inner, bias=False)
@@ -133,7 +137,11 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         self.fc1 = nn.Linear(text_width, ff_mult * text_width, bias=False)
         self.fc2 = nn.Linear(ff_mult * text_width, text_width, bias=False)
 
-    def forward(self, x: Tensor, audio: AudioContext) -> Tensor:
+    def project(self, states: Tensor) -> Tensor:
+        """Keys and values [N, 2, H, d] of audio states [N, D]."""
+        return self.to_kv(states).unflatten(-1, (2, self.num_heads, self.head_dim))
+
+    def forward(self, x: Tensor, audio: Audio) -> Tensor:
         """Text states [B, T, D] with what they hear added."""
         rows, length, _ = x.shape
         q = self.to_q(self.norm(x)).view(rows, length, self.num_heads, self.head_dim).transpose(1, 2)
@@ -149,8 +157,8 @@ class GatedCrossAttention(GradientCheckpointingLayer):
             return audio.cache.audio[self.layer_idx]
         assert audio.packed is not None, "audio states are needed where the cache holds no keys and values"
         # Only real tokens are projected; the rectangle is made of the result, where padding is cheap.
-        projected = to_rectangle(self.to_kv(audio.packed), audio.lengths)  # [C, A, 2 * H * d]
-        keys, values = projected.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        projected = to_rectangle(self.project(audio.packed), audio.lengths)  # [C, A, 2, H, d]
+        keys, values = projected.permute(2, 0, 3, 1, 4)
         if audio.heard.audio_index is not None:
             index = audio.heard.audio_index.clamp(min=0)
             keys, values = (t[index].transpose(1, 2).flatten(2, 3) for t in (keys, values))
@@ -168,7 +176,7 @@ class GatedDecoderLayer(nn.Module):
         self.cross_attention = cross_attention
         self.decoder_layer = decoder_layer
 
-    def forward(self, hidden_states: Tensor, *args: Any, audio: AudioContext | None = None, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, audio: Audio | None = None, **kwargs: Any) -> Any:
         """As the LM's own layer, with what the text hears as the keyword `audio`."""
         if self.cross_attention is not None and audio is not None:
             hidden_states = self.cross_attention(hidden_states, audio)

@@ -62,16 +62,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.audio_tower = AudioTower(config.audio_config)
         audio_width = self.audio_tower.output_size
-        self.audio_transform = AudioTransform(
-            audio_width,
-            config.transform_layers,
-            config.transform_heads,
-            config.transform_inner_size,
-            config.transform_rope_base,
-            config.transform_time_features,
-            config.transform_moments,
-            self.audio_tower.window_shape if config.audio_features == "dense" else (1, 1),
-        )
+        self.window_shape = self.audio_tower.window_shape if config.audio_features == "dense" else (1, 1)
+        self.audio_transform = AudioTransform(config, audio_width, self.window_shape)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
         layers = self.language_model.model.layers
@@ -80,14 +72,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for index, layer in enumerate(layers):
             attention = None
             if config.fusion == "xattn" and (index + 1) % config.cross_attn_every == 0:
-                attention = GatedCrossAttention(
-                    width,
-                    audio_width,
-                    index,
-                    num_heads=config.cross_attn_heads,
-                    head_dim=config.cross_attn_head_dim,
-                    ff_mult=config.cross_attn_ff_mult,
-                )
+                attention = GatedCrossAttention(config, audio_width, index)
             layers[index] = GatedDecoderLayer(layer, attention)
         self.added_embeddings = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), width))
         if not config.text_config.tie_word_embeddings:
@@ -156,6 +141,21 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # --- Audio ------------------------------------------------------------------------------------------------------
 
+    @property
+    def tokens_per_window(self) -> int:
+        """Audio tokens of a window, F."""
+        bands, steps = self.window_shape
+        return bands * steps
+
+    def embed_windows(self, waveforms: Tensor | None, *, tower_features: Tensor | None = None) -> Tensor:
+        """Features [S, F, D] of windows [S, 160000], each window by itself: the first half of encoding a clip.
+
+        Args:
+            tower_features: [S, F, D], what the tower made of the windows before; it is not run then.
+        """
+        features: Tensor = self.audio_tower(waveforms) if tower_features is None else tower_features.to(self.dtype)
+        return features.mean(dim=1, keepdim=True) if self.config.audio_features == "pooled" else features
+
     def encode_audio(
         self,
         waveforms: Tensor | None,
@@ -178,9 +178,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"a clip of {max(counts)} windows is over the limit of {self.config.max_windows}: "
                 "cut it when making windows, or raise max_windows in the configuration"
             )
-        features = self.audio_tower(waveforms) if tower_features is None else tower_features.to(self.dtype)  # [S, F, D]
-        if self.config.audio_features == "pooled":
-            features = features.mean(dim=1, keepdim=True)
+        features = self.embed_windows(waveforms, tower_features=tower_features)
         lengths = [count * features.shape[1] for count in counts]
         return AudioStates.of_packed(self.audio_transform(features.flatten(0, 1), lengths), lengths)
 

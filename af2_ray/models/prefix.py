@@ -59,12 +59,17 @@ class PrefixFusion(nn.Module):
         if not heard.first:
             return PrefixedText(text, whole, positions, 0)
         before = (real.cumsum(dim=1) - 1).clamp(min=0)
-        embeds = torch.cat((self._project(heard).to(text.dtype), text), dim=1)
+        embeds = torch.cat((self._before(heard).to(text.dtype), text), dim=1)
         return PrefixedText(embeds, whole, torch.cat((before, positions), dim=1), real.shape[1])
 
-    def _project(self, heard: Heard) -> Tensor:
+    def project(self, states: Tensor) -> Tensor:
+        """Embeddings [N, D of the LM] of audio states [N, D]."""
+        projected: Tensor = self.fc2(nnf.gelu(self.fc1(self.norm(states))))
+        return projected
+
+    def _before(self, heard: Heard) -> Tensor:
         """Embeddings [B, P, D] of each row's audios."""
         assert heard.states is not None, "audio states are needed where the cache holds no prefix"
         packed, lengths = heard.states.pack()
-        embeds = to_rectangle(self.fc2(nnf.gelu(self.fc1(self.norm(packed)))), lengths)
+        embeds = to_rectangle(self.project(packed), lengths)
         return embeds if heard.audio_index is None else embeds[heard.audio_index.clamp(min=0)].flatten(1, 2)

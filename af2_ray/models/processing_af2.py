@@ -21,7 +21,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from af2_ray.audio.windows import SAMPLE_RATE, num_windows, to_windows
+from af2_ray.audio.windows import SAMPLE_RATE, ShortClips, num_windows, to_windows
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.text import AUDIO, SEP, encode
 
@@ -41,6 +41,7 @@ CHAT_TEMPLATE = (
 """A conversation as the model was trained: audio markers, question, `<SEP>`, answer, `<|endofchunk|>`, end of text."""
 
 AudioInput = NDArray[np.floating]
+_ANY_LENGTH = 2**30
 
 
 class AudioFlamingo2FeatureExtractor(FeatureExtractionMixin):
@@ -52,6 +53,7 @@ class AudioFlamingo2FeatureExtractor(FeatureExtractionMixin):
     """
 
     model_input_names = ["waveforms", "windows_per_clip"]  # noqa: RUF012 - transformers' own class attribute
+    short_clips: ShortClips = "silence"
 
     def __init__(self, max_windows: int = 30, sampling_rate: int = SAMPLE_RATE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -79,7 +81,7 @@ class AudioFlamingo2FeatureExtractor(FeatureExtractionMixin):
                     raise ValueError(problem + "cut it, or pass truncate=True to keep its beginning")
                 logger.warning(problem + "only its beginning is kept")
             try:
-                windows.append(to_windows(array, self.max_windows))
+                windows.append(to_windows(array, self.max_windows, short_clips=self.short_clips))
             except ValueError as error:
                 raise ValueError(f"audio {index}: {error}") from error
         waveforms = np.concatenate(windows) if windows else np.zeros((0, 0), np.int16)
@@ -92,14 +94,20 @@ class AudioFlamingo2FeatureExtractor(FeatureExtractionMixin):
 
 
 class AudioFlamingo2Processor(ProcessorMixin):
-    """Windows and tokens of a batch of questions, ready for `generate` (or, with answers, for training)."""
+    """Windows and tokens of a batch of questions, ready for `generate` (or, with answers, for training).
+
+    Args:
+        max_text_tokens: the longest question with its answer that the model is trained on.
+    """
 
     def __init__(
         self,
         feature_extractor: AudioFlamingo2FeatureExtractor,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
+        max_text_tokens: int = 512,
     ) -> None:
+        self.max_text_tokens = max_text_tokens
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def __call__(
@@ -109,7 +117,7 @@ class AudioFlamingo2Processor(ProcessorMixin):
         *,
         sampling_rate: int | None = None,
         answers: Sequence[str] | None = None,
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         truncate: bool = False,
         return_tensors: Literal["pt"] | None = None,
         padding: bool = True,
@@ -122,6 +130,8 @@ class AudioFlamingo2Processor(ProcessorMixin):
         `apply_chat_template` has written (it ends in `<SEP>`) is taken as it is, audio as one list over all prompts.
 
         Args:
+            max_tokens: the longest text: one with its answer is cut there, a prompt alone is an error; none: texts with
+                answers are cut at `max_text_tokens`, and prompts are as long as they are.
             return_tensors, padding: always `pt` and true; there for those who pass them.
             images, videos: the model takes none; there for `apply_chat_template(tokenize=True)`.
         """
@@ -141,6 +151,8 @@ class AudioFlamingo2Processor(ProcessorMixin):
             raise ValueError(f"{len(prompts)} prompts but audio for {len(clips)}: give one entry a prompt")
         counts = [len(row) for row in clips]
         side: Literal["left", "right"] = "left" if answers is None else "right"
+        if max_tokens is None:
+            max_tokens = _ANY_LENGTH if answers is None else self.max_text_tokens
         batch = encode(
             self.tokenizer,
             prompts,

@@ -14,7 +14,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES, repeated
+from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES, ShortClips
 from af2_ray.models.afclap import AfClapConfig
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioInput
 
@@ -30,7 +30,7 @@ class AfClapFeatureExtractor(AudioFlamingo2FeatureExtractor):
         self,
         max_windows: int = 1,
         sampling_rate: int = SAMPLE_RATE,
-        short_clips: Literal["silence", "repeat"] = "silence",
+        short_clips: ShortClips = "silence",
         **kwargs: Any,
     ) -> None:
         super().__init__(max_windows, sampling_rate, **kwargs)
@@ -45,8 +45,6 @@ class AfClapFeatureExtractor(AudioFlamingo2FeatureExtractor):
         return_tensors: Literal["pt"] = "pt",
     ) -> BatchFeature:
         """`waveforms` int16 [S, 160000] and `windows_per_clip` [C] of C mono arrays [T] at 16 kHz, as torch tensors."""
-        if self.short_clips == "repeat":
-            audio = [repeated(np.asarray(clip)) for clip in audio]
         limit = self.max_windows * WINDOW_SAMPLES if truncate else None
         return super().__call__([clip[:limit] for clip in audio], sampling_rate)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from af2_ray.models.attention import attend
+from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 
 LAYER_NORM_EPS = 1e-6
 MIN_ROTARY_DIMS = 32
@@ -119,39 +120,34 @@ class AudioTransformLayer(GradientCheckpointingLayer):
 class AudioTransform(nn.Module):
     """Dense features to audio states: times sqrt(D), LayerNorm, `num_layers` layers (0: only the first two).
 
+    `transform_time_features` adds an embedding of each token's time after the first LayerNorm (`time_table`): a small
+    model learns order and place from it in a fraction of the examples. `transform_moments` adds moments of time of the
+    token's clip (`time_moments`).
+
     Args:
-        rope_base: base of the rotary frequencies; none leaves positions out.
-        time_features: size of an embedding of each token's time, added after the first LayerNorm (`time_table`); 0, as
-            in the paper, for none. A small model learns order and place from it in a fraction of the examples.
-        moments: how many moments of time of its clip a token is told (`time_moments`); 0, as in the paper, for none.
+        config: its keys `transform_*`.
+        width: of the audio features, D.
         window_shape: frequency bands and time steps of a window's tokens, bands first.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_layers: int,
-        num_heads: int,
-        inner_size: int,
-        rope_base: float | None = 4096.0,
-        time_features: int = 0,
-        moments: int = 0,
-        window_shape: tuple[int, int] = (2, 32),
-    ) -> None:
+    def __init__(self, config: AudioFlamingo2Config, width: int, window_shape: tuple[int, int] = (2, 32)) -> None:
         super().__init__()
+        num_heads = config.transform_heads
         if width % num_heads:
             raise ValueError(f"transform heads {num_heads} do not divide the audio width {width}: change one of them")
         head_dim = width // num_heads
         self.rotary_dims = min(max(head_dim // 2, MIN_ROTARY_DIMS), head_dim - head_dim % 2)
-        self.rope_base = rope_base
+        self.rope_base = config.transform_rope_base
         self.input_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.time_features, self.window_shape = time_features, window_shape
-        if time_features:
-            self.time_embedding = nn.Linear(3 * time_features, width, bias=False)
-        self.moments = moments
-        if moments:
-            self.moment_embedding = nn.Linear(moments * width, width, bias=False)
-        self.layers = nn.ModuleList([AudioTransformLayer(width, num_heads, inner_size) for _ in range(num_layers)])
+        self.time_features, self.window_shape = config.transform_time_features, window_shape
+        if self.time_features:
+            self.time_embedding = nn.Linear(3 * self.time_features, width, bias=False)
+        self.moments = config.transform_moments
+        if self.moments:
+            self.moment_embedding = nn.Linear(self.moments * width, width, bias=False)
+        self.layers = nn.ModuleList(
+            [AudioTransformLayer(width, num_heads, config.transform_inner_size) for _ in range(config.transform_layers)]
+        )
 
     def forward(self, features: Tensor, lengths: Sequence[int]) -> Tensor:
         """Audio states [N, D] of features [N, D]: clips end to end, `lengths` tokens each. No clip hears another."""
@@ -182,13 +178,13 @@ class AudioTransform(nn.Module):
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), sizes)
         times = positions // (bands * steps) + (positions % steps) / steps
         length = sizes[owner] / (bands * steps)
-        told = torch.zeros_like(x)
+        embedded = torch.zeros_like(x)
         if self.time_features:
             table = time_table(times, length, self.time_features)
-            told = told + self.time_embedding(table.to(self.time_embedding.weight.dtype))
+            embedded = embedded + self.time_embedding(table.to(self.time_embedding.weight.dtype))
         if self.moments:
             weights = (time_moments(times / length, self.moments) / sizes[owner, None]).to(x.dtype)  # [N, P]
             sums = x.new_zeros(len(lengths), self.moments, x.shape[1])
             sums = sums.index_add(0, owner, weights[..., None] * x[:, None])
-            told = told + MOMENT_GAIN * self.moment_embedding(sums.flatten(1))[owner]
-        return told
+            embedded = embedded + MOMENT_GAIN * self.moment_embedding(sums.flatten(1))[owner]
+        return embedded

@@ -34,10 +34,10 @@ import soundfile
 
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.cpus import usable_cpus
-from af2_ray.files import read_json, write_whole
-from af2_ray.remote import locked, retried, scratch, send
-from af2_ray.storage import is_remote, locate
+from af2_ray.machine import usable_cpus
+from af2_ray.storage.files import read_json, write_whole
+from af2_ray.storage.places import is_remote, locate
+from af2_ray.storage.stores import locked, retried, scratch, send
 from af2_ray.synth import packages, sources
 from af2_ray.synth.bank import Bank, Bed, write_bank
 from af2_ray.synth.captions import make_captions

@@ -35,9 +35,9 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
-from af2_ray.files import Damaged, digest, sealed_json
-from af2_ray.remote import scratch
-from af2_ray.storage import locate
+from af2_ray.storage.files import Damaged, digest, sealed_json
+from af2_ray.storage.places import locate
+from af2_ray.storage.stores import scratch
 from af2_ray.train.mend import CHECKPOINT, check_files, part_name, read_told
 
 TAG = "engine"

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
-from af2_ray.train.engine import group_of
+from af2_ray.train.optim import group_of
 
 TOKENS_PER_WINDOW = 64
 TOWER_VALUES = 30  # kept a token and channel of a Swin block

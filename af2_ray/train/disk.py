@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from af2_ray.config import Recipe
-from af2_ray.files import LEFTOVER
-from af2_ray.storage import is_local, is_remote, locate
+from af2_ray.models.from_recipe import recipe_config
+from af2_ray.runs.run import Run, finished
+from af2_ray.storage.files import LEFTOVER
+from af2_ray.storage.places import is_local, is_remote, locate
 from af2_ray.train import costs
 from af2_ray.train.mend import ASIDE
-from af2_ray.train.run import Run, finished
-from af2_ray.train.sizes import recipe_config
 from af2_ray.train.trainer import checkpoint_storage
 
 _EXPORT_BYTES = 4  # a parameter, fp32

@@ -23,15 +23,15 @@ from torch import nn
 from af2_ray.config import DeepSpeedSettings
 from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
-from af2_ray.remote import model_folder
+from af2_ray.runs.run import replacing
+from af2_ray.storage.stores import model_folder
 from af2_ray.train import checkpoint
-from af2_ray.train.accounts import Meter, gates, memory_gib
 from af2_ray.train.checkpoint import State
-from af2_ray.train.engine import checkpoint_activations, start_engine
+from af2_ray.train.deepspeed import checkpoint_activations, start_engine
 from af2_ray.train.lora import merge_lora
-from af2_ray.train.run import replacing
 from af2_ray.train.step import Step
 from af2_ray.train.task import Task, plain
+from af2_ray.train.telemetry import Meter, gates, memory_gib
 from af2_ray.train.validation import Band, validate
 
 logger = logging.getLogger(__name__)

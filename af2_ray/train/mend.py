@@ -19,9 +19,9 @@ from typing import Any
 
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
-from af2_ray.files import Damaged, unsealed
-from af2_ray.remote import retried
-from af2_ray.storage import inner_name, locate, put_text
+from af2_ray.storage.files import Damaged, unsealed
+from af2_ray.storage.places import inner_name, locate, put_text
+from af2_ray.storage.stores import retried
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ray.train import Result
 
 from af2_ray.data.batching import Plan
 from af2_ray.data.feed import Collator, make_dataset
-from af2_ray.storage import locate
+from af2_ray.storage.places import locate
 from af2_ray.train.mend import SNAPSHOT
 
 

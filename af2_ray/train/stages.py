@@ -18,30 +18,29 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from af2_ray.config import Dataset, Recipe, Stage
+from af2_ray.config import Dataset, Stage
 from af2_ray.data.batching import Plan, plan, plan_steps, text_lengths, window_counts
-from af2_ray.data.collate import LmCollator
-from af2_ray.data.columns import check_table
+from af2_ray.data.collate import Audio, LmCollator
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.features import FeatureStore
-from af2_ray.data.formats import read_table
-from af2_ray.data.manifest import Sample
+from af2_ray.data.feature_store import FeatureStore
+from af2_ray.data.manifest import read_samples
 from af2_ray.data.quarantine import Failure
+from af2_ray.data.samples import Sample, check_samples
 from af2_ray.models.afclap import AfClapModel
-from af2_ray.models.configuration_af2 import AudioFlamingo2Config
+from af2_ray.models.from_recipe import model_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
-from af2_ray.remote import local_model
-from af2_ray.storage import is_remote
+from af2_ray.runs.card import write_card
+from af2_ray.runs.run import Run, finished, read_metrics, replacing
+from af2_ray.runs.tracking import Tracker
+from af2_ray.storage.places import is_remote
+from af2_ray.storage.stores import local_model
 from af2_ray.text import AUDIO, SPECIAL_TOKENS
-from af2_ray.train.card import write_card
-from af2_ray.train.clap import train_clap
-from af2_ray.train.features import cache_features
-from af2_ray.train.language_model import prepare_lm
+from af2_ray.train.cache_features import cache_features
 from af2_ray.train.precision import resolve
-from af2_ray.train.run import Run, finished, read_metrics, replacing
+from af2_ray.train.stage_clap import train_clap
+from af2_ray.train.stage_lm import prepare_lm
 from af2_ray.train.task import LmTask
-from af2_ray.train.tracking import Tracker
 from af2_ray.train.trainer import Job, fit
 from af2_ray.train.validation import Band
 
@@ -91,24 +90,17 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     max_tokens = run.recipe.model.max_text_tokens
     made = plan_stage(run, stage, tokenizer)
     began = time.perf_counter()
-    source = _features(run, stage, start, made) if stage.features == "cached" else None
+    source = _features(run, stage, start, made) if stage.features == "cached" else Audio()
     job = Job(
         name=stage.name,
         folder=folder,
-        task=LmTask(
-            run.address(start),
-            stage.optimizer,
-            tuple(stage.trainable),
-            stage.lora,
-            stage.label_smoothing,
-            stage.z_loss,
-        ),
+        task=LmTask(run.address(start), stage),
         plan=made,
         collator=LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=max_tokens, source=source),
         num_steps=stage.steps,
         checkpoint_every=stage.checkpoint_every,
         bands=validation_bands(run, stage, tokenizer),
-        facts={"features_s": round(time.perf_counter() - began, 1)} if source else {},
+        facts={"features_s": round(time.perf_counter() - began, 1)} if stage.features == "cached" else {},
     )
     return fit(run, job, tracker)
 
@@ -177,9 +169,9 @@ def plan_stage(run: Run, stage: Stage, tokenizer: Any) -> Plan[Sample]:
 
 def usable_samples(run: Run, dataset: Dataset) -> Sequence[Sample]:
     """A manifest's usable samples, as columns; the others go to the quarantine, and too many of them end the run."""
-    read = read_table(dataset.manifest, dataset.root)
+    read = read_samples(dataset.manifest, dataset.root)
     samples, unread = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
-    good, bad = check_table(samples, unread)
+    good, bad = check_samples(samples, unread)
     quarantine = run.quarantine()
     quarantine.add([Failure(sample.uri, reason, sample.offset_s) for sample, reason in bad], len(samples))
     return good
@@ -207,34 +199,11 @@ def assemble(run: Run) -> Path:
         model.added_embeddings.data.copy_(rows[: len(SPECIAL_TOKENS)])
     with replacing(target) as temporary:
         model.save_pretrained(temporary)
-        AudioFlamingo2Processor(AudioFlamingo2FeatureExtractor(config.max_windows), tokenizer).save_pretrained(
-            temporary
-        )
+        extractor = AudioFlamingo2FeatureExtractor(config.max_windows)
+        processor = AudioFlamingo2Processor(extractor, tokenizer, max_text_tokens=recipe.max_text_tokens)
+        processor.save_pretrained(temporary)
     run.finish(run.start_dir, {"parameters": model.num_parameters()})
     return target
-
-
-def model_config(recipe: Recipe, audio_config: Any, text_config: Any, audio_token_id: int) -> AudioFlamingo2Config:
-    """The whole model's configuration, from a recipe and the configurations of its tower and its LM."""
-    settings = recipe.model
-    return AudioFlamingo2Config(
-        audio_config=audio_config,
-        text_config=text_config,
-        audio_token_id=audio_token_id,
-        fusion=settings.fusion,
-        audio_features=settings.audio.features,
-        cross_attn_every=settings.cross_attention.every,
-        cross_attn_heads=settings.cross_attention.num_heads,
-        cross_attn_head_dim=settings.cross_attention.head_dim,
-        cross_attn_ff_mult=settings.cross_attention.ff_mult,
-        transform_layers=settings.transform.num_layers,
-        transform_heads=settings.transform.num_heads,
-        transform_inner_size=settings.transform.inner_size,
-        transform_rope_base=settings.transform.rope_base,
-        transform_time_features=settings.transform.time_features,
-        transform_moments=settings.transform.moments,
-        max_windows=max(stage.max_windows for stage in recipe.stages),
-    )
 
 
 def prepare_language_model(run: Run, tracker: Tracker, watch: Watch = lambda *_: nullcontext()) -> dict[str, Any]:

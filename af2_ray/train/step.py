@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from af2_ray.train.accounts import gradient_norms, whole_norm
-from af2_ray.train.engine import batch_factor
+from af2_ray.train.optim import batch_factor
 from af2_ray.train.task import Task
+from af2_ray.train.telemetry import gradient_norms, whole_norm
 
 
 class Step:

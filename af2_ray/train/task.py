@@ -14,15 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from af2_ray.config import Lora, Optimizer
+from af2_ray.config import Clap, Optimizer, Stage
 from af2_ray.data.collate import ClapBatch, LmBatch
-from af2_ray.losses import afclap_loss_sum, clamp_scale, token_loss_sum
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
-from af2_ray.remote import local_model
+from af2_ray.storage.stores import local_model
 from af2_ray.text import IGNORE
-from af2_ray.train.engine import freeze_except, group_of
 from af2_ray.train.lora import add_lora
+from af2_ray.train.losses import afclap_loss_sum, clamp_scale, token_loss_sum
+from af2_ray.train.optim import freeze_except, group_of
 
 
 class Task(Protocol):
@@ -58,11 +58,11 @@ class LmTask:
     """Next-token loss on answer tokens (a curriculum stage)."""
 
     start: str | Path
-    optimizer: Optimizer
-    trainable: tuple[str, ...]
-    lora: Lora | None = None
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    stage: Stage
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.stage.optimizer
 
     @property
     def batch_type(self) -> type[LmBatch]:
@@ -71,9 +71,9 @@ class LmTask:
     def build(self) -> nn.Module:
         """The previous stage's export, frozen but for `trainable`."""
         model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local_model(self.start), dtype=torch.float32)
-        if self.lora is not None:
-            add_lora(model.language_model, self.lora)
-        freeze_except(model, self.trainable)
+        if self.stage.lora is not None:
+            add_lora(model.language_model, self.stage.lora)
+        freeze_except(model, self.stage.trainable)
         return model
 
     def count(self, batch: LmBatch) -> int:
@@ -97,14 +97,19 @@ class LmTask:
         )
         targets = batch.labels[:, 1:]
         loss, _ = token_loss_sum(
-            output.logits, targets[targets != IGNORE], label_smoothing=self.label_smoothing, z_loss=self.z_loss
+            output.logits,
+            targets[targets != IGNORE],
+            label_smoothing=self.stage.label_smoothing,
+            z_loss=self.stage.z_loss,
         )
         return loss / max(total, 1)
 
 
 def plain(task: Any) -> Any:
     """The task with its loss as it is measured: without label smoothing and z-loss."""
-    return replace(task, label_smoothing=0.0, z_loss=0.0) if isinstance(task, LmTask) else task
+    if not isinstance(task, LmTask):
+        return task
+    return replace(task, stage=task.stage.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}))
 
 
 def _heard(windows: Tensor) -> dict[str, Tensor]:
@@ -119,25 +124,22 @@ class ClapTask:
     """AF-CLAP's composition-aware contrastive loss over the clips of all ranks (PAPER 1)."""
 
     start: str | Path
-    optimizer: Optimizer
-    num_positives: int
-    num_negatives: int
-    every_positive: bool = False
-    symmetric: bool = False
-    learn_temperature: bool = True
-    windows_per_chunk: int | None = None
-    captions_per_chunk: int | None = None
+    clap: Clap
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.clap.optimizer
 
     @property
     def batch_type(self) -> type[ClapBatch]:
         return ClapBatch
 
     def build(self) -> nn.Module:
-        """Both towers, all of them training but the mel BatchNorm (`engine.group_of`) and a fixed temperature."""
+        """Both towers, all of them training but the mel BatchNorm (`optim.group_of`) and a fixed temperature."""
         model = AfClapModel.from_pretrained(local_model(self.start), dtype=torch.float32)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(group_of(name) != "mel")
-        model.logit_scale.requires_grad_(self.learn_temperature)
+        model.logit_scale.requires_grad_(self.clap.learn_temperature)
         return model
 
     def count(self, batch: ClapBatch) -> int:
@@ -155,8 +157,8 @@ class ClapTask:
             windows_per_clip=batch.windows_per_clip,
             input_ids=batch.text_ids,
             attention_mask=batch.text_mask,
-            windows_per_chunk=self.windows_per_chunk,
-            captions_per_chunk=self.captions_per_chunk,
+            windows_per_chunk=self.clap.windows_per_chunk,
+            captions_per_chunk=self.clap.captions_per_chunk,
             logits=False,
         )
         positives, positive_mask, negatives, negative_mask = self._arrange(batch, text)
@@ -167,8 +169,8 @@ class ClapTask:
             positive_mask,
             negative_mask,
             clamp_scale(log_scale),
-            every_positive=self.every_positive,
-            symmetric=self.symmetric,
+            every_positive=self.clap.every_positive,
+            symmetric=self.clap.symmetric,
             gather=True,
         )
         return loss / max(total, 1)
@@ -176,7 +178,7 @@ class ClapTask:
     def _arrange(self, batch: ClapBatch, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scatter ragged captions [N, J] to positives [C, M, J] and negatives [C, M, N, J], with their masks."""
         num_clips, width = len(batch.windows_per_clip), text.shape[-1]
-        shape = (num_clips, self.num_positives, 1 + self.num_negatives)
+        shape = (num_clips, self.clap.num_positives, 1 + self.clap.num_negatives)
         place = (batch.caption_owner * shape[1] + batch.caption_slot) * shape[2] + batch.caption_rank
         flat = text.new_zeros(shape[0] * shape[1] * shape[2], width).index_copy(0, place, text)
         mask = torch.zeros(len(flat), dtype=torch.bool, device=text.device)

@@ -20,19 +20,19 @@ import numpy as np
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from af2_ray import resources
+from af2_ray.cluster import capacity, needed, shortage, uses_gpu, worker_env
 from af2_ray.config import Cluster
 from af2_ray.data.batching import Plan
 from af2_ray.data.feed import Collator, Cursor, check_cursor, data_config
-from af2_ray.files import read_json, sealed_json, write_whole
-from af2_ray.remote import local_model
-from af2_ray.storage import is_remote
+from af2_ray.runs.run import Run, read_metrics
+from af2_ray.runs.tracking import ReportCallback, Tracker
+from af2_ray.storage.files import read_json, sealed_json, write_whole
+from af2_ray.storage.places import is_remote
+from af2_ray.storage.stores import local_model
 from af2_ray.train.loop import LoopConfig, train_loop
 from af2_ray.train.mend import mend
 from af2_ray.train.restart import Feed
-from af2_ray.train.run import Run, read_metrics
 from af2_ray.train.task import Task
-from af2_ray.train.tracking import ReportCallback, Tracker
 from af2_ray.train.validation import Band
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
             failure_config=FailureConfig(max_failures=recipe.faults.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoints.keep, checkpoint_score_attribute="keep"),
             callbacks=[accounts],
-            worker_runtime_env=resources.worker_env(recipe.cluster),
+            worker_runtime_env=worker_env(recipe.cluster),
         ),
     )
     trainer.fit()
@@ -127,8 +127,8 @@ class _Trainer(TorchTrainer):
 
 def scaling(cluster: Cluster) -> ScalingConfig:
     """The workers of a job; `RuntimeError` if the cluster can never hold them (it would wait for ever)."""
-    use_gpu = resources.uses_gpu(cluster)
-    if missing := resources.shortage(resources.needed(cluster, use_gpu=use_gpu), resources.capacity()):
+    use_gpu = uses_gpu(cluster)
+    if missing := shortage(needed(cluster, use_gpu=use_gpu), capacity()):
         raise RuntimeError(
             f"{cluster.num_workers} workers and a decode task need {missing} more than the Ray cluster can give; lower "
             "cluster.num_workers or cluster.cpus_per_worker"

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from af2_ray.data.batching import Plan
 from af2_ray.data.collate import LmCollator
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 from af2_ray.train.task import Task
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from af2_ray import resources
+from af2_ray.cluster import uses_gpu
 from af2_ray.config import Dataset, Recipe, load_recipe
 from af2_ray.evaluate.marks import Mark, mean, of_predictions, read_marks, write_marks
-from af2_ray.files import read_json, write_whole
-from af2_ray.train.run import Run, finished, mark_finished, read_metrics
+from af2_ray.machine import every
+from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
+from af2_ray.storage.files import read_json, write_whole
 
 POLL_S = 1.0
 LOSS_WINDOW = 10
@@ -84,9 +84,9 @@ def run_trial(config: dict[str, Any]) -> None:
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its workers and its evaluation reserve GPUs, a trial itself has none
 
-    from af2_ray.train.clap import train_clap
+    from af2_ray.runs.tracking import Tracker
+    from af2_ray.train.stage_clap import train_clap
     from af2_ray.train.stages import train_run
-    from af2_ray.train.tracking import Tracker
 
     os.chdir(config["cwd"])  # a recipe's paths mean the same as in the sweep's own process
     folder, metric = Path(config["folder"]), config["metric"]
@@ -111,7 +111,7 @@ def evaluate(run: Run, metric: str) -> list[Mark]:
     path, cluster = marks_path(run.root), run.recipe.cluster
     if finished(path.parent):
         return read_marks(path)
-    if resources.uses_gpu(cluster):
+    if uses_gpu(cluster):
         import ray
 
         marks = ray.get(ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1)(_marks).remote(run, metric))
@@ -124,7 +124,7 @@ def evaluate(run: Run, metric: str) -> list[Mark]:
 
 def _marks(run: Run, metric: str) -> list[Mark]:
     from af2_ray.evaluate.clap import evaluate_clap
-    from af2_ray.evaluate.run import evaluate_run
+    from af2_ray.evaluate.evaluate import evaluate_run
 
     evaluation = run.recipe.evaluation
     marks: list[Mark] = []
@@ -148,20 +148,14 @@ def _marks(run: Run, metric: str) -> list[Mark]:
 @contextmanager
 def _reporting(run: Run, metric: str, report: Any) -> Iterator[None]:
     """Report steps and loss while the block trains: the loop runs elsewhere, its metrics.jsonl is what grows here."""
-    over = threading.Event()
+    last = 0
 
     def follow() -> None:
-        last = 0
-        while not over.wait(POLL_S):
-            steps, loss, _ = progress(run.root, run.recipe, metric)
-            if steps > last and loss is not None:
-                report({"step": steps, "loss": loss})
-                last = steps
+        nonlocal last
+        steps, loss, _ = progress(run.root, run.recipe, metric)
+        if steps > last and loss is not None:
+            report({"step": steps, "loss": loss})
+            last = steps
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
+    with every(POLL_S, follow):
         yield
-    finally:
-        over.set()
-        thread.join()

@@ -32,12 +32,11 @@ def test_formats(make_sound: Callable[..., str], suffix: str) -> None:
 @pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (44_100, 2), (48_000, 8), (192_000, 1)])
 def test_rates_and_channels(make_sound: Callable[..., str], rate: int, channels: int) -> None:
     path = make_sound("clip.wav", 1.5, rate=rate, channels=channels)
-    first, mixed = decode(path), decode(path, channel="mix")
+    first = decode(path)
     assert abs(len(first) - 1.5 * SAMPLE_RATE) <= 1
     spectrum = np.abs(np.fft.rfft(first))
     assert abs(spectrum.argmax() / 1.5 - 440) < 1
-    share = np.mean([1 / (c + 1) for c in range(channels)])
-    np.testing.assert_allclose(mixed, share * first, atol=1e-3)
+    assert 0.4 < np.abs(first).max() < 0.6
 
 
 @pytest.mark.parametrize(
@@ -48,8 +47,6 @@ def test_samples_are_libsndfile_s_to_the_bit(make_sound: Callable[..., str], suf
     path = make_sound(f"clip.{suffix}", 4.0, rate=44_100, channels=2, peak=0.9, subtype=subtype)
     whole, rate = sf.read(path, dtype="float32")
     np.testing.assert_array_equal(decode(path), soxr.resample(whole[:, 0], rate, SAMPLE_RATE))
-    mixed = whole.mean(axis=1, dtype=np.float32)
-    np.testing.assert_array_equal(decode(path, channel="mix"), soxr.resample(mixed, rate, SAMPLE_RATE))
 
 
 def test_a_stretch_is_the_same_as_a_slice(make_sound: Callable[..., str]) -> None:

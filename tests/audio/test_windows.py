@@ -30,6 +30,16 @@ def test_tail_is_zero_padded_and_peak_is_full_scale() -> None:
     assert not windows[1, 5:].any()
 
 
+def test_a_short_clip_is_repeated_where_it_is_asked_for() -> None:
+    x = np.random.default_rng(0).uniform(-0.1, 0.1, 70_000)
+    repeated = to_windows(x, short_clips="repeat")
+    np.testing.assert_array_equal(repeated[0, :70_000], to_windows(x)[0, :70_000])
+    np.testing.assert_array_equal(repeated[0, :70_000], repeated[0, 70_000:140_000])
+    assert not repeated[0, 140_000:].any()
+    long = np.tile(x, 3)
+    np.testing.assert_array_equal(to_windows(long, short_clips="repeat"), to_windows(long))
+
+
 def test_silence_stays_silence() -> None:
     assert not to_windows(np.zeros(100)).any()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from af2_ray.cpus import usable_cpus
+from af2_ray.machine import usable_cpus
 
 pytestmark = pytest.mark.timeout(1800)  # three minutes of an idle machine, many of a busy one
 

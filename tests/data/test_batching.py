@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from af2_ray.config import Budget
 from af2_ray.data.batching import Plan, plan, plan_captions, plan_steps, text_lengths, window_counts
-from af2_ray.data.manifest import CaptionSet, Sample
-from af2_ray.data.measures import cost_spread
 from af2_ray.data.packing import Rows
+from af2_ray.data.plan_stats import cost_spread
+from af2_ray.data.samples import CaptionSet, Sample
 
 BUDGET = Budget(windows_per_row=12, text_tokens_per_row=512, questions_per_clip=3, step_batches=4)
 
@@ -76,15 +76,10 @@ def test_nothing_lost_nothing_repeated(
     assert seen == Counter(sample.id for sample in samples)
 
 
-def test_tails() -> None:
-    samples, budget = make_samples(50), BUDGET.model_copy(update={"step_batches": 31})
-    full, cut = make_plan(samples, budget), make_plan(samples, budget, tail="drop")
-    num_empty = sum(not row.clips for row in full.rows())
-    assert 0 < num_empty < 31
-    assert len(cut) == len(full) - 31
-    assert all(row.clips for row in cut.rows())
-    with pytest.raises(ValueError, match="fewer rows than one step"):
-        make_plan(samples[:1], tail="drop")
+def test_the_last_step_is_filled_up_with_empty_rows() -> None:
+    made = make_plan(make_samples(50), BUDGET.model_copy(update={"step_batches": 31}))
+    assert len(made) % 31 == 0
+    assert 0 < sum(not row.clips for row in made.rows()) < 31
 
 
 def test_equal_arguments_equal_plan() -> None:
@@ -141,7 +136,7 @@ def steps_plan(datasets: Any, num_steps: int, **options: Any) -> Plan[Sample]:
 
 def test_steps_over_epochs() -> None:
     samples = make_samples(50)
-    per_epoch = make_plan(samples, tail="drop").num_steps
+    per_epoch = make_plan(samples).num_steps - 1  # whole steps
     made = steps_plan([(samples, 1.0)], 5 * per_epoch)
     assert made.num_steps == 5 * per_epoch
     assert made.step_batches == BUDGET.step_batches

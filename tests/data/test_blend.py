@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from af2_ray.data.blend import blend, clip_numbers, epoch_slice
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 
 
 def make_samples(num_clips: int, *, per_clip: int = 2, name: str = "d", seconds: float | None = None) -> list[Sample]:

@@ -23,10 +23,10 @@ import pytest
 from af2_ray.audio import shards
 from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.data import durations as durations_module
-from af2_ray.data.columns import Joined, Pickled, SampleTable, check_table, clip_numbers, portable
+from af2_ray.data.columns import Joined, Pickled, SampleTable, clip_numbers, portable
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.formats import read_table
-from af2_ray.data.manifest import CaptionSet, Sample, check_samples, fingerprint, read_captions, read_samples
+from af2_ray.data.manifest import read_captions, read_samples
+from af2_ray.data.samples import CaptionSet, Sample, check_samples, fingerprint
 
 ROWS = [
     {"name": f"audio/{c}.flac", "prompt": f"question {q}?", "output": f"answer {c}{q}", "duration": 2.0 + c}
@@ -158,7 +158,7 @@ def test_a_table_parts_usable_samples_as_a_list_does() -> None:
     wrong = [{"duration_s": math.nan}, {"duration_s": 0.0}, {"offset_s": -1.0}, {"prompt": " \n"}, {"answer": ""}]
     wrong.append({"prompt": "Audio 1: <audio> Audio 2: <AUDIO> Which is louder?"})
     samples = [good, *(replace(good, id=str(n), **change) for n, change in enumerate(wrong)), replace(good, id="b")]
-    of_table, of_list = check_table(SampleTable.from_samples(samples)), check_samples(samples)
+    of_table, of_list = check_samples(SampleTable.from_samples(samples)), check_samples(samples)
     assert list(of_table[0]) == of_list[0] == [samples[0], samples[-1]]
     assert [(s.id, reason) for s, reason in of_table[1]] == [(s.id, reason) for s, reason in of_list[1]]
 
@@ -226,8 +226,8 @@ def test_durations_are_read_once(make_sound: Callable[..., str], tmp_path: Path,
     uris = [make_sound(f"{i}.flac", 1.0 + i) for i in range(3)] + ["none.flac"]
     rows = [{"name": uri, "prompt": "q", "output": "a", "audio_start": 0.5} for uri in uris]
     manifest = write_lines(tmp_path / "train.jsonl", rows)
-    for read in (read_samples, read_table):
-        filled, failures = fill_durations(read(manifest), manifest)
+    for read in (read_samples(manifest), list(read_samples(manifest))):
+        filled, failures = fill_durations(read, manifest)
         assert [s.duration_s for s in filled][:3] == [0.5, 1.5, 2.5]
         assert failures == {"none.flac": "missing"} or failures == {f"{tmp_path}/none.flac": "missing"}
         assert [reason for _, reason in check_samples(filled)[1]] == ["no duration"]
@@ -247,7 +247,7 @@ def test_clips_of_a_shard(make_sound: Callable[..., str], tmp_path: Path, monkey
     with tarfile.open(shard, "w") as tar:
         for path in paths:
             tar.add(path, arcname=f"clips/{Path(path).name}")
-    uris = shards.member_uris(shard)
+    uris = [f"{shard}#{member}" for member in shards.places(shard)]
     assert uris == [f"{shard}#clips/{i}.flac" for i in range(3)]
     for uri, path in zip(uris, paths, strict=True):
         np.testing.assert_array_equal(decode(uri, 0.5, 1.0), decode(path, 0.5, 1.0))
@@ -320,10 +320,10 @@ def test_pipes_and_links_below_a_located_place_are_not_followed(make_sound: Call
         (folder / "y.arrow").write_bytes(b"")
         os.mkfifo(folder / name)
         with pytest.raises(ValueError, match=r"not a regular file|not readable as"):
-            read_table(str(folder))
+            read_samples(str(folder))
     folder = tmp_path / "outside"
     folder.mkdir()
     (folder / "x.arrow").write_bytes(b"")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../victim"}]}))
     with pytest.raises(ValueError, match="no name of a file below a folder"):
-        read_table(str(folder))
+        read_samples(str(folder))

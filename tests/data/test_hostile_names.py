@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hostile_names
 import numpy as np
 import pytest
 
-from af2_ray import storage
 from af2_ray.audio.decode import AudioError, decode, probe
-from af2_ray.data.columns import SampleTable, check_table
+from af2_ray.audio.hear import Stretch
+from af2_ray.data.batching import Row
+from af2_ray.data.collate import LmCollator
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.features import stamps
-from af2_ray.data.formats import read_table
-from af2_ray.data.manifest import check_samples, read_captions, read_samples
-from af2_ray.remote import retried
-from af2_ray.serve.offline import Asked, _read
+from af2_ray.data.feature_store import stamps
+from af2_ray.data.manifest import read_captions, read_samples
+from af2_ray.data.samples import Sample, check_samples
+from af2_ray.engine.batch import Limits, _read
+from af2_ray.storage import places
+from af2_ray.storage.stores import retried
 
 NUM_GOOD = 4000
 
@@ -66,8 +67,8 @@ def test_a_manifest_keeps_its_good_rows(
     """Those that are refused by their text are set aside before anything is opened; the others when it is."""
     make_sound("good.flac", 2.0)
     uri = _manifest(tmp_path, hostile, "good.flac", kind, **({"duration": 2.0} if known else {}))
-    table, failures = fill_durations(read_table(uri), uri, fallback=str(tmp_path))
-    good, bad = check_table(table if isinstance(table, SampleTable) else SampleTable.from_samples(table))
+    table, failures = fill_durations(read_samples(uri), uri, fallback=str(tmp_path))
+    good, bad = check_samples(table)
     refused = {"missing", "unreadable", "empty file", "not a regular file"}
     by_text = [(name, reason) for name, reason in hostile if reason not in refused]
     found = [reason for _, reason in bad if reason != "no duration"]
@@ -89,18 +90,15 @@ def test_captions_too(hostile: list[tuple[str, str]], tmp_path: Path) -> None:
     assert {reason for _, reason in bad} > {"chained name", "scheme not allowed", "name leads outside"}
 
 
-def test_a_batch_and_an_answer_of_such_a_clip_are_failures(hostile: list[tuple[str, str]]) -> None:
+def test_a_batch_and_an_answer_of_such_a_clip_are_failures(hostile: list[tuple[str, str]], tiny_tokenizer: Any) -> None:
     """What bypassed the check of its manifest is refused again where it is opened."""
-    from af2_ray.data.collate import _Audio, _hear
-
-    for place, (name, reason) in enumerate(hostile):
+    for name, reason in hostile:
         if reason == "name leads outside":
             continue
-        sample = SimpleNamespace(uri=name, offset_s=0.0, duration_s=1.0)
-        row = SimpleNamespace(index=0, clips=[(sample,)])
-        clips, waveforms, failures = _hear(row, 3, _Audio("first", True))  # type: ignore[arg-type]
-        assert (clips, len(waveforms), [failure.reason for failure in failures]) == ([], 1, [reason])
-        answer = _read(Asked(place, "id", name, 0.0, 1.0, "What?"), 3)
+        sample = Sample("id", name, 0.0, 1.0, "What?", "bell", "AQA", "d")
+        batch = LmCollator(tiny_tokenizer, max_windows=3)(Row(0, ((sample,),)))
+        assert (batch.sample_ids, [failure.reason for failure in batch.failures]) == ((), [reason])
+        answer = _read("key", Stretch(name, 0.0, 1.0), Limits(3, 4))
         assert isinstance(answer, AudioError)
         assert answer.reason == reason
 
@@ -116,8 +114,8 @@ def test_parents_only_where_they_are_allowed(tmp_path: Path, make_sound: Any, mo
     reasons = [reason for _, reason in check_samples(read_samples(str(path)))[1]]
     assert reasons == ["name leads outside"] * 2
     assert read_samples(str(path))[2].uri == str(tmp_path / "set" / "a.flac")
-    monkeypatch.setattr(storage.os, "environ", dict(storage.os.environ))
-    storage.allow([], parents=True)
+    monkeypatch.setattr(places.os, "environ", dict(places.os.environ))
+    places.allow([], parents=True)
     allowed = read_samples(str(path))
     assert [sample.uri for sample in allowed[:2]] == [str(tmp_path / "sounds" / "a.flac")] * 2
     assert check_samples(allowed)[1] == []
@@ -139,12 +137,12 @@ def test_a_root_of_the_command_may_lead_up(tmp_path: Path, make_sound: Any, monk
 
 
 def test_a_recipe_adds_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.os, "environ", {})
-    with pytest.raises(storage.NameRefused, match=r"scheme not allowed.*access\.schemes"):
-        storage.locate("memory://folder/a.wav")
-    storage.allow(["memory"])
-    assert storage.locate("memory://folder/a.wav")[1] == "/folder/a.wav"
-    assert storage.environment() == {"AF2_SCHEMES": "memory"}
+    monkeypatch.setattr(places.os, "environ", {})
+    with pytest.raises(places.NameRefused, match=r"scheme not allowed.*access\.schemes"):
+        places.locate("memory://folder/a.wav")
+    places.allow(["memory"])
+    assert places.locate("memory://folder/a.wav")[1] == "/folder/a.wav"
+    assert places.environment() == {"AF2_SCHEMES": "memory"}
 
 
 def test_a_store_that_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +164,9 @@ def test_a_store_that_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> N
 
     fsspec.register_implementation("silent", Silent, clobber=True)
     fsspec.register_implementation("broken", Broken, clobber=True)
-    monkeypatch.setattr(storage.os, "environ", dict(storage.os.environ))
+    monkeypatch.setattr(places.os, "environ", dict(places.os.environ))
     monkeypatch.setattr("af2_ray.audio.decode.READ_S", 0.2)
-    storage.allow(["silent", "broken"])
+    places.allow(["silent", "broken"])
     started = time.perf_counter()
     with pytest.raises(AudioError, match="timed out"):
         decode("silent://bucket/a.wav")
@@ -201,10 +199,10 @@ def test_a_read_that_hangs_costs_its_clip_and_corrupts_no_other(
             return data[start:end]
 
     fsspec.register_implementation("slow", Slow, clobber=True)
-    monkeypatch.setattr(storage.os, "environ", dict(storage.os.environ))
+    monkeypatch.setattr(places.os, "environ", dict(places.os.environ))
     monkeypatch.setattr("af2_ray.audio.decode.READ_S", 0.4)
     monkeypatch.setattr("af2_ray.audio.decode._WHOLE_BYTES", 1000)
-    storage.allow(["slow"])
+    places.allow(["slow"])
     np.testing.assert_array_equal(decode("slow://bucket/a.wav"), decode(path))
     assert slow["first"] == 0
     started = time.perf_counter()
@@ -222,5 +220,5 @@ def test_a_client_s_own_timeout_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
             raise TimeoutError("of the client")
         return 7
 
-    monkeypatch.setattr("af2_ray.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("af2_ray.storage.stores.time.sleep", lambda seconds: None)
     assert retried(call) == 7

@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 
-from af2_ray.data.manifest import (
-    CaptionSet,
-    Sample,
-    check_samples,
-    fingerprint,
-    read_captions,
-    read_nvidia,
-    read_samples,
-)
+from af2_ray.data.manifest import read_captions, read_samples
+from af2_ray.data.samples import CaptionSet, Sample, check_samples, fingerprint
 
 
 def write_manifest(folder: Path, data: dict[str, Any]) -> str:
@@ -118,7 +111,7 @@ def test_unusable_samples_are_set_aside(tmp_path: Path) -> None:
 
 
 def test_fingerprint_sees_what_is_said_not_where_it_lies(tmp_path: Path) -> None:
-    samples = read_samples(write_manifest(tmp_path, {"0": QUESTION, "1": QUESTION | {"duration": 2}}))
+    samples = list(read_samples(write_manifest(tmp_path, {"0": QUESTION, "1": QUESTION | {"duration": 2}})))
     moved = [replace(sample, uri=sample.uri.replace(str(tmp_path), "s3://bucket")) for sample in samples]
     assert fingerprint(samples) == fingerprint(moved)
     assert fingerprint(samples) != fingerprint(samples[::-1])
@@ -131,19 +124,18 @@ def test_a_key_that_comes_twice_stands_for_two_samples_and_a_wrong_count_is_said
     item = json.dumps(QUESTION)
     path = tmp_path / "train.json"
     path.write_text(f'{{"total_num": 1000, "data": {{"0": {item}, "1": {item}, "0": {item}}}}}')
-    samples, remarks = read_nvidia(str(path))
+    with caplog.at_level("WARNING"):
+        samples = read_samples(str(path))
     folder = tmp_path.name
     assert [sample.id for sample in samples] == [f"{folder}/train/{key}" for key in ("0", "1", "0#2")]
-    assert remarks == [
+    assert samples.remarks == (
         "the key '0' stands for 2 samples; all are read",
         "total_num is 1000, and there are 3 samples: is the file whole?",
-    ]
-    with caplog.at_level("WARNING"):
-        assert len(read_samples(str(path))) == 3
-    assert all(remark in caplog.text for remark in remarks)
+    )
+    assert all(remark in caplog.text for remark in samples.remarks)
     path.write_text('{"data": {"0": {"name": "a", "name": "b", "prompt": "?", "output": "x"}}}')
-    samples, remarks = read_nvidia(str(path))
-    assert (samples[0].uri, remarks) == (f"{tmp_path}/b", ["sample '0' has a key twice; the last one counts"])
+    samples = read_samples(str(path))
+    assert (samples[0].uri, samples.remarks) == (f"{tmp_path}/b", ("sample '0' has a key twice; the last one counts",))
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "captions.jsonl"])

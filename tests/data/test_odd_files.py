@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from af2_ray.audio.decode import AudioError
+from af2_ray.audio.hear import Stretch, hear
+from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.data.batching import Row
-from af2_ray.data.collate import collate_lm
-from af2_ray.data.manifest import Sample
+from af2_ray.data.collate import LmCollator
 from af2_ray.data.quarantine import Quarantine
+from af2_ray.data.samples import Sample
 
 READ = {"wrong extension", "8 channels", "192 kHz"}
 REASONS = {
@@ -70,7 +73,7 @@ def test_each_is_read_or_named(
     assert len(files) == 14
     files |= {"good": make_sound("good.flac", 5.0)}
     clips = tuple((Sample(kind, uri, 0.0, 5.0, "which?", "bell", "AQA", "d"),) for kind, uri in files.items())
-    batch = collate_lm(Row(3, clips), tiny_tokenizer, max_windows=1)
+    batch = LmCollator(tiny_tokenizer, max_windows=1)(Row(3, clips))
     assert set(batch.sample_ids) == READ | {"good"}
     kinds = {uri: kind for kind, uri in files.items()}
     assert {kinds[failure.uri]: failure.reason for failure in batch.failures} == REASONS
@@ -83,10 +86,10 @@ def test_each_is_read_or_named(
     assert sum(quarantine.reasons.values()) == 11
 
 
-def test_silence_is_read_where_it_is_allowed(files: dict[str, str], tiny_tokenizer: Any) -> None:
-    clips = tuple(
-        (Sample(kind, files[kind], 0.0, 5.0, "which?", "bell", "AQA", "d"),) for kind in ("silent", "DC only")
-    )
-    batch = collate_lm(Row(0, clips), tiny_tokenizer, max_windows=1, allow_silent=True)
-    assert not batch.failures
-    assert not batch.waveforms[0].any()
+def test_silence_is_heard_where_it_is_allowed(files: dict[str, str]) -> None:
+    for kind in ("silent", "DC only"):
+        stretch = Stretch(files[kind], 0.0, 5.0)
+        with pytest.raises(AudioError):
+            hear(stretch, 1)
+        assert hear(stretch, 1, allow_silent=True).shape == (1, WINDOW_SAMPLES)
+    assert not hear(Stretch(files["silent"], 0.0, 5.0), 1, allow_silent=True).any()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from af2_ray.data.quarantine import Failure, Quarantine, TooManyBad, from_json, to_json
-from af2_ray.files import read_rows
+from af2_ray.storage.files import read_rows
 
 BAD = Failure("a.flac", "truncated", 1.0, "half", row=3)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 
 
 def question(number: int, answer: str, **changes: Any) -> Sample:

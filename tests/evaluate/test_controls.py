@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 from quiz import question
 
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.controls import KnownAnswers, Majority, control_scores, deaf_pairs, text_leaks
-from af2_ray.evaluate.run import _systems
+from af2_ray.evaluate.evaluate import _systems
 
 
 def _quiz(num: int, seed: int, *, leak: bool = False) -> list[Sample]:

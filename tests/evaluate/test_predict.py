@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,23 @@ import pytest
 import serve_toy
 import soundfile as sf
 from quiz import write_corpus
+from transformers import AutoTokenizer
 
-from af2_ray.config import Dataset, Evaluation
-from af2_ray.data.manifest import Sample, read_samples
+from af2_ray.audio.decode import decode
+from af2_ray.audio.hear import Stretch
+from af2_ray.config import Cluster, Dataset, Evaluation
+from af2_ray.data.manifest import read_samples
+from af2_ray.data.samples import Sample
+from af2_ray.engine.batch import Limits, Question, answer_all
+from af2_ray.engine.engine import Engine
 from af2_ray.evaluate.controls import deaf_pairs
-from af2_ray.evaluate.predict import answer_one, encode_clips, load_model, plan_asks, predict, predict_on_ray
-from af2_ray.evaluate.run import evaluate_run
+from af2_ray.evaluate.evaluate import evaluate_run
+from af2_ray.evaluate.predict import answer_one, predict
+from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
 
 JOBS = Path(__file__).parents[2] / "jobs"
-LIMITS: dict[str, Any] = {"max_windows": 3, "batch_windows": 4, "max_new_tokens": 6}
+LIMITS = Evaluation(max_windows=3, batch_windows=4, max_new_tokens=6)
 
 
 def _main(job: str, *arguments: Path | str) -> int:
@@ -37,49 +46,52 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(corpus: Path) -> list[Sample]:
-    return read_samples(str(corpus / "test.json"))
+    return list(read_samples(str(corpus / "test.json")))
 
 
-def test_batched_answers_are_those_of_one_question_alone(model_dir: Path, samples: list[Sample]) -> None:
-    """Padding of text and audio, shared clips and kept states change nothing; the deaf answer is the other clip's."""
-    model, tokenizer = load_model(model_dir)
+def test_answers_are_those_of_one_question_alone(model_dir: Path, samples: list[Sample]) -> None:
+    """What shares a step with a question changes nothing; the deaf answer is the other clip's."""
     deaf_of = deaf_pairs(samples)
-    predictions, failures = predict(model, tokenizer, samples, deaf_of=deaf_of, **LIMITS)
+    predictions, failures = predict(model_dir, samples, LIMITS, deaf_of=deaf_of)
     assert failures == []
     assert [prediction.sample for prediction in predictions] == samples
     assert len({prediction.text for prediction in predictions}) > 1, "a model that says one thing tests nothing"
-    for index, prediction in enumerate(predictions):
+    for index, prediction in list(enumerate(predictions))[::3]:
         alone = {"max_windows": 3, "max_new_tokens": 6}
-        assert prediction.text == answer_one(model, tokenizer, samples[index].uri, samples[index].prompt, **alone)
+        assert prediction.text == answer_one(model_dir, samples[index].uri, samples[index].prompt, **alone)
         other = samples[deaf_of[index]].uri
-        assert prediction.deaf_text == answer_one(model, tokenizer, other, samples[index].prompt, **alone)
+        assert prediction.deaf_text == answer_one(model_dir, other, samples[index].prompt, **alone)
         assert prediction.deaf_uri == other
 
 
-def test_a_clip_longer_than_any_in_training_is_heard_whole(model_dir: Path, tmp_path: Path) -> None:
-    model, _ = load_model(model_dir)
-    model.config.max_windows = 1
+def test_answers_are_those_of_generate(model_dir: Path, samples: list[Sample]) -> None:
+    model = AudioFlamingo2ForConditionalGeneration.from_pretrained(model_dir).eval()
+    processor = AudioFlamingo2Processor(AudioFlamingo2FeatureExtractor(3), AutoTokenizer.from_pretrained(model_dir))
+    predictions, _ = predict(model_dir, samples[:4], LIMITS)
+    for prediction in predictions:
+        sample = prediction.sample
+        audio = decode(sample.uri, 0.0, sample.duration_s)
+        inputs = processor(sample.prompt, audio, sampling_rate=16_000)
+        new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert prediction.text == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_clip_longer_than_any_in_training_is_heard_whole(
+    tmp_path: Path, tiny_tokenizer: Any, samples: list[Sample]
+) -> None:
+    """And the model that is asked stays as it is."""
+    model = serve_toy.build(tiny_tokenizer, max_windows=1)
     sound = tmp_path / "long.flac"
     sf.write(sound, np.random.default_rng(0).uniform(-0.1, 0.1, 25 * 16_000), 16_000)
-    clip = (str(sound), 0.0, 25.0)
-    states, failures = encode_clips(model, [clip], max_windows=3, batch_windows=4)
-    assert failures == []
-    assert len(states[clip]) == 3 * 64
-
-
-def test_plan_keeps_batches_small_and_whole(samples: list[Sample]) -> None:
-    from af2_ray.evaluate.answers import clip_of
-
-    usable = {clip_of(sample) for sample in samples}
-    batches = plan_asks(samples, deaf_pairs(samples), usable, max_windows=3, batch_windows=1)
-    asks = [one for batch in batches for one in batch]
-    assert len({(one.index, one.deaf) for one in asks}) == len(asks) == 2 * len(samples)
-    assert all(len(batch) == 1 or len(batch) * max(one.num_windows for one in batch) <= 4 for batch in batches)
+    question = Question(0, "q", Stretch(str(sound), 0.0, 25.0), "what?")
+    engine = Engine(model, tiny_tokenizer, max_windows=3)
+    (result,) = answer_all(engine, [question], Limits(3, 4))
+    assert result.answer is not None
+    assert engine.encoder.num_encoded == 3
+    assert model.config.max_windows == 1
 
 
 def test_bad_clips_are_set_aside_with_the_reason(model_dir: Path, samples: list[Sample], tmp_path: Path) -> None:
-    from dataclasses import replace
-
     silent = tmp_path / "silent.flac"
     sf.write(silent, np.zeros(16_000), 16_000)
     broken = [
@@ -87,18 +99,17 @@ def test_bad_clips_are_set_aside_with_the_reason(model_dir: Path, samples: list[
         replace(samples[0], id="silent", uri=str(silent), duration_s=1.0),
         replace(samples[0], id="zero", duration_s=0.0),
     ]
-    model, tokenizer = load_model(model_dir)
-    predictions, failures = predict(model, tokenizer, [*samples[:2], *broken], deaf_of={0: 2, 1: 0}, **LIMITS)
+    predictions, failures = predict(model_dir, [*samples[:2], *broken], LIMITS, deaf_of={0: 2, 1: 0})
     assert [prediction.sample.id for prediction in predictions] == [sample.id for sample in samples[:2]]
     assert {failure.reason for failure in failures} == {"missing", "silent", "zero duration"}
     assert [prediction.deaf_text is None for prediction in predictions] == [True, False]
 
 
 def test_on_ray_the_answers_are_the_same(model_dir: Path, samples: list[Sample], ray_cluster: Any) -> None:
-    model, tokenizer = load_model(model_dir)
     deaf_of = deaf_pairs(samples)
-    here, _ = predict(model, tokenizer, samples, deaf_of=deaf_of, **LIMITS)
-    there, failures = predict_on_ray(model_dir, samples, num_shards=2, deaf_of=deaf_of, cpus_per_shard=0.5, **LIMITS)
+    here, _ = predict(model_dir, samples, LIMITS, deaf_of=deaf_of)
+    cluster = Cluster(num_workers=2, cpus_per_worker=0.5)
+    there, failures = predict(model_dir, samples, LIMITS, deaf_of=deaf_of, cluster=cluster)
     assert there == here
     assert failures == []
 
@@ -109,7 +120,7 @@ def test_captions_alone_are_evaluated(model_dir: Path, corpus: Path, tmp_path: P
     facts["data"] = {key: row for key, row in facts["data"].items() if "caption" in row.get("skill", "").lower()}
     manifest = corpus / "captions_only.json"
     manifest.write_text(json.dumps(facts))
-    block = Evaluation(manifests=[Dataset(manifest=str(manifest))], **LIMITS)
+    block = LIMITS.model_copy(update={"manifests": [Dataset(manifest=str(manifest))]})
     result = evaluate_run(model_dir, block, out_dir=tmp_path)
     assert result.accuracy == {"questions": 0}
     assert result.details["captions"]["captions"] == len(facts["data"]) == 8
@@ -118,7 +129,8 @@ def test_captions_alone_are_evaluated(model_dir: Path, corpus: Path, tmp_path: P
 
 def test_a_whole_evaluation(model_dir: Path, corpus: Path, tmp_path: Path) -> None:
     manifest = str(corpus / "test.json")
-    block = Evaluation(manifests=[Dataset(manifest=manifest)], seen_manifests=[Dataset(manifest=manifest)], **LIMITS)
+    datasets = [Dataset(manifest=manifest)]
+    block = LIMITS.model_copy(update={"manifests": datasets, "seen_manifests": datasets})
     result = evaluate_run(model_dir, block, train=[manifest], out_dir=tmp_path)
     assert set(result.accuracy) == {
         *("all", "pairs", "deaf", "majority", "text_only", "questions", "ci95"),

@@ -11,9 +11,9 @@ from quiz import question, write_corpus
 from af2_ray.data.quarantine import Failure
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.clap import read_scenes
-from af2_ray.evaluate.plots import running_mean
-from af2_ray.evaluate.report import licence_rows, write_report
-from af2_ray.evaluate.run import choose_examples, score, summary_block
+from af2_ray.evaluate.evaluate import choose_examples, score, summary_block
+from af2_ray.evaluate.report.plots import running_mean
+from af2_ray.evaluate.report.run import licence_rows, write_report
 
 
 def _predictions() -> list[Prediction]:

@@ -19,11 +19,11 @@ from golden import case, facts, needs_golden
 
 from af2_ray.audio.windows import to_windows
 from af2_ray.config import DeepSpeedSettings, Serve
-from af2_ray.losses import afclap_loss
-from af2_ray.serve.engine import Engine
-from af2_ray.serve.request import Answer, Clip, Request
+from af2_ray.engine.engine import Engine
+from af2_ray.engine.request import Answer, Clip, Request
 from af2_ray.text import format_prompt
-from af2_ray.train.engine import start_engine
+from af2_ray.train.deepspeed import start_engine
+from af2_ray.train.losses import afclap_loss
 from af2_ray.train.step import Step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -17,9 +17,9 @@ import pytest
 import serve_toy
 import toy
 
-from af2_ray.files import read_rows
-from af2_ray.serve.fetch import Fetcher
-from af2_ray.serve.schemas import ApiError, AudioUrl
+from af2_ray.storage.files import read_rows
+from serve_apps.fetch import Fetcher
+from serve_apps.schemas import ApiError, AudioUrl
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 5.0  # for one name

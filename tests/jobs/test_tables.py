@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from af2_ray import console
-from af2_ray.data.survey import Survey
+from af2_ray.data.data_check import Survey
 from jobs import check_data, evaluate
 
 JOBS = Path(__file__).parents[2] / "jobs"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+import toy
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from af2_ray import console
@@ -19,7 +20,7 @@ from af2_ray.config import SceneSet
 from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapBatch, ClapCollator
 from af2_ray.data.feed import iter_batches, make_dataset
-from af2_ray.data.manifest import CaptionSet
+from af2_ray.data.samples import CaptionSet
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
 from af2_ray.models.htsat import tower_config
 from af2_ray.synth import corpus
@@ -32,7 +33,7 @@ def test_the_feed_runs_in_what_the_workers_leave(ray_cluster, make_sound, tiny_t
     busy = placement_group([{"CPU": 3.5}])
     ray.get(busy.ready(), timeout=60)
     try:
-        dataset = make_dataset(plan, ClapCollator(tiny_tokenizer), decode_cpus=0.25)
+        dataset = make_dataset(plan, ClapCollator(tiny_tokenizer, toy.clap()), decode_cpus=0.25)
         batches = list(iter_batches(dataset.iterator(), ClapBatch))
     finally:
         remove_placement_group(busy)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from small import AUDIO, LM_ROWS, PAD, make_ids, make_lm, make_model, make_windows
 
-from af2_ray.losses import token_loss_sum
 from af2_ray.models.audio_states import AudioStates
+from af2_ray.train.losses import token_loss_sum
 
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False)])

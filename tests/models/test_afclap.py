@@ -20,7 +20,6 @@ from transformers import (
     pipeline,
 )
 
-from af2_ray.audio.windows import repeated
 from af2_ray.models.afclap import AfClapConfig, AfClapModel, load_text_encoder, pool
 from af2_ray.models.processing_afclap import AfClapFeatureExtractor, AfClapProcessor
 
@@ -180,7 +179,6 @@ def test_processor_pads_and_repeats_as_the_config_says(tmp_path: Path, tiny_toke
     assert audio["windows_per_clip"].tolist() == [1, 2]
     assert torch.equal(audio["waveforms"][0, :70_000], audio["waveforms"][0, 70_000:140_000])
     assert not audio["waveforms"][0, 140_000:].any()
-    assert repeated(np.zeros(200_000)).size == 200_000
     assert isinstance(AutoFeatureExtractor.from_pretrained(tmp_path), AfClapFeatureExtractor)
     with pytest.raises(ValueError, match="text, audio"):
         processor()

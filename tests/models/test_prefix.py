@@ -6,7 +6,7 @@ import torch
 from small import AUDIO, PAD, make_ids, make_lm, make_model, make_windows
 
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
-from af2_ray.train.engine import freeze_except
+from af2_ray.train.optim import freeze_except
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from golden import FOLDER, facts, load, needs_golden
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
-from af2_ray.evaluate.predict import load_model
 from af2_ray.models.convert import clean_names, infer_af2_config
+from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2Processor
 from af2_ray.text import train_tokenizer
 
@@ -59,5 +59,5 @@ def test_with_its_lm_a_converted_checkpoint_is_ready_to_be_asked(
     assert main(arguments) == 0
     processor = AutoProcessor.from_pretrained(out)
     assert isinstance(processor, AudioFlamingo2Processor)
-    model, _ = load_model(out, device="cpu")
+    model = AudioFlamingo2ForConditionalGeneration.from_pretrained(out)
     assert processor.tokenizer.convert_tokens_to_ids("<audio>") == model.config.audio_token_id

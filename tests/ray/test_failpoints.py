@@ -16,7 +16,7 @@ import toy
 from safetensors.torch import load_file
 from test_train import ROOT, _environment, _overrides, _steps
 
-from af2_ray.files import LEFTOVER, check_digests, read_rows
+from af2_ray.storage.files import LEFTOVER, check_digests, read_rows
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy
 from ray import cloudpickle
 
 from af2_ray.config import Budget
 from af2_ray.data.batching import Plan, Row, plan, plan_captions, text_lengths, window_counts
 from af2_ray.data.collate import ClapBatch, ClapCollator, LmBatch, LmCollator
 from af2_ray.data.feed import Cursor, check_cursor, iter_batches, iter_local, make_dataset
-from af2_ray.data.manifest import CaptionSet, Sample
+from af2_ray.data.samples import CaptionSet, Sample
 
 
 def plan_files(make_sound: Callable[..., str], seed: int = 0) -> Plan[Sample]:
@@ -144,7 +145,7 @@ def test_caption_rows_with_nothing_left(ray_cluster: Any, make_sound: Callable[.
     uris = [make_sound(f"{i}.flac") if i % 2 else f"none{i}.flac" for i in range(8)]
     sets = [CaptionSet(uri, 0.0, 1.0, f"caption {i}", ("other",), (("wrong",),) * 2) for i, uri in enumerate(uris)]
     made = plan_captions([(sets, 4)], clips_per_row=1, step_batches=2, max_windows=1, seed=0)
-    collator = ClapCollator(tiny_tokenizer, num_positives=2, num_negatives=1)
+    collator = ClapCollator(tiny_tokenizer, toy.clap(num_positives=2, num_negatives=1))
     (batches,) = split_batches(ray_cluster, made, collator, 1, ClapBatch)
     for batch, wanted in zip(batches, iter_local(made, collator), strict=True):
         assert_same(batch, wanted)

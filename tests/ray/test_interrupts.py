@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from test_s3_runs import wait_for
 from test_train import ROOT, _environment, _overrides
 
-from af2_ray.train.run import read_metrics
+from af2_ray.runs.run import read_metrics
 from af2_ray.tune.trial import read_result
 
 pytestmark = pytest.mark.slow

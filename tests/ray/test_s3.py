@@ -23,7 +23,7 @@ from af2_ray.config import Budget
 from af2_ray.data.batching import Row, plan
 from af2_ray.data.collate import LmBatch, LmCollator
 from af2_ray.data.feed import iter_batches, make_dataset
-from af2_ray.data.manifest import Sample
+from af2_ray.data.samples import Sample
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the cluster's processes do not have this module
 

@@ -22,7 +22,7 @@ from safetensors.torch import load, load_file
 from test_train import ROOT, _environment, _overrides
 from weed import Folder, Server
 
-from af2_ray.remote import send
+from af2_ray.storage.stores import send
 
 NUM_STEPS = 10
 OUTAGE_S = 20.0

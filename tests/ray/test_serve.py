@@ -32,9 +32,9 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks as openapi_checks
 
 from af2_ray.config import Serve
-from af2_ray.serve.schemas import ApiError
 from serve_apps import af2
 from serve_apps.ingress import Ingress
+from serve_apps.schemas import ApiError
 from serve_apps.telemetry import merged
 
 OVERRIDES = (

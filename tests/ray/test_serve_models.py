@@ -13,9 +13,9 @@ import pytest
 import serve_toy
 
 from af2_ray.config import load_recipe
-from af2_ray.serve.engine import Engine
-from af2_ray.serve.limits import Limits
+from af2_ray.engine.engine import Engine
 from serve_apps import af2
+from serve_apps.limits import Limits
 
 NAMES = ("af2-tiny", "second", "third", "broken")
 

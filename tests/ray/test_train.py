@@ -14,7 +14,7 @@ import pytest
 import toy
 from safetensors.torch import load_file
 
-from af2_ray.train.run import read_metrics
+from af2_ray.runs.run import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STAGE = (

@@ -9,8 +9,8 @@ import pytest
 import toy
 
 from af2_ray.config import load_recipe
-from af2_ray.train.fork import fork
-from af2_ray.train.run import Run, finished, read_metrics
+from af2_ray.runs.fork import fork
+from af2_ray.runs.run import Run, finished, read_metrics
 from af2_ray.train.stages import train_run
 
 STAGE = (

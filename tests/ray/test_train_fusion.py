@@ -10,8 +10,8 @@ import toy
 
 from af2_ray.config import load_recipe
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
-from af2_ray.train.engine import group_of
-from af2_ray.train.run import Run
+from af2_ray.runs.run import Run
+from af2_ray.train.optim import group_of
 from af2_ray.train.stages import train_run
 
 STAGE = (

@@ -9,9 +9,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from af2_ray.serve.fetch import Fetcher, _Checked, is_public
-from af2_ray.serve.keys import Keys
-from af2_ray.serve.schemas import ApiError, AudioUrl, InputAudio
+from serve_apps.fetch import Fetcher, _Checked, is_public
+from serve_apps.keys import Keys
+from serve_apps.schemas import ApiError, AudioUrl, InputAudio
 
 
 def refused(keys: Keys, header: str | None) -> tuple[int, str]:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import serve_toy
 
-from af2_ray.audio.windows import repeated, to_windows
-from af2_ray.serve.embedder import Embedder, Item
-from af2_ray.serve.request import Clip, Failure
+from af2_ray.audio.windows import to_windows
+from af2_ray.engine.embedder import Embedder, Item
+from af2_ray.engine.request import Clip, RequestFailure
 
 
 def clip(duration_s: float, hz: float) -> Clip:
@@ -36,7 +36,7 @@ def test_requests_that_share_a_pass_get_what_they_get_alone(embedder: Embedder) 
 
 def test_a_text_that_the_model_would_cut_is_refused(embedder: Embedder) -> None:
     told = embedder.read(["a bell", "words " * 100])
-    assert isinstance(told, Failure)
+    assert isinstance(told, RequestFailure)
     assert told.by_caller
     assert "input 1" in told.message
     assert embedder.read([clip(1, 300)]) == 0
@@ -49,7 +49,7 @@ def test_a_model_that_repeats_short_clips_gets_them_repeated(tmp_path: Path, tin
     folder = serve_toy.export_clap(tmp_path, tiny_tokenizer, short_clips="repeat")
     short = clip(3, 300)
     assert short.windows is not None
-    whole = Clip.of(to_windows(repeated(short.windows[0, :48_000] / 32_768)), duration_s=9.0)
+    whole = Clip.of(to_windows(short.windows[0, :48_000] / 32_768, short_clips="repeat"), duration_s=9.0)
     embedder = Embedder.from_pretrained(str(folder))
     one, other = (embedded.vectors for embedded in embedder([[short], [whole]]))
     np.testing.assert_allclose(one, other, atol=1e-5)

@@ -16,10 +16,10 @@ import torch
 
 from af2_ray.audio.windows import to_windows
 from af2_ray.config import Serve
-from af2_ray.serve.engine import Engine
-from af2_ray.serve.request import Answer, Clip, Event, Failure, Piece, Request
-from af2_ray.serve.runner import Runner
-from af2_ray.serve.text_stream import StopCutter, TextStream
+from af2_ray.engine.engine import Engine
+from af2_ray.engine.request import Answer, Clip, Event, Piece, Request, RequestFailure
+from af2_ray.engine.runner import Runner
+from af2_ray.engine.text_stream import StopCutter, TextStream
 from af2_ray.text import format_prompt
 
 SETTINGS = Serve(num_slots=3, encode_windows=2, prefill_tokens=60, max_new_tokens=300)
@@ -151,7 +151,7 @@ def test_a_second_question_skips_the_encoder(engine: Engine) -> None:
 
 def test_a_clip_that_is_not_kept_is_asked_for(engine: Engine) -> None:
     (answer,) = engine.answer([Request("what?", (Clip("unknown", 1), SHORT), max_new_tokens=3)])
-    assert isinstance(answer, Failure)
+    assert isinstance(answer, RequestFailure)
     assert answer.missing == ("unknown",)
     assert not answer.by_caller
 
@@ -196,7 +196,7 @@ def test_encoding_does_not_hold_up_running_answers(engine: Engine) -> None:
 
 
 def test_sampling_repeats_with_its_seed_only(engine: Engine) -> None:
-    def ask(seed: int | None) -> Answer | Failure:
+    def ask(seed: int | None) -> Answer | RequestFailure:
         return engine.answer([Request("say", max_new_tokens=24, temperature=2.0, seed=seed)])[0]
 
     assert ask(1) == ask(1)
@@ -256,9 +256,9 @@ def test_a_bad_request_does_not_take_others_along(engine: Engine) -> None:
         Request("too much", max_new_tokens=301),
     ]
     results = engine.answer([bad[0], good[0], bad[1], good[1], *bad[2:]])
-    assert [isinstance(result, Failure) for result in results] == [True, False, True, False, True, True, True]
+    assert [isinstance(result, RequestFailure) for result in results] == [True, False, True, False, True, True, True]
     assert [results[1], results[3]] == engine.answer(good[:2])
-    assert all(result.by_caller for result in results if isinstance(result, Failure))
+    assert all(result.by_caller for result in results if isinstance(result, RequestFailure))
     assert [*engine.stream(bad[1])] == [results[2]]
 
 
@@ -274,7 +274,7 @@ def test_a_failing_prompt_fails_alone(engine: Engine, monkeypatch: pytest.Monkey
     heavy = Request("x" * 200, (SHORT,), max_new_tokens=3)
     first, second, third = engine.answer([Request("a", max_new_tokens=3), heavy, Request("b", max_new_tokens=3)])
     assert isinstance(first, Answer)
-    assert isinstance(second, Failure)
+    assert isinstance(second, RequestFailure)
     assert not second.by_caller
     assert isinstance(third, Answer)
     assert [*engine.stream(heavy)] == [second]
@@ -285,11 +285,11 @@ def test_failing_steps_and_clips_fail_whom_they_concern(engine: Engine, monkeypa
     with monkeypatch.context() as broken:
         broken.setattr(engine.model.audio_tower, "forward", lambda _: (_ for _ in ()).throw(RuntimeError("no tower")))
         heard, deaf = engine.answer([Request("hear", (LONG,), max_new_tokens=3), Request("text", max_new_tokens=3)])
-    assert isinstance(heard, Failure)
+    assert isinstance(heard, RequestFailure)
     assert isinstance(deaf, Answer)
     with monkeypatch.context() as broken:
         broken.setattr(engine._decoder, "decode", lambda _: (_ for _ in ()).throw(RuntimeError("no step")))
-        assert isinstance(engine.answer([Request("text", max_new_tokens=3, min_new_tokens=3)])[0], Failure)
+        assert isinstance(engine.answer([Request("text", max_new_tokens=3, min_new_tokens=3)])[0], RequestFailure)
     answer = engine.answer([Request("hear", (LONG,), max_new_tokens=3)])[0]
     assert isinstance(answer, Answer)
     assert engine.memory._pins == {}
@@ -304,7 +304,7 @@ def test_cancelling_frees_the_slot(engine: Engine) -> None:
     ticket.cancel()
     waiting.cancel()
     assert not engine.step()
-    assert isinstance(events[-1], Failure)
+    assert isinstance(events[-1], RequestFailure)
     assert (engine.num_running, engine.num_waiting, engine.encoder.num_waiting) == (0, 0, 0)
     assert engine.memory._pins == {}
     stream = engine.stream(Request("go on", max_new_tokens=300, min_new_tokens=300))
@@ -316,7 +316,7 @@ def test_cancelling_frees_the_slot(engine: Engine) -> None:
 def test_what_takes_too_long_ends(shared: Engine) -> None:
     engine = Engine(shared.model, shared.tokenizer, SETTINGS.model_copy(update={"request_timeout_s": 1e-6}))
     (late,) = engine.answer([Request("soon?", max_new_tokens=5)])
-    assert isinstance(late, Failure)
+    assert isinstance(late, RequestFailure)
     assert "no answer within" in late.message
 
 
@@ -349,7 +349,7 @@ def test_a_runner_serves_many_threads(engine: Engine) -> None:
     cancelled = threading.Event()
     call = runner.submit(
         Request("go on", max_new_tokens=300, min_new_tokens=300),
-        lambda event: cancelled.set() if isinstance(event, Failure) else None,
+        lambda event: cancelled.set() if isinstance(event, RequestFailure) else None,
     )
     call.cancel()
     assert cancelled.wait(30)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from af2_ray import resources
+from af2_ray import cluster
 from af2_ray.config import Serve
 from serve_apps import af2
 
@@ -63,15 +63,15 @@ def test_a_cluster_that_wants_a_token_says_which_commands_give_it(monkeypatch: p
 
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ConnectionError, match=r"10\.0\.0\.1:6379.*RAY_AUTH_MODE=token.*ray get-auth-token"):
-        resources.connect()
+        cluster.connect()
 
 
 def test_without_a_cluster_this_machine_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(resources, "find_bootstrap_address", lambda folder: None)
+    monkeypatch.setattr(cluster, "find_bootstrap_address", lambda folder: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(resources, "usable_cpus", lambda: 3)
-    assert (resources.prospect() or {})["CPU"] == 3.0
+    monkeypatch.setattr(cluster, "usable_cpus", lambda: 3)
+    assert (cluster.prospect() or {})["CPU"] == 3.0
 
 
 def test_the_cluster_that_would_be_joined_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +80,6 @@ def test_the_cluster_that_would_be_joined_is_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["address"]))
     monkeypatch.setattr(ray, "shutdown", lambda: asked.append("left"))
-    monkeypatch.setattr(resources, "capacity", lambda: {"CPU": 64.0})
-    assert resources.prospect() == {"CPU": 64.0}
+    monkeypatch.setattr(cluster, "capacity", lambda: {"CPU": 64.0})
+    assert cluster.prospect() == {"CPU": 64.0}
     assert asked == ["10.0.0.1:6379", "left"]

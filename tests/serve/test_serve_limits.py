@@ -14,10 +14,10 @@ import pytest
 import serve_toy
 
 from af2_ray.config import Serve
-from af2_ray.serve.fetch import Fetcher
-from af2_ray.serve.limits import Limits, failure_error
-from af2_ray.serve.request import Failure, Request
-from af2_ray.serve.schemas import ApiError, ChatRequest
+from af2_ray.engine.request import Request, RequestFailure
+from serve_apps.fetch import Fetcher
+from serve_apps.limits import Limits, failure_error
+from serve_apps.schemas import ApiError, ChatRequest
 
 LIMITS = Limits.of(Serve(max_body_mb=1, max_audio_s=20.0, max_new_tokens=64))
 
@@ -86,7 +86,7 @@ def test_audio_heard_before_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> N
     audio = serve_toy.wav(12.0)
     chat = LIMITS.read(json.dumps(serve_toy.chat(audio)).encode())
     first = LIMITS.to_engine(chat, "a", [audio])[0]
-    monkeypatch.setattr("af2_ray.serve.limits.decode_bytes", None)
+    monkeypatch.setattr("serve_apps.limits.decode_bytes", None)
     again = LIMITS.to_engine(chat, "b", [audio], {first.clips[0].key: 12.0})[0]
     assert again.clips == first.clips
     assert again.clips[0].windows is None
@@ -199,6 +199,6 @@ def test_too_large_another_model_and_the_shape_of_errors() -> None:
             "code": "model_not_found",
         }
     }
-    assert failure_error(Failure("too long", by_caller=True)).status == 400
-    assert failure_error(Failure("broken", by_caller=False)).body()["error"]["type"] == "server_error"
+    assert failure_error(RequestFailure("too long", by_caller=True)).status == 400
+    assert failure_error(RequestFailure("broken", by_caller=False)).body()["error"]["type"] == "server_error"
     assert ApiError(429, "later", code="busy", retry_after_s=5).body()["error"]["type"] == "rate_limit_error"

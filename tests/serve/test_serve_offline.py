@@ -11,12 +11,13 @@ import pyarrow.parquet
 import pytest
 import serve_toy
 
+from af2_ray.audio.hear import Stretch, hear
 from af2_ray.config import Serve
-from af2_ray.data.manifest import Sample
-from af2_ray.serve import offline
-from af2_ray.serve.engine import Engine
-from af2_ray.serve.offline import Asked
-from af2_ray.serve.request import Answer, Request
+from af2_ray.data.samples import Sample
+from af2_ray.engine import batch
+from af2_ray.engine.batch import Limits, Question
+from af2_ray.engine.engine import Engine
+from af2_ray.engine.request import Answer, Clip, Request
 from serve_apps.scaling import ByWindows
 
 
@@ -26,20 +27,21 @@ def sample(name: str, duration_s: float, prompt: str = "what?") -> Sample:
 
 def test_questions_without_answers_are_asked_and_bad_ones_told() -> None:
     samples = [sample("a", 5.0), sample("b", float("nan")), sample("c", 5.0, " ")]
-    asked, refused = offline.read_asked(samples)
+    asked, refused = batch.questions_of(samples)
     assert [one.index for one in asked] == [0]
-    assert [(row["index"], row["error"]) for row in refused] == [(1, "no duration"), (2, "empty prompt")]
-    asked, refused = offline.read_asked(samples, "Which sound?")
+    rows = [result.to_row() for result in refused]
+    assert [(row["index"], row["error"]) for row in rows] == [(1, "no duration"), (2, "empty prompt")]
+    asked, refused = batch.questions_of(samples, "Which sound?")
     assert [(one.index, one.prompt) for one in asked] == [(0, "Which sound?"), (2, "Which sound?")]
 
 
 def test_chunks_are_of_like_length_and_keep_a_clip_together() -> None:
     samples = [sample(f"{n % 7}", 5.0 + 30 * (n % 7)) for n in range(28)]
-    asked, _ = offline.read_asked(samples)
-    chunks = offline.plan_chunks(asked, 6, 30)
+    asked, _ = batch.questions_of(samples)
+    chunks = batch.plan_chunks(asked, 6, 30)
     assert sorted(one.index for chunk in chunks for one in chunk) == list(range(28))
     assert [len(chunk) for chunk in chunks] == [8, 8, 8, 4]
-    longest = [max(one.duration_s for one in chunk) for chunk in chunks]
+    longest = [max(one.stretch.duration_s for one in chunk) for chunk in chunks]
     assert longest == sorted(longest, reverse=True)
     homes = {one.clip_key: {n for n, chunk in enumerate(chunks) if one in chunk} for one in asked}
     assert all(len(home) == 1 for home in homes.values())
@@ -52,54 +54,53 @@ def test_answers_equal_single_ones_and_bad_files_are_told(tiny_tokenizer: Any, m
     (tmp_path / "bad.wav").write_bytes(b"no audio at all")
     uris = [files[0], str(tmp_path / "bad.wav"), files[1], files[0], files[2], str(tmp_path / "none.wav")]
     lengths = [3.0, 3.0, 12.0, 3.0, 21.0, 3.0]
-    asked = [Asked(n, str(n), uri, 0.0, lengths[n], f"question {n}?") for n, uri in enumerate(uris)]
-    rows = offline.answer_all(engine, asked, max_new_tokens=6, max_windows=30)
-    assert [row["index"] for row in rows] == list(range(6))
+    asked = [Question(n, str(n), Stretch(uri, 0.0, lengths[n]), f"question {n}?") for n, uri in enumerate(uris)]
+    results = batch.answer_all(engine, asked, Limits(30, 6))
+    assert [result.question for result in results] == asked
+    rows = [result.to_row() for result in results]
     assert {row["index"]: row["error"].split(":")[0] for row in rows if "error" in row} == {
         1: "unreadable",
         5: "missing",
     }
     for row, one in zip(rows, asked, strict=True):
         if "answer" in row:
-            clip = offline._read(one, 30)
-            (single,) = Engine(model, tiny_tokenizer).answer(
-                [Request(one.prompt, (cast(Any, clip),), max_new_tokens=6)]
-            )
+            clip = Clip.of(hear(one.stretch, 30))
+            (single,) = Engine(model, tiny_tokenizer).answer([Request(one.prompt, (clip,), max_new_tokens=6)])
             assert isinstance(single, Answer)
             assert row["answer"] == single.text
 
 
 def test_parts_are_joined_in_input_order(tmp_path: Path) -> None:
     folder = str(tmp_path / "out.jsonl.parts")
-    assert offline.parts_there(folder) == set()
-    offline.write_rows(offline.part_uri(folder, 0), [{"index": 2, "id": "c", "answer": "ein „Hund“"}])
-    assert offline.parts_there(folder) == {0}
+    assert batch.parts_there(folder) == set()
+    batch.write_rows(batch.part_uri(folder, 0), [{"index": 2, "id": "c", "answer": "ein „Hund“"}])
+    assert batch.parts_there(folder) == {0}
     with pytest.raises(ValueError, match="1 chunks"):
-        offline.join(folder, 2, [], str(tmp_path / "out.jsonl"))
-    offline.write_rows(offline.part_uri(folder, 1), [{"index": 0, "id": "a", "answer": "a bell"}])
+        batch.join(folder, 2, [], str(tmp_path / "out.jsonl"))
+    batch.write_rows(batch.part_uri(folder, 1), [{"index": 0, "id": "a", "answer": "a bell"}])
     refused = [{"index": 1, "id": "b", "error": "no duration"}]
     out = tmp_path / "out.jsonl"
-    assert offline.join(folder, 2, refused, str(out)) == (3, 2)
+    assert batch.join(folder, 2, refused, str(out)) == (3, 2)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == ["a", "b", "c"]
-    offline.join(folder, 2, refused, str(tmp_path / "out.parquet"))
+    batch.join(folder, 2, refused, str(tmp_path / "out.parquet"))
     table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert table["answer"].to_pylist() == ["a bell", None, "ein „Hund“"]
     with pytest.raises(ValueError, match="ends in"):
-        offline.join(folder, 2, refused, str(tmp_path / "out.csv"))
+        batch.join(folder, 2, refused, str(tmp_path / "out.csv"))
 
 
 def test_another_export_at_the_same_address_is_another_job(tmp_path: Path) -> None:
     """Chunks that an earlier model has answered are not taken for this one's."""
     with pytest.raises(ValueError, match=r"the one with config\.json"):
-        offline.model_facts(str(tmp_path))
+        batch.model_facts(str(tmp_path))
     (tmp_path / "config.json").write_text('{"max_windows": 9}')
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    facts = offline.model_facts(str(tmp_path))
+    facts = batch.model_facts(str(tmp_path))
     assert facts["max_windows"] == 9
-    assert offline.model_facts(str(tmp_path)) == facts
+    assert batch.model_facts(str(tmp_path)) == facts
     (tmp_path / "model.safetensors").write_bytes(b"two")
-    assert offline.model_facts(str(tmp_path)) != facts
+    assert batch.model_facts(str(tmp_path)) != facts
 
 
 def test_replicas_for_windows_and_requests() -> None:

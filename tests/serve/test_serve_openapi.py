@@ -8,9 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from af2_ray.serve.schemas import ChatRequest, EmbeddingRequest, LabelRequest
 from serve_apps import af2  # noqa: F401  (it gives the application its handlers)
 from serve_apps.ingress import api
+from serve_apps.schemas import ChatRequest, EmbeddingRequest, LabelRequest
 
 MODELS = {
     "/v1/chat/completions": ChatRequest,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from af2_ray.serve.request import Request
-from af2_ray.serve.sampling import Sampler, choose
+from af2_ray.engine.request import Request
+from af2_ray.engine.sampling import Sampler, choose
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, -1.0]])
 

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.data.formats import read_table
+from af2_ray.data.manifest import read_samples
 from af2_ray.synth.bank import Bank
 from af2_ray.synth.captions import composition_of, is_true, parse
 from af2_ray.synth.corpus import make_corpus
@@ -191,7 +191,7 @@ def test_a_corpus_is_made_into_an_object_store_once(made: Path, monkeypatch: pyt
     assert {name.removeprefix(root) for name in fs.store} == wanted
     for name in ("short/train.json", "short/train/00001.flac", "sources.csv"):
         assert fs.cat_file(root + name) == (made / name).read_bytes()
-    assert len(read_table("memory://bucket/data/demo/short/test.json")) == 64
+    assert len(read_samples("memory://bucket/data/demo/short/test.json")) == 64
     with monkeypatch.context() as patch:
         patch.setattr("af2_ray.synth.corpus.sources.self_rendered", None)
         assert make_corpus(stored) == first

@@ -14,7 +14,7 @@ from af2_ray.synth.corpus import make_corpus
 from af2_ray.synth.drills import make_drills
 from af2_ray.synth.scenes import Scene, compose_block
 from af2_ray.synth.skills import NUMBERS
-from af2_ray.train.language_model import read_pairs
+from af2_ray.train.stage_lm import read_pairs
 
 OPTIONS = {"num_scenes": 80, "duration_s": (8, 12), "num_events": (2, 3)}
 TRAIN, TEST = (SceneSet(name="short", split=split, **OPTIONS) for split in ("train", "test"))

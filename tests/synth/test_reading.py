@@ -11,7 +11,7 @@ from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import make_corpus
 from af2_ray.synth.reading import narrate
 from af2_ray.synth.scenes import compose_block
-from af2_ray.train.language_model import read_pairs
+from af2_ray.train.stage_lm import read_pairs
 
 SCENES = SceneSet(
     name="short", split="train", num_scenes=80, duration_s=(8, 12), num_events=(2, 3), questions_per_scene=4

@@ -15,13 +15,14 @@ import numpy as np
 import small
 import torch
 import torch.distributed as dist
+import toy
 from torch import Tensor
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.data.collate import LmBatch
 from af2_ray.data.quarantine import Failure
 from af2_ray.text import IGNORE
-from af2_ray.train.engine import freeze_except
+from af2_ray.train.optim import freeze_except
 from af2_ray.train.step import Step
 from af2_ray.train.task import LmTask
 
@@ -35,10 +36,15 @@ CUTS = {  # (ranks, micro-batches): which clips each row has, rows in the feed's
     (1, 4): [[0, 1], [2], [3], [4, 5]],
     (2, 2): [[0], [3, 4], [1, 2], [5]],
 }
-TASK = LmTask("", Optimizer(lr=1e-3, warmup_steps=0, grad_clip=1e9), GROUPS)
 
 
-GENTLE = LmTask("", Optimizer(lr=3e-4, warmup_steps=0, grad_clip=1e9), GROUPS)  # rounding does not grow
+def task(lr: float) -> LmTask:
+    optimizer = Optimizer(lr=lr, warmup_steps=0, grad_clip=1e9)
+    return LmTask("", toy.stage(trainable=list(GROUPS), optimizer=optimizer))
+
+
+TASK = task(1e-3)
+GENTLE = task(3e-4)  # rounding does not grow
 
 
 def make_model(dtype: torch.dtype) -> torch.nn.Module:
@@ -170,7 +176,7 @@ def _start(
     rank: int, num_ranks: int, settings: DeepSpeedSettings, *, num_steps: int, accumulation: int, task: LmTask = TASK
 ) -> Any:
     """A DeepSpeed engine of the model, as `torchrun` would start it."""
-    from af2_ray.train.engine import start_engine
+    from af2_ray.train.deepspeed import start_engine
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     model = make_model(torch.float32)

@@ -16,9 +16,9 @@ from mlflow.artifacts import download_artifacts
 
 from af2_ray.config import load_recipe
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
-from af2_ray.train.card import model_card, write_card
-from af2_ray.train.run import Run, mark_finished
-from af2_ray.train.tracking import Tracker
+from af2_ray.runs.card import model_card, write_card
+from af2_ray.runs.run import Run, mark_finished
+from af2_ray.runs.tracking import Tracker
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from af2_ray.config import load_recipe
+from af2_ray.runs.run import Run, finished, mark_finished
 from af2_ray.train.disk import Need, amount, forecast, remove, shortages, spare
-from af2_ray.train.run import Run, finished, mark_finished
 
 
 def test_a_forecast_tells_every_part_and_follows_what_decides_it(tmp_path: Path) -> None:

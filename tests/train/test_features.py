@@ -12,16 +12,26 @@ import numpy as np
 import pytest
 import small
 import torch
+import toy
 
 from af2_ray.audio.decode import AudioError
-from af2_ray.config import DeepSpeedSettings, Optimizer, Stage
+from af2_ray.audio.hear import hear
+from af2_ray.config import DeepSpeedSettings, Stage
 from af2_ray.data.batching import Row
-from af2_ray.data.collate import LmBatch, LmCollator, read_windows
-from af2_ray.data.features import Clip, FeatureStore, open_folder, stamps
-from af2_ray.data.manifest import Sample
+from af2_ray.data.collate import LmBatch, LmCollator
+from af2_ray.data.feature_store import Entry, FeatureStore, open_folder, stamps
+from af2_ray.data.samples import Sample
 from af2_ray.text import AUDIO
 from af2_ray.train import precision
-from af2_ray.train.features import Encoder, Encoding, decode_clips, load_tower, make_encoding, shards_of, tower_mark
+from af2_ray.train.cache_features import (
+    Encoding,
+    FeatureEncoder,
+    decode_clips,
+    load_tower,
+    make_encoding,
+    shards_of,
+    tower_mark,
+)
 from af2_ray.train.task import LmTask
 
 MAX_WINDOWS = 2
@@ -49,16 +59,16 @@ def encode_all(start: Path, root: Path, samples: list[Sample], dtype: str = "fp3
     """What the Ray job does, in this process."""
     encoding = make_encoding(start, root, dtype, DeepSpeedSettings(), max_windows=MAX_WINDOWS)
     marks = stamps([sample.uri for sample in samples])
-    clips = [Clip.heard(sample, MAX_WINDOWS, mark) for sample, mark in zip(samples, marks, strict=True)]
+    clips = [Entry(s.stretch.first(MAX_WINDOWS), mark) for s, mark in zip(samples, marks, strict=True)]
     store, lacking = FeatureStore.of(encoding.folder, clips)
     failures: dict[int, tuple[str, str]] = {}
-    encoder = Encoder(encoding)
+    encoder = FeatureEncoder(encoding)
     for shard in shards_of(lacking, MAX_WINDOWS, windows_per_shard=3):
         windows, failed = decode_clips(shard, MAX_WINDOWS)
         encoder.encode(shard, windows)
         failures |= failed
     store, lacking = FeatureStore.of(encoding.folder, clips, failures)
-    assert [clip.uri for clip in lacking] == ["none.flac"]
+    assert [stretch.uri for stretch, _ in lacking] == ["none.flac"]
     return store, encoding
 
 
@@ -83,7 +93,7 @@ def as_small(batch: LmBatch, first: int) -> LmBatch:
 def test_losses_and_gradients_are_those_with_audio(
     tmp_path: Path, start: Path, samples: list[Sample], tiny_tokenizer: Any
 ) -> None:
-    task = LmTask(start, Optimizer(), ("transform", "xattn", "tokens"))
+    task = LmTask(start, toy.stage())
     losses, gradients = {}, {}
     for dtype in ("fp32", "bf16"):
         store, _ = encode_all(start, tmp_path / "cache", samples, dtype)
@@ -109,7 +119,7 @@ def test_mixed_losses_are_those_with_audio(
     encoding = make_encoding(start, tmp_path, "auto", DeepSpeedSettings(precision="mixed"), max_windows=MAX_WINDOWS)
     assert encoding.dtype == "mixed"
     store, _ = encode_all(start, tmp_path / "cache", samples, "mixed")
-    task = LmTask(start, Optimizer(), ("transform", "xattn", "tokens"))
+    task = LmTask(start, toy.stage())
     losses = []
     for batch in batches(samples, tiny_tokenizer, store):
         with precision.autocast("cpu", "mixed"):
@@ -122,15 +132,15 @@ def test_a_clip_is_what_the_tower_makes_of_its_windows(tmp_path: Path, start: Pa
     store, encoding = encode_all(start, tmp_path / "cache", samples)
     tower = load_tower(start)
     for sample in samples[:-1]:
-        features = store.read(sample, MAX_WINDOWS)
-        wanted = tower(torch.from_numpy(read_windows(sample, MAX_WINDOWS)))
+        features = store.read(sample.stretch, MAX_WINDOWS)
+        wanted = tower(torch.from_numpy(hear(sample.stretch, MAX_WINDOWS)))
         np.testing.assert_allclose(features, wanted.numpy(), atol=1e-5)
     assert store.silence.shape == (1, *features.shape[1:])
     with pytest.raises(AudioError, match="missing"):
-        store.read(samples[-1], MAX_WINDOWS)
+        store.read(samples[-1].stretch, MAX_WINDOWS)
     with pytest.raises(ValueError, match="made for another plan"):
-        store.read(samples[2], MAX_WINDOWS + 1)  # more of the clip than was encoded
-    again, lacking = FeatureStore.of(encoding.folder, [Clip.heard(samples[0], 9, stamps([samples[0].uri])[0])])
+        store.read(samples[2].stretch, MAX_WINDOWS + 1)  # more of the clip than was encoded
+    again, lacking = FeatureStore.of(encoding.folder, [Entry(samples[0].stretch.first(9), stamps([samples[0].uri])[0])])
     assert (len(again.keys), lacking) == (1, []), "short clips serve stages of any length"
 
 
@@ -149,7 +159,7 @@ def test_another_tower_another_file_and_a_broken_shard_are_refused(
 
     changed = samples[0].uri
     os.utime(changed, ns=(1, 1))
-    clip = Clip.heard(samples[0], MAX_WINDOWS, stamps([changed])[0])
+    clip = Entry(samples[0].stretch.first(MAX_WINDOWS), stamps([changed])[0])
     assert FeatureStore.of(encoding.folder, [clip])[1] == [clip], "another date: encoded anew"
 
     Path(store.shards[0]).write_bytes(b"half")
@@ -162,7 +172,7 @@ def test_a_row_without_clips_keeps_its_place(
 ) -> None:
     store, _ = encode_all(start, tmp_path / "cache", samples)
     _, empty = batches(samples[-1:], tiny_tokenizer, store)
-    task = LmTask(start, Optimizer(), ("transform", "xattn", "tokens"))
+    task = LmTask(start, toy.stage())
     loss = task.loss(task.build(), empty, 7)
     loss.backward()
     assert float(loss) == 0

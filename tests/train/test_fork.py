@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from af2_ray.config import load_recipe
-from af2_ray.train.fork import fork
-from af2_ray.train.run import Run, finished, mark_finished
+from af2_ray.runs.fork import fork
+from af2_ray.runs.run import Run, finished, mark_finished
 
 
 @pytest.fixture

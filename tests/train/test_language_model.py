@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as nnf
 
-from af2_ray.train.language_model import text_loss
+from af2_ray.train.stage_lm import text_loss
 
 
 def test_every_text_weighs_alike_and_prompts_little() -> None:

@@ -18,10 +18,10 @@ from test_validation import band
 
 from af2_ray.config import DeepSpeedSettings
 from af2_ray.train import checkpoint
-from af2_ray.train.accounts import Meter
 from af2_ray.train.checkpoint import Saved, State
-from af2_ray.train.engine import start_engine
+from af2_ray.train.deepspeed import start_engine
 from af2_ray.train.loop import LoopConfig, _Stage
+from af2_ray.train.telemetry import Meter
 
 STEPS = 4
 

@@ -16,12 +16,12 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _Chec
 
 from af2_ray.config import load_recipe
 from af2_ray.data.quarantine import Failure
-from af2_ray.files import digest, read_rows, sealed_json, write_whole
+from af2_ray.runs.run import Run, read_metrics
+from af2_ray.runs.tracking import ReportCallback
+from af2_ray.storage.files import digest, read_rows, sealed_json, write_whole
 from af2_ray.train.checkpoint import read_saved
 from af2_ray.train.mend import SNAPSHOT, Newest, mend
 from af2_ray.train.restart import last_step
-from af2_ray.train.run import Run, read_metrics
-from af2_ray.train.tracking import ReportCallback
 
 STEPS = (4, 6, 8)
 LARGEST = "engine/zero.pt"
@@ -241,7 +241,7 @@ def test_a_disk_that_cannot_read_a_file_is_damage(storage: str, monkeypatch: pyt
         return digest(Path(path))
 
     monkeypatch.setattr("af2_ray.train.mend._digest", broken)
-    monkeypatch.setattr("af2_ray.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("af2_ray.storage.stores.time.sleep", lambda seconds: None)
     found = mend(storage)
     assert found is not None
     assert found.step == 6

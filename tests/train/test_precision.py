@@ -8,7 +8,7 @@ import torch
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.train import precision
-from af2_ray.train.engine import deepspeed_config
+from af2_ray.train.deepspeed import deepspeed_config
 from af2_ray.train.precision import autocast, resolve
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from af2_ray.config import load_recipe
 from af2_ray.text import IGNORE
-from af2_ray.train.probe import Shape, Trial, largest_budget, made_up_row
+from af2_ray.train.memory_probe import Shape, Trial, largest_budget, made_up_row
 
 STAGE = load_recipe("tiny").stage("finetune")
 RATIO = STAGE.budget.text_tokens_per_row / STAGE.budget.windows_per_row

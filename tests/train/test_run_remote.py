@@ -10,11 +10,11 @@ import fsspec
 import pytest
 from botocore.exceptions import NoCredentialsError
 
-from af2_ray import remote
 from af2_ray.config import load_recipe
-from af2_ray.remote import local_model
-from af2_ray.train import run as run_module
-from af2_ray.train.run import Run, finished, replacing
+from af2_ray.runs import run as run_module
+from af2_ray.runs.run import Run, finished, replacing
+from af2_ray.storage import stores
+from af2_ray.storage.stores import local_model
 
 URI = "memory://bucket/runs/tiny"
 
@@ -120,7 +120,7 @@ def test_cached_features_need_a_file_system(store, folder):
 
 
 def test_an_export_goes_to_its_address_and_machines_share_one_copy(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(stores.tempfile, "tempdir", str(tmp_path))
     place = f"{URI}/stages/long/model"
     with pytest.raises(ValueError, match="no model in memory://"):
         local_model(place)
@@ -138,14 +138,14 @@ def test_an_export_goes_to_its_address_and_machines_share_one_copy(store, tmp_pa
 
 def test_a_store_that_fails_is_tried_again_and_then_named(monkeypatch):
     calls: list[int] = []
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(stores.time, "sleep", lambda seconds: None)
 
     def fail() -> None:
         calls.append(1)
         raise ConnectionError("gone")
 
     with pytest.raises(OSError, match="ConnectionError: gone"):
-        remote.retried(fail, 3)
+        stores.retried(fail, 3)
     assert len(calls) == 4
     for fault, wanted in (
         (PermissionError("no"), PermissionError),
@@ -154,5 +154,5 @@ def test_a_store_that_fails_is_tried_again_and_then_named(monkeypatch):
     ):
         calls.clear()
         with pytest.raises(wanted):
-            remote.retried(lambda fault=fault: calls.append(1) or (_ for _ in ()).throw(fault))
+            stores.retried(lambda fault=fault: calls.append(1) or (_ for _ in ()).throw(fault))
         assert len(calls) == 1, "trying again does not help"

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy
 from transformers import T5Config
 
 from af2_ray.audio.windows import WINDOW_SAMPLES
-from af2_ray.config import Optimizer
 from af2_ray.data.collate import ClapBatch
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
 from af2_ray.models.htsat import tower_config
@@ -43,7 +43,6 @@ def _clap_and_batch(folder: Path, dropout: float = 0.0) -> ClapBatch:
         text_mask=np.tril(np.ones((len(places), 6), np.int64), 3)[:, ::-1].copy()
         | np.eye(len(places), 6, dtype=np.int64),
         caption_owner=places[:, 0],
-        caption_kind=(places[:, 2] > 0).astype(np.int64),
         caption_slot=places[:, 1],
         caption_rank=places[:, 2],
     ).tensors()
@@ -51,7 +50,7 @@ def _clap_and_batch(folder: Path, dropout: float = 0.0) -> ClapBatch:
 
 def _step(folder: Path, batch: ClapBatch, **settings: object) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Loss and gradients of one step, and how many numbers autograd kept for the backward pass."""
-    task = ClapTask(folder, Optimizer(), num_positives=3, num_negatives=1, **settings)
+    task = ClapTask(folder, toy.clap(num_positives=3, num_negatives=1, **settings))
     model = task.build().train()
     torch.manual_seed(1)
     kept: dict[int, int] = {}
@@ -90,12 +89,12 @@ def test_a_fixed_temperature_has_no_gradient_and_silence_does_not_count(tmp_path
     batch = _clap_and_batch(tmp_path)
     _, gradients, _ = _step(tmp_path, batch, learn_temperature=False)
     assert "logit_scale" not in gradients
-    task = ClapTask(tmp_path, Optimizer(), num_positives=3, num_negatives=1)
+    task = ClapTask(tmp_path, toy.clap(num_positives=3, num_negatives=1))
     assert task.count(batch) == 4
 
 
 def test_ragged_captions_find_their_places():
-    task = ClapTask("", Optimizer(), num_positives=2, num_negatives=1)
+    task = ClapTask("", toy.clap(num_positives=2, num_negatives=1))
     owner, slot, rank = (np.array(column) for column in zip((0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 1, 0), strict=True))
     batch = ClapBatch(
         row=0,
@@ -108,7 +107,6 @@ def test_ragged_captions_find_their_places():
         text_ids=np.zeros((4, 1), np.int64),
         text_mask=np.ones((4, 1), np.int64),
         caption_owner=owner,
-        caption_kind=(rank > 0).astype(np.int64),
         caption_slot=slot,
         caption_rank=rank,
     ).tensors()

@@ -8,8 +8,8 @@ import pytest
 from mlflow import MlflowClient
 
 from af2_ray.config import load_recipe
-from af2_ray.train.run import Run
-from af2_ray.train.tracking import Tracker
+from af2_ray.runs.run import Run
+from af2_ray.runs.tracking import Tracker
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from af2_ray.config import Optimizer
-from af2_ray.train.accounts import Meter, gates
 from af2_ray.train.checkpoint import read_saved
-from af2_ray.train.engine import batch_factor, checkpoint_activations
+from af2_ray.train.deepspeed import checkpoint_activations
+from af2_ray.train.optim import batch_factor
 from af2_ray.train.step import Step
 from af2_ray.train.task import plain
+from af2_ray.train.telemetry import Meter, gates
 from af2_ray.train.validation import Band, validate
 
 
@@ -45,7 +46,8 @@ def test_a_band_s_loss_does_not_depend_on_its_rows(one_rank: None) -> None:
     checkpoint_activations(model, layers=True, tower=True)
     modes = [module.training for module in model.modules()]
     engine = cuts.AveragingEngine(model, 1)
-    task = plain(replace(cuts.TASK, label_smoothing=0.1, z_loss=0.1))
+    smoothed = cuts.TASK.stage.model_copy(update={"label_smoothing": 0.1, "z_loss": 0.1})
+    task = plain(replace(cuts.TASK, stage=smoothed))
     assert task == cuts.TASK
     whole, cut = cuts.my_rows((1, 1), 0, with_fault=False), cuts.my_rows((1, 4), 0, with_fault=False)
     bands = [band("before", cut, is_own=False), band("now", whole, is_own=True)]

@@ -11,9 +11,9 @@ import yaml
 
 from af2_ray.config import load_recipe, load_sweep, sweep_names
 from af2_ray.evaluate.marks import Mark, read_marks, write_marks
-from af2_ray.train.run import Run
+from af2_ray.runs.run import Run
 from af2_ray.tune.report import best, parts_of, summarise, verdict, write_report
-from af2_ray.tune.run import SweepRun
+from af2_ray.tune.sweep import SweepRun
 from af2_ray.tune.trial import Result, marks_path
 
 

@@ -49,6 +49,6 @@ class _Failing:
 if os.environ.get("AF2_FAIL_AT"):
     os.environ.setdefault("AF2_FAIL_DRIVER", str(os.getpid()))  # the first process of the job; Ray's have it from there
     _place, _kind = os.environ["AF2_FAIL_AT"].split()
-    from af2_ray import files
+    from af2_ray.storage import files
 
     files.os = _Failing(int(_place), _kind)  # type: ignore[assignment]

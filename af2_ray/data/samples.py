@@ -1,0 +1,144 @@
+"""What is learned from: a question about a stretch of audio, a clip with its captions; which of them can be used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+from af2_ray.audio.hear import Stretch
+from af2_ray.data.names import name_fault
+from af2_ray.text import AUDIO, normalise
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question about one stretch of audio."""
+
+    id: str
+    uri: str
+    offset_s: float
+    duration_s: float
+    prompt: str
+    answer: str
+    task: str
+    dataset: str
+    skill: str = ""
+    options: tuple[str, ...] = ()
+    pair: str = ""  # samples of one counterbalanced pair share it
+    template: str = ""  # samples asked in the same words share it
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def stretch(self) -> Stretch:
+        return Stretch(self.uri, self.offset_s, self.duration_s)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionSet:
+    """A clip with its caption, M-1 paraphrases, and for each of those M texts N captions that are wrong of it."""
+
+    uri: str
+    offset_s: float
+    duration_s: float
+    caption: str
+    positives: tuple[str, ...]
+    negatives: tuple[tuple[str, ...], ...]
+    relations: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """The clip, as the failures and batches of a run name it."""
+        return self.stretch.id
+
+    @property
+    def stretch(self) -> Stretch:
+        return Stretch(self.uri, self.offset_s, self.duration_s)
+
+
+class Item(Protocol):
+    """What the plan needs to know of a sample or a caption set: which stretch of which file."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def uri(self) -> str: ...
+    @property
+    def offset_s(self) -> float: ...
+    @property
+    def duration_s(self) -> float: ...
+    @property
+    def stretch(self) -> Stretch: ...
+
+
+ItemT = TypeVar("ItemT", bound=Item)
+
+
+def check_samples(
+    samples: Sequence[ItemT], unread: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Sequence[ItemT], list[tuple[ItemT, str]]]:
+    """Part the usable samples from the others, without opening a file.
+
+    Args:
+        samples: of one manifest.
+        unread: why a file's duration could not be read, by uri (`durations.fill_durations`), where it has none.
+
+    Returns:
+        The good ones in order, and the bad ones with a short stable reason: those of `storage.NameRefused`, `no
+        duration`, `zero duration`, `negative offset`, `empty prompt`, `audio markers` (a prompt that places more than
+        the one recording), `empty answer`, `empty caption`, `ragged captions`.
+    """
+    if of_columns := getattr(samples, "checked", None):  # a table makes objects of bad samples only
+        checked: tuple[Sequence[ItemT], list[tuple[ItemT, str]]] = of_columns(unread)
+        return checked
+    good, bad = [], []
+    for sample in samples:
+        reason = _fault(sample)
+        if reason:
+            bad.append((sample, unread.get(sample.uri, reason) if reason == "no duration" else reason))
+        else:
+            good.append(sample)
+    return good, bad
+
+
+def _fault(sample: Item) -> str:
+    if reason := name_fault(sample.uri):
+        return reason
+    if not math.isfinite(sample.duration_s):
+        return "no duration"
+    if sample.duration_s <= 0:
+        return "zero duration"
+    if not (math.isfinite(sample.offset_s) and sample.offset_s >= 0):
+        return "negative offset"
+    if isinstance(sample, Sample):
+        if not sample.prompt.strip():
+            return "empty prompt"
+        if normalise(sample.prompt).count(AUDIO) > 1:
+            return "audio markers"
+        return "" if sample.answer.strip() else "empty answer"
+    if isinstance(sample, CaptionSet):
+        if not all(text.strip() for text in (sample.caption, *sample.positives)):
+            return "empty caption"
+        if sample.negatives and len(sample.negatives) != 1 + len(sample.positives):
+            return "ragged captions"
+    return ""
+
+
+def fingerprint(samples: Sequence[Item]) -> str:
+    """SHA-256 (first 16 hex digits) of what the samples say, in order; a moved corpus keeps its fingerprint."""
+    if columns := getattr(samples, "fingerprint", None):  # a table hashes whole columns
+        return str(columns())
+    digest = hashlib.sha256()
+    for sample in samples:
+        name = "/".join(sample.uri.rsplit("/", 2)[-2:])
+        said: tuple[Any, ...] = (name, sample.offset_s, sample.duration_s)
+        if isinstance(sample, Sample):
+            said += (sample.id, sample.prompt, sample.answer)
+        elif isinstance(sample, CaptionSet):
+            said += (sample.caption, sample.positives, sample.negatives)
+        digest.update(json.dumps(said, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]

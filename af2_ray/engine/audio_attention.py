@@ -1,0 +1,150 @@
+"""How running answers hear: cross-attention from many rows of text to the kept keys and values of their clips.
+
+Rows that hear the same clips share one attention call, as so many queries of one row; others have a call each, over
+their own real audio tokens. Nothing is padded and nothing copied: clips of 5 s and 5 min side by side cost what they
+cost alone, where a rectangle would make every row as dear as the longest. The price is a kernel for each distinct
+clip and layer.
+
+Shapes: B rows, T text tokens, K clips a row, A audio tokens, H heads, d head width, X layers that hear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from af2_ray.engine.audio_memory import length_bucket
+from af2_ray.models.cross_attention import GatedCrossAttention
+from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class ClipsKV:
+    """What one row hears: keys and values [X, 2, H, A, d] of its clips end to end, and each clip's length."""
+
+    keys: tuple[str, ...]
+    kv: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, keys: Sequence[str], parts: Sequence[Tensor]) -> Self:
+        """Of one or more kept clips, in order; several are copied end to end."""
+        kv = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=3)
+        return cls(tuple(keys), kv, tuple(part.shape[3] for part in parts))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that attend to one set of keys and values; `length` of their text tokens are real."""
+
+    rows: Tensor
+    kv: Tensor
+    length: int
+    mask: Tensor | None = None
+
+
+class RowsAudio:
+    """What the rows of one pass hear: the `cross_attention.Audio` of the engine."""
+
+    def __init__(self, groups: Sequence[_Group], hears: Tensor, places: Mapping[int, int]) -> None:
+        self._groups, self.hears, self._places = groups, hears, places
+
+    @classmethod
+    def of_prompts(
+        cls, heard: Sequence[ClipsKV | None], markers: Tensor, lengths: Sequence[int], places: Mapping[int, int]
+    ) -> Self | None:
+        """For prompts padded on the right: each text token hears the clips whose `<audio>` is at or before it.
+
+        Args:
+            markers: [B, T], the `<audio>` markers so far.
+            places: LM layer index to its place in the keys and values.
+        """
+        groups, hears = [], torch.zeros((*markers.shape, 1), dtype=torch.bool, device=markers.device)
+        for row, (clips, length) in enumerate(zip(heard, lengths, strict=True)):
+            if clips is None:
+                continue
+            counts = torch.tensor(clips.lengths, device=markers.device)
+            ordinals = torch.arange(1, len(clips.lengths) + 1, device=markers.device)
+            visible = markers[row, :length, None] >= ordinals  # [T, K]
+            hears[row, :length, 0] = visible.any(dim=1)
+            mask = None
+            if not bool(visible.all()):
+                shut = ~visible.repeat_interleave(counts, dim=1)
+                mask = torch.zeros(shut.shape, dtype=clips.kv.dtype, device=shut.device)
+                mask = mask.masked_fill_(shut, torch.finfo(mask.dtype).min)
+            groups.append(_Group(torch.tensor([row], device=markers.device), clips.kv, length, mask))
+        return cls(groups, hears, places) if groups else None
+
+    @classmethod
+    def of_running(
+        cls, heard: Sequence[ClipsKV | None], places: Mapping[int, int], device: torch.device
+    ) -> Self | None:
+        """For one more token of every running row."""
+        rows: dict[tuple[str, ...], list[int]] = {}
+        kvs: dict[tuple[str, ...], Tensor] = {}
+        for row, clips in enumerate(heard):
+            if clips is not None:
+                rows.setdefault(clips.keys, []).append(row)
+                kvs.setdefault(clips.keys, clips.kv)
+        if not rows:
+            return None
+        groups = [_Group(torch.tensor(rows[keys], device=device), kv, 1) for keys, kv in kvs.items()]
+        hears = torch.tensor([clips is not None for clips in heard], device=device)
+        return cls(groups, hears[:, None, None], places)
+
+    def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
+        """Queries [B, H, T, d] to what they hear, [B, H, T, d]; zeros where a row hears nothing."""
+        out = torch.zeros_like(q)
+        place = self._places[layer.layer_idx]
+        for group in self._groups:
+            keys, values = group.kv[place, :, None]  # [1, H, A, d] each
+            if group.length == 1:  # one token of each row: the rows are queries of one
+                queries = q[group.rows, :, 0].transpose(0, 1)[None]
+                heard = nnf.scaled_dot_product_attention(queries, keys, values)
+                out[group.rows, :, 0] = heard[0].transpose(0, 1)
+            else:
+                queries = q[group.rows, :, : group.length]
+                heard = nnf.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
+                out[group.rows, :, : group.length] = heard
+        return out
+
+
+class Projection:
+    """What the LM hears of audio states, by the model's fusion: keys and values of all layers, or a prefix."""
+
+    def __init__(self, model: AudioFlamingo2ForConditionalGeneration) -> None:
+        self._model = model
+        self.is_prefix = model.config.fusion == "prefix"
+        layers = [layer.cross_attention for layer in model.language_model.model.layers]
+        self._layers = [layer for layer in layers if layer is not None]
+        self.places = {layer.layer_idx: place for place, layer in enumerate(self._layers)}
+        self.tokens_per_window = model.tokens_per_window
+        self._token_bytes = model.audio_tower.output_size * model.dtype.itemsize
+
+    def __call__(self, states: Tensor, num_windows: int) -> Tensor:
+        """Of audio states [A, D]: [X, 2, H, A, d], in memory of a length bucket; or a prefix [A, D of the LM]."""
+        if self.is_prefix:
+            return self._model.prefix.project(states)
+        first, num = self._layers[0], len(states)
+        room = length_bucket(num_windows) * self.tokens_per_window
+        kv = states.new_empty((len(self._layers), 2, first.num_heads, room, first.head_dim))[:, :, :, :num]
+        for place, layer in enumerate(self._layers):
+            kv[place] = layer.project(states).permute(1, 2, 0, 3)  # of [A, 2, H, d]
+        return kv
+
+    def states_bytes(self, num_windows: int) -> int:
+        """What the audio states of a clip take."""
+        return num_windows * self.tokens_per_window * self._token_bytes
+
+    def heard_bytes(self, num_windows: int) -> int:
+        """What the LM hears of a clip, in bytes."""
+        itemsize = self._model.dtype.itemsize
+        if self.is_prefix:
+            return num_windows * self.tokens_per_window * int(self._model.config.text_config.hidden_size) * itemsize
+        width = sum(2 * layer.num_heads * layer.head_dim for layer in self._layers)
+        return length_bucket(num_windows) * self.tokens_per_window * width * itemsize

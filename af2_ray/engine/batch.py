@@ -1,0 +1,307 @@
+"""Answers to many questions by the serving engine: whole manifests, in this process or on the actors of a Ray cluster.
+
+The work is cut into chunks of questions about clips of like length, long ones first, all questions of a clip in one
+chunk, so the engine's slots stay full and a clip is encoded once. What labels a million clips keeps a file a chunk,
+written when it is whole: a job that was stopped goes on with the chunks that have none. At last the files are joined in
+input order.
+
+Decoding runs in threads a little ahead of the engine: a bounded number of clips is in memory, whatever the chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from af2_ray.audio.decode import AudioError
+from af2_ray.audio.hear import Stretch, hear
+from af2_ray.cluster import Actors, map_on_ray, own_device
+from af2_ray.config import Serve
+from af2_ray.data.samples import Sample, check_samples
+from af2_ray.engine.engine import Engine
+from af2_ray.engine.request import Answer, Clip, Event, Request, RequestFailure
+from af2_ray.storage.places import locate, open_text, write_text
+from af2_ray.storage.stores import version_of
+
+logger = logging.getLogger(__name__)
+
+_OFFLINE_TIMEOUT_S = 86_400.0  # nobody waits at the other end
+Row = dict[str, Any]
+"""What is written of a question: `index`, `id`, `uri`, `prompt`, and `answer` with its counts, or `error`."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a stretch of audio, by its place among others."""
+
+    index: int
+    id: str
+    stretch: Stretch
+    prompt: str
+
+    @property
+    def clip_key(self) -> str:
+        """The stretch, as the engine keeps it."""
+        uri, offset_s, duration_s = self.stretch.uri, self.stretch.offset_s, self.stretch.duration_s
+        return hashlib.sha256(f"{uri}@{offset_s}+{duration_s}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far questions go.
+
+    Attributes:
+        max_windows: 10 s windows heard of a clip at most; the rest is not read.
+        max_new_tokens: of an answer.
+        allow_silent: whether a silent clip is asked about.
+    """
+
+    max_windows: int
+    max_new_tokens: int
+    allow_silent: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer to a question, or why there is none (`reason` short and stable, `detail` for reading)."""
+
+    question: Question
+    answer: str | None = None
+    completion_tokens: int = 0
+    finish_reason: str = ""
+    reason: str = ""
+    detail: str = ""
+
+    def to_row(self) -> Row:
+        """The result as it is written."""
+        question = self.question
+        row = {"index": question.index, "id": question.id, "uri": question.stretch.uri, "prompt": question.prompt}
+        if self.answer is None:
+            return row | {"error": f"{self.reason}: {self.detail}".rstrip(": ")}
+        counts = {"completion_tokens": self.completion_tokens, "finish_reason": self.finish_reason}
+        return row | {"answer": self.answer} | counts
+
+
+def questions_of(
+    samples: Sequence[Sample], question: str | None = None, unread: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Question], list[Result]]:
+    """The questions of samples (or one question for all), and results of those that cannot be asked.
+
+    An answer is not needed: the samples of a manifest to be labelled have none. `unread` is as in `check_samples`.
+    """
+    indexed = [replace(sample, prompt=question or sample.prompt, answer="to come") for sample in samples]
+    reasons = {id(sample): reason for sample, reason in check_samples(indexed, unread)[1]}
+    questions, refused = [], []
+    for index, sample in enumerate(indexed):
+        one = Question(index, sample.id, sample.stretch, sample.prompt)
+        if reason := reasons.get(id(sample)):
+            refused.append(Result(one, reason=reason))
+        else:
+            questions.append(one)
+    return questions, refused
+
+
+def plan_chunks(questions: Sequence[Question], size: int, max_windows: int) -> list[list[Question]]:
+    """Chunks of about `size` questions, longest clips first; questions about one clip stay together."""
+    clips: dict[tuple[int, str], list[Question]] = {}
+    for one in questions:
+        clips.setdefault((-one.stretch.num_windows(max_windows), one.clip_key), []).append(one)
+    chunks: list[list[Question]] = [[]]
+    for key in sorted(clips):
+        if len(chunks[-1]) >= size:
+            chunks.append([])
+        chunks[-1] += clips[key]
+    return [chunk for chunk in chunks if chunk]
+
+
+def offline(settings: Serve, limits: Limits) -> Serve:
+    """The settings of an engine that answers manifests: no answer is cut by the server's own limits."""
+    return settings.model_copy(
+        update={
+            "max_new_tokens": max(limits.max_new_tokens, settings.max_new_tokens),
+            "request_timeout_s": _OFFLINE_TIMEOUT_S,
+        }
+    )
+
+
+# --- Answering -----------------------------------------------------------------------------------------------------
+
+
+def answer_all(engine: Engine, questions: Sequence[Question], limits: Limits, *, num_threads: int = 2) -> list[Result]:
+    """Greedy answers, in the order of `questions`; each clip is decoded and encoded once."""
+    results: dict[int, Result] = {}
+    clips = {one.clip_key: one.stretch for one in questions}
+    ahead = 2 * engine.settings.num_slots  # clips that may be decoded before the engine takes them
+
+    def listen(place: int, event: Event) -> None:
+        one = questions[place]
+        if isinstance(event, Answer):
+            results[place] = Result(one, event.text, event.completion_tokens, event.finish_reason)
+        elif isinstance(event, RequestFailure):
+            results[place] = Result(one, reason=event.message)
+
+    places: dict[str, list[int]] = {}
+    for place, one in enumerate(questions):
+        places.setdefault(one.clip_key, []).append(place)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+        coming = _ahead(pool, ((key, partial(_read, key, stretch, limits)) for key, stretch in clips.items()), ahead)
+        done = False
+        while not done or engine.num_waiting or engine.num_running:
+            while not done and engine.num_waiting < engine.settings.num_slots:
+                found = next(coming, None)
+                if found is None:
+                    done = True
+                    break
+                key, clip = found
+                for place in places[key]:
+                    one = questions[place]
+                    if isinstance(clip, AudioError):
+                        results[place] = Result(one, reason=clip.reason, detail=clip.detail)
+                    else:
+                        request = Request(one.prompt, (clip,), max_new_tokens=limits.max_new_tokens, id=one.id)
+                        engine.submit(request, partial(listen, place))
+            engine.step()
+    return [results[place] for place in range(len(questions))]
+
+
+def _read(key: str, stretch: Stretch, limits: Limits) -> Clip | AudioError:
+    try:
+        windows = hear(stretch, limits.max_windows, allow_silent=limits.allow_silent)
+    except AudioError as error:
+        return error
+    return Clip.of(windows, key, stretch.first(limits.max_windows).duration_s)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, calls: Iterable[tuple[str, Callable[[], Clip | AudioError]]], num: int
+) -> Iterator[tuple[str, Clip | AudioError]]:
+    """Results of `calls` in order, at most `num` of them being made or waiting."""
+    running: list[tuple[str, Future[Clip | AudioError]]] = []
+    for key, call in calls:
+        running.append((key, pool.submit(call)))
+        if len(running) >= num:
+            first, future = running.pop(0)
+            yield first, future.result()
+    for key, future in running:
+        yield key, future.result()
+
+
+class Answerer:
+    """One actor: an engine that answers the chunks it is given."""
+
+    def __init__(self, model: str, settings: Mapping[str, Any], limits: Limits, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._limits = limits
+        self._engine = Engine.from_pretrained(model, own_device(), Serve(**settings), max_windows=limits.max_windows)
+
+    def __call__(self, row: Mapping[str, Any]) -> Row:
+        """Answer the chunk of a row: `chunk` (its number) and `questions` (JSON), to `chunk` and `results` (JSON)."""
+        questions = [_question(**facts) for facts in json.loads(row["questions"])]
+        results = answer_all(self._engine, questions, self._limits)
+        facts = [{key: value for key, value in asdict(result).items() if key != "question"} for result in results]
+        return {"chunk": row["chunk"], "results": json.dumps(facts)}
+
+
+def _question(index: int, id: str, stretch: Mapping[str, Any], prompt: str) -> Question:
+    return Question(index, id, Stretch(**stretch), prompt)
+
+
+def answer_on_ray(
+    model: str, chunks: Mapping[int, Sequence[Question]], settings: Serve, limits: Limits, actors: Actors
+) -> Iterator[tuple[int, list[Result]]]:
+    """Answer chunks on the Ray cluster that is connected: a chunk's number and results, as each is done."""
+    items = [
+        {"chunk": number, "questions": json.dumps([asdict(one) for one in chunk])} for number, chunk in chunks.items()
+    ]
+    args = (model, offline(settings, limits).model_dump(), limits, actors.threads)
+    for row in map_on_ray(items, Answerer, args, actors):
+        number = int(row["chunk"])
+        facts = json.loads(row["results"])
+        yield number, [Result(one, **fact) for one, fact in zip(chunks[number], facts, strict=True)]
+
+
+def server_actors(settings: Serve, num: int) -> Actors:
+    """Actors that take CPUs and GPUs as a replica of the server does (`auto`: one CPU, a GPU where there is any)."""
+    cpus = 1.0 if settings.cpus_per_replica == "auto" else settings.cpus_per_replica
+    gpus = Actors.gpus_there() if settings.gpus_per_replica == "auto" else float(settings.gpus_per_replica)
+    return Actors(num, cpus, gpus, max(1, int(cpus)))
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------
+
+
+def part_uri(folder: str, number: int) -> str:
+    """Where a chunk's rows are."""
+    return f"{folder}/chunk-{number:07d}.jsonl"
+
+
+def model_facts(model: str) -> dict[str, Any]:
+    """What tells an export from another one at the same address, and the windows it hears of a clip at most.
+
+    Raises:
+        ValueError: no model there.
+    """
+    fs, path = locate(model.rstrip("/"))
+    fs.invalidate_cache()
+    if not fs.exists(f"{path}/config.json"):
+        raise ValueError(f"no model in {model}: name the folder that an export wrote, the one with config.json")
+    files = {str(found["name"]).rsplit("/", 1)[-1]: found for found in fs.ls(path, detail=True)}
+    kept = {name: found for name, found in sorted(files.items()) if name.endswith((".json", ".safetensors"))}
+    version = [(name, version_of(found)) for name, found in kept.items()]
+    mark = hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]
+    return {"version": mark, "max_windows": json.loads(fs.cat_file(f"{path}/config.json")).get("max_windows")}
+
+
+def parts_there(folder: str) -> set[int]:
+    """Numbers of the chunks that are done."""
+    fs, path = locate(folder)
+    fs.invalidate_cache()  # actors in other processes write there
+    if not fs.exists(path):
+        return set()
+    names = [str(file).rsplit("/", 1)[-1] for file in fs.ls(path, detail=False)]
+    return {int(name[6:13]) for name in names if name.startswith("chunk-") and name.endswith(".jsonl")}
+
+
+def write_rows(uri: str, rows: Iterable[Row]) -> None:
+    """JSON lines, whole or not at all."""
+    write_text(uri, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> tuple[int, int]:
+    """All rows in input order to `out` (`.jsonl` or `.parquet`); how many, and how many have an answer.
+
+    Raises:
+        ValueError: a chunk is not there, or `out` has another ending.
+    """
+    if missing := sorted(set(range(num_chunks)) - parts_there(folder)):
+        raise ValueError(
+            f"{len(missing)} chunks of {folder} are not there, the first is {missing[0]}: run the job again"
+        )
+    rows = list(refused)
+    for number in range(num_chunks):
+        with open_text(part_uri(folder, number)) as file:
+            rows += [json.loads(line) for line in file]
+    rows.sort(key=lambda row: row["index"])
+    if out.endswith(".jsonl"):
+        write_rows(out, rows)
+    elif out.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        keys = ("index", "id", "uri", "prompt", "answer", "completion_tokens", "finish_reason", "error")
+        table = pyarrow.table({key: [row.get(key) for row in rows] for key in keys})
+        fs, path = locate(out)
+        with fs.open(path, "wb") as file:
+            pyarrow.parquet.write_table(table, file)
+    else:
+        raise ValueError(f"{out!r}: name an output that ends in .jsonl or .parquet")
+    return len(rows), sum(not row.get("error") for row in rows)

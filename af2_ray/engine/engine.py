@@ -1,0 +1,377 @@
+"""Continuous batching on one device: answers join and leave between two tokens; knows nothing of Ray, HTTP or threads.
+
+Each step encodes a few windows of audio, reads a few prompts into free slots, and writes one token of every running
+answer. Encoding and reading have budgets, so running answers wait for a bounded time, whatever comes in; the shortest
+recording is encoded first. Every answer has its own sampling, seed, stop strings and length, and does not depend on
+what shares its steps (up to rounding: sums in a larger matrix product run in another order). What was heard stays in
+a byte-bounded memory, so a further question about a clip starts with its prompt.
+
+The life of a request: waiting (for memory) -> admitted (its clips are being encoded) -> running (a slot) -> answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES
+from af2_ray.config import Serve
+from af2_ray.engine.audio_attention import Projection
+from af2_ray.engine.audio_memory import AudioMemory
+from af2_ray.engine.decoder import Decoder
+from af2_ray.engine.encoder import Encoder
+from af2_ray.engine.request import Answer, Clip, Event, Piece, Request, RequestFailure
+from af2_ray.engine.sampling import choose
+from af2_ray.engine.ticket import Emit, Ticket
+from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.storage.stores import local_model
+from af2_ray.text import END_OF_CHUNK, encode
+
+logger = logging.getLogger(__name__)
+
+_FAILED = RequestFailure("the model failed on this request; the log has the reason", by_caller=False)
+_CANCELLED = RequestFailure("the request was cancelled", by_caller=True)
+_ENCODE_WINDOWS = {"cpu": 2, "cuda": 32}
+_TEXT_TOKENS = 512  # that a slot has room for at first, of a model that does not tell what it was trained on
+
+
+@dataclass
+class Counts:
+    """What an engine has done since it started; `rows` over `decode_steps` is the mean batch."""
+
+    steps: int = 0
+    decode_steps: int = 0
+    rows: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    answers: int = 0
+    failures: int = 0
+
+
+class Engine:
+    """A model and its tokenizer, ready to answer. Not safe to call from several threads (`runner.Runner` is)."""
+
+    def __init__(
+        self,
+        model: AudioFlamingo2ForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Serve | None = None,
+        *,
+        max_windows: int | None = None,
+    ) -> None:
+        """Get ready.
+
+        Args:
+            max_windows: the longest clip; none: the longest that the model was trained on.
+        """
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
+        self.max_windows = max_windows or int(model.config.max_windows)
+        self.counts = Counts()
+        self._projection = project = Projection(model)
+        memory_bytes, budget = self.settings.audio_memory_mb * 2**20, self.settings.encode_windows
+        self.memory = AudioMemory(project, project.states_bytes, project.heard_bytes, memory_bytes)
+        self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
+        room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens
+        self._decoder = Decoder(
+            model, project, num_slots=self.settings.num_slots, room=room, max_windows=self.max_windows
+        )
+        ends = {tokenizer.convert_tokens_to_ids(END_OF_CHUNK), tokenizer.eos_token_id}
+        self._ends: set[int] = {end for end in ends if end is not None}
+        self._end_ids = torch.tensor(sorted(self._ends), device=model.device)
+        self._waiting: deque[Ticket] = deque()
+        self._admitted: list[Ticket] = []
+        self._running: list[Ticket] = []  # by row of the decoder
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str, device: str = "auto", settings: Serve | None = None, *, max_windows: int | None = None
+    ) -> Engine:
+        """Load an exported model (local folder or `s3://...`); `auto`: a GPU in bf16 if there is one, else CPU."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        local = local_model(folder)
+        model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local, dtype=dtype).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(local)
+        logger.info("loaded %s on %s as %s", folder, device, dtype)
+        return cls(model, tokenizer, settings, max_windows=max_windows)
+
+    # --- What callers see ----------------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Answers being written."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting) + len(self._admitted)
+
+    @property
+    def num_windows(self) -> int:
+        """Audio windows of all requests that have no answer yet: the load that replicas are added for."""
+        return sum(sum(ticket.clips.values()) for ticket in self._tickets())
+
+    def submit(self, request: Request, emit: Emit) -> Ticket:
+        """Take a request; `emit` gets its pieces, and at last an `Answer` or a `RequestFailure` (perhaps at once)."""
+        ids = self._read_prompt(request)
+        ticket = Ticket(
+            request, emit, [] if isinstance(ids, RequestFailure) else ids, self.tokenizer, self.model.device
+        )
+        if isinstance(ids, RequestFailure):
+            self._end(ticket, ids)
+        else:
+            self._waiting.append(ticket)
+        return ticket
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Encode, read and write one token of every running answer; whether anything is left to do."""
+        self.counts.steps += 1
+        self._drop()
+        self._admit()
+        self._encode()
+        self._begin()
+        self._go_on()
+        return bool(self._waiting or self._admitted or self._running)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | RequestFailure]:
+        """Answer all requests, in order; one that cannot be answered never takes the others with it."""
+        results: dict[int, Answer | RequestFailure] = {}
+
+        def keep(index: int, event: Event) -> None:
+            if not isinstance(event, Piece):
+                results[index] = event
+
+        for index, request in enumerate(requests):
+            self.submit(request, partial(keep, index))
+        while self.step():
+            pass
+        return [results[index] for index in range(len(requests))]
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Answer one request piece by piece; the last item is the whole `Answer`, or a `RequestFailure`."""
+        events: deque[Event] = deque()
+        ticket = self.submit(request, events.append)
+        try:
+            while True:
+                while events:
+                    event = events.popleft()
+                    yield event
+                    if not isinstance(event, Piece):
+                        return
+                self.step()
+        finally:
+            ticket.cancel()
+
+    def fail_all(self) -> None:
+        """Give every request up, as failed."""
+        for ticket in self._waiting:
+            self._end(ticket, _FAILED)
+        self._waiting.clear()
+        for ticket in list(self._admitted):
+            self._leave(ticket, _FAILED)
+        self._free(dict.fromkeys(self._running, _FAILED))
+
+    # --- Taking requests -----------------------------------------------------------------------------------------
+
+    def _tickets(self) -> tuple[Ticket, ...]:
+        return (*self._waiting, *self._admitted, *self._running)
+
+    def _read_prompt(self, request: Request) -> list[int] | RequestFailure:
+        """The prompt's tokens, or what is wrong with the request, found before it can share a step."""
+        longest = self.max_windows
+        if faults := [fault for clip in request.clips if (fault := _clip_fault(clip, longest))]:
+            return RequestFailure(faults[0], by_caller=True)
+        if self._projection.is_prefix and sum(clip.num_windows for clip in request.clips) > longest:
+            return RequestFailure(f"this model hears {longest * WINDOW_S} s of audio in all: send less", by_caller=True)
+        if not 1 <= request.max_new_tokens <= self.settings.max_new_tokens:
+            limit = self.settings.max_new_tokens
+            return RequestFailure(f"max_new_tokens={request.max_new_tokens} is not within 1 to {limit}", by_caller=True)
+        room = self._positions(request) - request.max_new_tokens
+        try:
+            text = encode(self.tokenizer, [request.prompt], max_tokens=max(1, room), num_audios=len(request.clips))
+        except ValueError as error:
+            return RequestFailure(str(error), by_caller=True)
+        if text.num_truncated or room < 1:
+            most = f"{max(0, room)} tokens, all that the language model has beside {request.max_new_tokens} new ones"
+            return RequestFailure(f"the prompt is longer than {most}: shorten it, or ask for fewer", by_caller=True)
+        ids = [int(token) for token in text.input_ids[0]]
+        trained = self.model.config.max_text_tokens
+        if trained and len(ids) > trained:
+            logger.warning("%s: a prompt of %d tokens; the model was trained on %d", request.id, len(ids), trained)
+        return ids
+
+    def _positions(self, request: Request) -> int:
+        """Positions of the LM that are left for a request's text."""
+        positions = int(self.model.config.text_config.max_position_embeddings)
+        if not self._projection.is_prefix:
+            return positions
+        return positions - sum(clip.num_windows for clip in request.clips) * self._projection.tokens_per_window
+
+    def _drop(self) -> None:
+        """End what was cancelled or took too long."""
+        limit_s = self.settings.request_timeout_s
+        late = RequestFailure(
+            f"no answer within {limit_s:g} s: send less audio or ask for fewer tokens", by_caller=False
+        )
+        now = time.monotonic()
+        ended = {
+            ticket: _CANCELLED if ticket.cancelled else late
+            for ticket in self._tickets()
+            if ticket.cancelled or now - ticket.since > limit_s
+        }
+        if not ended:
+            return
+        for ticket in [ticket for ticket in self._waiting if ticket in ended]:
+            self._waiting.remove(ticket)
+            self._end(ticket, ended[ticket])
+        for ticket in [ticket for ticket in self._admitted if ticket in ended]:
+            self._leave(ticket, ended[ticket])
+        self._free(ended)
+
+    def _admit(self) -> None:
+        """Let in requests, first come first, while memory has room for what they hear."""
+        while self._waiting and self.memory.has_room(self._waiting[0].clips):
+            ticket = self._waiting.popleft()
+            coming = {clip.key: clip for clip in ticket.request.clips if clip.key not in self.memory}
+            unknown = [key for key, clip in coming.items() if clip.windows is None and key not in self.encoder]
+            if unknown:
+                self._end(
+                    ticket, RequestFailure("recordings are not kept here: send them again", False, tuple(unknown))
+                )
+                continue
+            self.memory.pin(ticket.clips)
+            self.memory.hits += len(ticket.clips) - len(coming)
+            self.memory.misses += len(coming)
+            ticket.encoded_windows = sum(clip.num_windows for clip in coming.values())
+            for key, clip in coming.items():
+                if clip.windows is not None:
+                    self.encoder.add(key, clip.windows)
+            self._admitted.append(ticket)
+
+    # --- The three parts of a step -------------------------------------------------------------------------------
+
+    def _encode(self) -> None:
+        for key, states in self.encoder.step().items():
+            if states is not None:
+                self.memory.put(key, states, len(states) // self._projection.tokens_per_window)
+                continue
+            for ticket in [ticket for ticket in self._admitted if key in ticket.clips]:
+                self._leave(ticket, _FAILED)
+
+    def _begin(self) -> None:
+        """Read the prompts of requests whose clips are there, as far as slots and the budget go."""
+        room, budget = self.settings.num_slots - len(self._running), self.settings.prefill_tokens
+        batch: list[Ticket] = []
+        for ticket in self._admitted:
+            if len(batch) == room:
+                break
+            if all(key in self.memory for key in ticket.clips):
+                budget -= len(ticket.ids)
+                if batch and budget < 0:
+                    break
+                batch.append(ticket)
+        if batch:
+            self._prefill(batch)
+
+    def _prefill(self, batch: list[Ticket]) -> None:
+        """Prefill together; if that fails, each alone, so that the one at fault fails alone (memory, for instance)."""
+        try:
+            clips = [[(clip.key, self.memory.heard(clip.key)) for clip in t.request.clips] for t in batch]
+            max_new = [ticket.request.max_new_tokens for ticket in batch]
+            logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
+        except Exception:  # the model may raise anything; it is logged, and the caller is told
+            logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])
+            if len(batch) == 1:
+                self._leave(batch[0], _FAILED)
+            else:
+                for ticket in batch:
+                    self._prefill([ticket])
+            return
+        for ticket in batch:
+            self._admitted.remove(ticket)
+        self.counts.prompt_tokens += sum(len(ticket.ids) for ticket in batch)
+        self._running += batch
+        self._advance(batch, logits)
+
+    def _go_on(self) -> None:
+        """One token of every running answer."""
+        if not self._running:
+            return
+        self.counts.decode_steps += 1
+        self.counts.rows += len(self._running)
+        try:
+            logits = self._decoder.decode([ticket.token for ticket in self._running])
+        except Exception:  # as for prompts; nobody can say which row is at fault
+            logger.exception("a step of %s failed", [ticket.request.id for ticket in self._running])
+            self._free(dict.fromkeys(self._running, _FAILED))
+            return
+        self._advance(list(self._running), logits)
+
+    def _advance(self, tickets: list[Ticket], logits: Tensor) -> None:
+        """Choose the next token of running rows of logits [B, V], pass text on, free the slots of what is done."""
+        samplers = [ticket.sampler for ticket in tickets]
+        chosen = choose(logits, samplers, [ticket.must_go_on for ticket in tickets], self._end_ids)
+        ended: dict[Ticket, Answer | RequestFailure] = {}
+        for ticket, token, row in zip(tickets, chosen, logits, strict=True):
+            if token is None:
+                logger.error("the logits of %s are not numbers", ticket.request.id)
+                ended[ticket] = _FAILED
+                continue
+            self.counts.new_tokens += 1
+            if answer := ticket.take(token, row, token in self._ends):
+                ended[ticket] = answer
+        self._free(ended)
+
+    # --- Ends ----------------------------------------------------------------------------------------------------
+
+    def _free(self, ended: Mapping[Ticket, Answer | RequestFailure]) -> None:
+        """End running answers (others are passed over) and close the gaps they leave."""
+        for row in range(len(self._running) - 1, -1, -1):
+            ticket = self._running[row]
+            if ticket in ended:
+                self._decoder.remove(row)
+                last = self._running.pop()
+                if last is not ticket:
+                    self._running[row] = last
+                self.memory.unpin(ticket.clips)
+                self._end(ticket, ended[ticket])
+
+    def _leave(self, ticket: Ticket, result: RequestFailure) -> None:
+        """End an admitted request; what only it waited for is not encoded."""
+        self._admitted.remove(ticket)
+        wanted = {key for other in self._admitted for key in other.clips}
+        for key in ticket.clips:
+            if key not in wanted:
+                self.encoder.drop(key)
+        self.memory.unpin(ticket.clips)
+        self._end(ticket, result)
+
+    def _end(self, ticket: Ticket, result: Answer | RequestFailure) -> None:
+        if isinstance(result, Answer):
+            self.counts.answers += 1
+        else:
+            self.counts.failures += 1
+        ticket.tell(result)
+
+
+def _clip_fault(clip: Clip, max_windows: int) -> str:
+    """What is wrong with a clip; empty: nothing."""
+    if not 1 <= clip.num_windows <= max_windows:
+        return f"a recording must be of 1 to {max_windows * WINDOW_S} s: send a shorter stretch"
+    windows = clip.windows
+    if windows is not None and (windows.shape != (clip.num_windows, WINDOW_SAMPLES) or windows.dtype != np.int16):
+        wanted = f"int16 ({clip.num_windows}, {WINDOW_SAMPLES})"
+        return f"a clip must be {wanted}, got {windows.dtype} {windows.shape}"
+    return ""

@@ -1,0 +1,36 @@
+"""One replica of AF-CLAP: vectors of texts and recordings, those of several requests in one pass."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ray import serve
+
+from af2_ray.engine.request import Clip, Embedded, RequestFailure
+
+REQUESTS_PER_PASS = 16
+_WAIT_S = 0.01  # for others to share a pass with
+
+
+class Clap:
+    """Embeds texts and clips."""
+
+    def __init__(self, folder: str) -> None:
+        from af2_ray.cluster import own_device
+        from af2_ray.engine.embedder import Embedder  # loads torch, which the ingress does without
+
+        self._embedder = Embedder.from_pretrained(folder, own_device())
+
+    async def embed(self, items: Sequence[str | Clip]) -> Embedded | RequestFailure:
+        """The vectors of a request's items, in order."""
+        tokens = self._embedder.read(items)
+        if isinstance(tokens, RequestFailure):
+            return tokens
+        embedded: Embedded = await self._pass(items)
+        return replace(embedded, prompt_tokens=tokens)
+
+    @serve.batch(max_batch_size=REQUESTS_PER_PASS, batch_wait_timeout_s=_WAIT_S)
+    async def _pass(self, requests: list[Sequence[str | Clip]]) -> list[Embedded]:
+        return await asyncio.to_thread(self._embedder, requests)
