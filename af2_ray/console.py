@@ -42,8 +42,9 @@ exit codes:
   130  interrupted (also by SIGTERM, as Kubernetes ends pods): the same command goes on
 """
 
-_screen = os.fdopen(os.dup(1), "w", buffering=1)  # stays the screen while `logs_to` has the rest
+_screen, _errors = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))  # while `logs_to` has both
 console = Console(file=_screen, highlight=False, soft_wrap=not _screen.isatty())
+errors = Console(file=_errors, highlight=False, soft_wrap=not _errors.isatty())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,11 +54,21 @@ class _Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(args, namespace)
 
 
-def parser(description: str, *, epilog: str = "", default: str | None = None) -> argparse.ArgumentParser:
-    """A job's argument parser: recipe (with `default`: that one where none is named) and overrides."""
+def parser(
+    description: str | None, *, epilog: str = "", recipe: bool = True, default: str | None = None
+) -> argparse.ArgumentParser:
+    """A job's argument parser.
+
+    Args:
+        description: docstring of the job.
+        recipe: whether it takes a recipe and overrides of it.
+        default: recipe that is taken where none is named.
+    """
     result = _Parser(
         description=description, epilog=f"{epilog}\n{EXIT_CODES}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if not recipe:
+        return result
     result.add_argument(
         "recipe",
         nargs="?" if default else None,
@@ -75,16 +86,16 @@ def main(job: Callable[[], None]) -> None:
     try:
         job()
     except KeyboardInterrupt:
-        console.print("[bold]interrupted[/]: the same command goes on from the last checkpoint")
+        errors.print("[bold]interrupted[/]: the same command goes on from the last checkpoint")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        logging.getLogger(__name__).exception("the job ended")
         if is_bad_input(error):
-            console.print("[bold red]bad input:[/]", end=" ")
-            console.print(str(error), markup=False)
+            errors.print("[bold red]bad input:[/]", end=" ")
+            errors.print(str(error), markup=False)
             sys.exit(EXIT_BAD_INPUT)
-        console.print("[bold red]failed:[/]", end=" ")
-        console.print(f"{type(error).__name__}: {error}", markup=False)
+        logging.getLogger(__name__).exception("the job ended")
+        errors.print("[bold red]failed:[/]", end=" ")
+        errors.print(f"{type(error).__name__}: {error}", markup=False)
         sys.exit(EXIT_FAILED)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -254,6 +265,9 @@ def logs_to(path: Path) -> Iterator[None]:
         try:
             with _warnings_shown("af2_ray.storage.files", "af2_ray.train.mend"):
                 yield
+        except Exception:
+            logging.getLogger(__name__).exception("the job ended")
+            raise
         finally:
             for descriptor, before in zip((1, 2), saved, strict=True):
                 os.dup2(before, descriptor)

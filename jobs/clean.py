@@ -8,15 +8,20 @@ That is: checkpoints of finished steps and damaged ones, features of finished st
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
 from af2_ray import console
 from af2_ray.runs.run import Run
-from af2_ray.train.disk import amount, remove, spare
 
 
-def main() -> None:
-    arguments = _arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Show, or remove."""
+    parser = console.parser(__doc__, recipe=False)
+    parser.add_argument("run", metavar="RUN", help="run directory, or its s3:// address")
+    parser.add_argument("--remove", action="store_true", help="remove what is shown")
+    arguments = parser.parse_args(argv)
+    from af2_ray.train.disk import amount, remove, spare  # heavy imports after the arguments are checked
+
     run = Run.load(arguments.run)
     found = spare(run)
     if not found:
@@ -29,15 +34,6 @@ def main() -> None:
     for one in found:
         console.console.print(f"{amount(one.size):>10}  {one.why}\n{'':>12}{one.path}", markup=False)
     console.console.print(f"{total} removed" if arguments.remove else f"{total} can go: add --remove")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/clean.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN", help="run directory, or its s3:// address")
-    parser.add_argument("--remove", action="store_true", help="remove what is shown")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

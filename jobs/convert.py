@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,14 @@ from af2_ray.storage.places import is_local, locate, shown
 EXTRAS_FILE = "reference_extras.safetensors"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with a message for input that cannot be converted."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert, and print where to."""
     args = _arguments(argv)
     try:
         (to_reference if args.back else to_ours)(args)
-    except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
-    print(args.out)
-    return 0
+    except OSError as error:  # a file that is not there, or no checkpoint
+        raise ValueError(str(error)) from error
+    console.console.print(str(args.out), markup=False)
 
 
 def to_ours(args: argparse.Namespace) -> None:
@@ -65,7 +62,8 @@ def to_ours(args: argparse.Namespace) -> None:
     if processor is not None:
         processor.save_pretrained(args.out)
     else:
-        print("no tokenizer is beside the model, which the other jobs and the server need: give --lm DIR to add it")
+        lacking = "no tokenizer is beside the model, which the other jobs and the server need"
+        console.console.print(f"{lacking}: give --lm DIR to add it")
     save_file({name: value.contiguous() for name, value in extras.items()}, args.out / EXTRAS_FILE)
     write_digests(args.out)
 
@@ -154,9 +152,7 @@ def _text_config(lm: Path | None, settings: dict[str, Any]) -> Any:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser(__doc__, recipe=False)
     parser.add_argument("source", metavar="IN", type=Path, help="checkpoint file or folder (with --back: our folder)")
     parser.add_argument("out", metavar="OUT", type=Path, help="our folder (with --back: a .safetensors file)")
     parser.add_argument(
@@ -170,4 +166,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    console.main(lambda: sys.exit(main()))
+    console.main(main)

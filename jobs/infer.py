@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,20 +19,11 @@ from af2_ray.config import Serve, load_recipe
 from af2_ray.storage.places import allow, locate, write_text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when every sample has its row, 2 for input of which nothing can be used."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer, chunk by chunk, and join the chunks."""
     args = _arguments(argv)
-    try:
-        if not args.out.endswith((".jsonl", ".parquet")):
-            raise ValueError(f"--out {args.out!r}: name a file that ends in .jsonl or .parquet")
-        _infer(args)
-    except ValueError as error:
-        print(f"infer: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _infer(args: argparse.Namespace) -> None:
+    if not args.out.endswith((".jsonl", ".parquet")):
+        raise ValueError(f"--out {args.out!r}: name a file that ends in .jsonl or .parquet")
     from af2_ray.data.durations import fill_durations  # heavy imports after the arguments are checked
     from af2_ray.data.manifest import read_samples
     from af2_ray.data.samples import fingerprint
@@ -51,12 +41,7 @@ def _infer(args: argparse.Namespace) -> None:
     )
     from af2_ray.storage.stores import scratch
 
-    settings = Serve()
-    if args.recipe:
-        recipe = load_recipe(args.recipe, args.overrides)
-        allow(recipe.access.schemes, parents=recipe.access.parents)
-        settings = recipe.serve
-    settings = settings.model_copy(update={"num_slots": args.slots or settings.num_slots})
+    settings = _settings(args)
     model = args.model if "://" in args.model else str(Path(args.model).absolute())
     facts = model_facts(model)
     max_windows = min(args.max_windows, facts["max_windows"] or args.max_windows)
@@ -98,6 +83,16 @@ def _infer(args: argparse.Namespace) -> None:
         raise ValueError(f"no question was answered: the `error` of each row of {out} says why")
 
 
+def _settings(args: argparse.Namespace) -> Serve:
+    """The size of an engine: the recipe's, or the default."""
+    settings = Serve()
+    if args.recipe:
+        recipe = load_recipe(args.recipe, args.overrides)
+        allow(recipe.access.schemes, parents=recipe.access.parents)
+        settings = recipe.serve
+    return settings.model_copy(update={"num_slots": args.slots or settings.num_slots})
+
+
 def _check_same_job(folder: str, facts: dict[str, object]) -> None:
     """Chunks of another job must not be taken for this one's."""
     fs, path = locate(folder)
@@ -114,9 +109,7 @@ def _check_same_job(folder: str, facts: dict[str, object]) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser(__doc__, recipe=False)
     parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder, local or s3://")
     parser.add_argument("manifest", metavar="MANIFEST", help="any manifest that training takes; answers may be empty")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
@@ -138,4 +131,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    console.main(lambda: sys.exit(main()))
+    console.main(main)

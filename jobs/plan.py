@@ -7,27 +7,28 @@ of their budget. Nothing is started and no weights are read.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from af2_ray import console
 from af2_ray.config import Recipe, Stage, load_recipe
-from af2_ray.models.from_recipe import recipe_config
 from af2_ray.storage.places import allow
-from af2_ray.train import costs
-from af2_ray.train.costs import Work
-from af2_ray.train.disk import amount, forecast
+
+if TYPE_CHECKING:
+    from af2_ray.train.costs import Work
 
 PAPER_HOURS = {"pretrain": 96.0, "finetune": 120.0, "long": 12.0}
 """The paper's stages on 128 A100 (arXiv 2503.03983)."""
 PAPER_GPUS = 128
+GPUS = ("a100", "h100", "h200")
 WORKING_GIB = 6.0  # CUDA context, NCCL buffers, fragmentation, ZeRO's buckets
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Machines:
     """What the plan assumes of the machines."""
 
     gpus: int
@@ -37,10 +38,11 @@ class Cluster:
     fill: float  # share of a row's budget that its clips and questions take
 
 
-def main() -> None:
-    parser = console.parser(__doc__ or "", epilog="example:\n  python jobs/plan.py af2-3b --gpus 128 --gpu a100")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reckon, and show tables or JSON."""
+    parser = console.parser(__doc__, epilog="example:\n  python jobs/plan.py af2-3b --gpus 128 --gpu a100")
     parser.add_argument("--gpus", type=int, default=128, help="GPUs in all (default: %(default)s)")
-    parser.add_argument("--gpu", choices=sorted(costs.PEAK_FLOPS), default="a100")
+    parser.add_argument("--gpu", choices=GPUS, default="a100")
     parser.add_argument(
         "--mfu",
         type=float,
@@ -50,12 +52,12 @@ def main() -> None:
     parser.add_argument("--price", type=float, default=2.0, help="of a GPU hour (default: %(default)s)")
     parser.add_argument("--fill", type=float, default=0.8, help="of a row's budget (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="all figures as one JSON object, and nothing else")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or not 0 < arguments.fill <= 1 or arguments.price < 0:
         raise ValueError("--gpus must be 1 or more, --mfu and --fill in (0, 1], --price 0 or more")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     allow(recipe.access.schemes, parents=recipe.access.parents)
-    cluster = Cluster(arguments.gpus, arguments.gpu, arguments.mfu, arguments.price, arguments.fill)
+    cluster = Machines(arguments.gpus, arguments.gpu, arguments.mfu, arguments.price, arguments.fill)
     result = plan(recipe, cluster)
     if arguments.json:
         console.console.print_json(data=result, default=float, indent=None)
@@ -63,8 +65,12 @@ def main() -> None:
         _show(result, cluster)
 
 
-def plan(recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
+def plan(recipe: Recipe, cluster: Machines) -> dict[str, Any]:
     """Parameters, and for each stage steps, hours, cost, the paper's hours and memory by ZeRO stage."""
+    from af2_ray.models.from_recipe import recipe_config  # heavy imports after the arguments are checked
+    from af2_ray.train import costs
+    from af2_ray.train.disk import forecast
+
     model = costs.meta_model(recipe_config(recipe))
     counts = costs.parameters(model)
     notes = []
@@ -84,6 +90,8 @@ def plan(recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
 
 def row_of(stage: Stage, fill: float) -> Work:
     """A row of a stage with both sides of its budget `fill` full, clips of middling length, short answers."""
+    from af2_ray.train.costs import Work
+
     budget = stage.budget
     windows = fill * budget.windows_per_row
     clip_windows = max(1.0, stage.max_windows / 2)
@@ -93,7 +101,9 @@ def row_of(stage: Stage, fill: float) -> Work:
     return Work(windows, text_tokens, clip_windows, min(length, text_tokens), text_tokens / 3)
 
 
-def _plan_stage(recipe: Recipe, stage: Stage, model: Any, counts: dict[str, int], cluster: Cluster) -> dict[str, Any]:
+def _plan_stage(recipe: Recipe, stage: Stage, model: Any, counts: dict[str, int], cluster: Machines) -> dict[str, Any]:
+    from af2_ray.train import costs
+
     row, cached = row_of(stage, cluster.fill), stage.features == "cached"
     flops = costs.step_flops(model, row, stage.trainable, cached=cached) * stage.budget.step_batches
     seconds = flops / (cluster.gpus * costs.PEAK_FLOPS[cluster.gpu] * cluster.mfu)
@@ -131,8 +141,10 @@ def _plan_stage(recipe: Recipe, stage: Stage, model: Any, counts: dict[str, int]
     }
 
 
-def _show(result: dict[str, Any], cluster: Cluster) -> None:
+def _show(result: dict[str, Any], cluster: Machines) -> None:
     """The plan as tables."""
+    from af2_ray.train.disk import amount
+
     write = console.console.print
     write(f"{result['recipe']} on {cluster.gpus} x {cluster.gpu} at MFU {cluster.mfu:.0%}")
     millions = (f"{group} {number / 1e6:,.0f}" for group, number in result["parameters"].items() if number >= 5e5)

@@ -5,29 +5,35 @@ The windows of a step stay about as they are: where rows grow, a step has fewer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 from rich.table import Table
 
 from af2_ray import console
 from af2_ray.config import Recipe, Stage, load_recipe
 from af2_ray.storage.places import allow
-from af2_ray.train.memory_probe import Found, largest_budget, try_row
+
+if TYPE_CHECKING:
+    from af2_ray.train.memory_probe import Found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Search, show the trials, write the recipe."""
     parser = console.parser(
-        __doc__ or "",
+        __doc__,
         epilog="example:\n  python jobs/probe.py af2-3b --out af2-3b-h100.yaml\n"
         "  python jobs/train.py af2-3b-h100.yaml",
     )
     parser.add_argument("--out", metavar="FILE.yaml", help="recipe to write; default: <name>-probed.yaml")
     parser.add_argument("--memory-gib", type=float, help="of the device (default: what it has)")
     parser.add_argument("--margin", type=float, default=0.1, help="share left free (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    from af2_ray.train.memory_probe import largest_budget, try_row  # heavy imports after the arguments are checked
+
     if not 0 <= arguments.margin < 1:
         raise ValueError("--margin is a share from 0 to 1")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -47,6 +53,8 @@ def main() -> None:
 
 def device_gib(recipe: Recipe) -> float:
     """Memory of a worker: its GPU's, or its share of this machine's."""
+    import torch
+
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory / 2**30)
     return float(psutil.virtual_memory().total / 2**30 / recipe.cluster.num_workers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from af2_ray import console
@@ -16,8 +17,9 @@ from af2_ray.config import load_sweep, sweep_names
 from af2_ray.storage.places import allow
 
 
-def main() -> None:
-    arguments = _arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the trials that are left, and write the report."""
+    arguments = _arguments(argv)
     sweep = load_sweep(arguments.sweep)
     trials = sweep.trials(arguments.overrides)  # every combination is checked before anything starts
     recipe = trials[0].recipe
@@ -54,20 +56,19 @@ def main() -> None:
         )
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/sweep.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = console.parser(
+        __doc__,
         epilog="examples:\n  python jobs/sweep.py frequency --list\n"
         "  python jobs/sweep.py frequency --out runs/frequency\n"
-        "  python jobs/sweep.py my_sweep.yaml cluster.num_workers=4\n" + console.EXIT_CODES,
+        "  python jobs/sweep.py my_sweep.yaml cluster.num_workers=4",
+        recipe=False,
     )
     parser.add_argument("sweep", help=f"a shipped sweep ({', '.join(sweep_names())}) or a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for all trials")
     parser.add_argument("--out", metavar="DIR", help="folder of the sweep (default: <storage>/sweeps/<name>)")
     parser.add_argument("--list", action="store_true", help="only name the trials")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@ What is finished is skipped; what was interrupted goes on from its last checkpoi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from af2_ray import console
-from af2_ray.cluster import preflight
 from af2_ray.config import load_recipe
-from af2_ray.runs.fork import fork
 from af2_ray.runs.run import Run
-from af2_ray.train.stages import train_run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, and show how far it is."""
     parser = console.parser(
-        __doc__ or "",
+        __doc__,
         epilog="examples:\n  python jobs/train.py tiny\n"
         "  python jobs/train.py tiny stages.pretrain.steps=20 --run runs/try\n"
         "  ray job submit --runtime-env runtime_env.yaml -- python jobs/train.py tiny storage=/shared/runs\n"
@@ -29,7 +28,11 @@ def main() -> None:
     parser.add_argument(
         "--fork", metavar="DIR", help="start --run with the finished steps of this run that the recipe leaves valid"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    from af2_ray.cluster import preflight  # heavy imports after the arguments are checked
+    from af2_ray.runs.fork import fork
+    from af2_ray.train.stages import train_run
+
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     console.check_tracking(recipe)
     if arguments.fork and arguments.run and not (Path(arguments.run) / "recipe.yaml").exists():

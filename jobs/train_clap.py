@@ -10,20 +10,24 @@ The model is in <run>/clap/model; `model.audio.weights=<run>/clap/model` makes a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from af2_ray import console
-from af2_ray.cluster import preflight
 from af2_ray.config import load_recipe
 from af2_ray.runs.run import Run
-from af2_ray.runs.tracking import Tracker
-from af2_ray.train.stage_clap import train_clap
 
 
-def main() -> None:
-    parser = console.parser(__doc__ or "")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train AF-CLAP, and show how far it is."""
+    parser = console.parser(__doc__)
     parser.add_argument(
         "--run", metavar="DIR", help="run directory, or its s3:// address; default: <storage>/<name> of the recipe"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    from af2_ray.cluster import preflight  # heavy imports after the arguments are checked
+    from af2_ray.runs.tracking import Tracker
+    from af2_ray.train.stage_clap import train_clap
+
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.clap is None:
         raise ValueError(f"recipe {recipe.name!r} has no clap block")

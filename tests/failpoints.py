@@ -1,4 +1,4 @@
-"""A driver's file work, killed or out of disk at a chosen write, rename or flush: run by tests/test_files.py.
+"""A driver's file work, killed or out of disk at a chosen write, rename or flush: run by tests/storage/test_files.py.
 
 python tests/failpoints.py FOLDER FIRST_SEED NUM_SEEDS
 

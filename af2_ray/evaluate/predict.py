@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from af2_ray.audio.decode import probe
+from af2_ray.audio.decode import AudioError, probe
 from af2_ray.audio.hear import Stretch
 from af2_ray.cluster import Actors
 from af2_ray.config import Cluster, Evaluation, Serve
@@ -88,13 +88,16 @@ def answer_one(
 
     Raises:
         ValueError: an empty question, or one that is too long; a recording that cannot be used; no model folder.
-        AudioError: the recording cannot be opened.
     """
     if not question.strip():
         raise ValueError("the question is empty: ask something")
     limits = Limits(max_windows, max_new_tokens)
     engine = Engine.from_pretrained(str(model_dir), settings=offline(Serve(), limits), max_windows=max_windows)
-    (result,) = answer_all(engine, [Question(0, "ask", Stretch(uri, 0.0, probe(uri)), question)], limits)
+    try:
+        stretch = Stretch(uri, 0.0, probe(uri))
+    except AudioError as error:
+        raise ValueError(str(error)) from error
+    (result,) = answer_all(engine, [Question(0, "ask", stretch, question)], limits)
     if result.answer is None:
         raise ValueError(f"{shown(uri)}: {result.reason}" + (f" ({result.detail})" if result.detail else ""))
     return result.answer.strip()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import serve_toy
 import soundfile as sf
+from job_runner import run_job
 from quiz import write_corpus
 from transformers import AutoTokenizer
 
@@ -26,12 +26,7 @@ from af2_ray.evaluate.predict import answer_one, predict
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
 
-JOBS = Path(__file__).parents[2] / "jobs"
 LIMITS = Evaluation(max_windows=3, batch_windows=4, max_new_tokens=6)
-
-
-def _main(job: str, *arguments: Path | str) -> int:
-    return int(runpy.run_path(str(JOBS / f"{job}.py"))["main"]([str(argument) for argument in arguments]))
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +144,10 @@ def test_a_whole_evaluation(model_dir: Path, corpus: Path, tmp_path: Path) -> No
 def test_jobs(model_dir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = str(corpus / "test.json")
     options = ["--train", manifest, "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
-    assert _main("evaluate", model_dir, manifest, *options) == 0
+    assert run_job("evaluate", model_dir, manifest, *options) == 0
     assert "order" in capsys.readouterr().out
     assert (tmp_path / "out" / "metrics.json").is_file()
-    assert _main("ask", model_dir, corpus / "test/00000.flac", "Which comes first?") == 0
+    assert run_job("ask", model_dir, corpus / "test/00000.flac", "Which comes first?") == 0
     assert capsys.readouterr().err == ""
 
 
@@ -163,9 +158,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     given = {"model": str(model_dir), "file": str(corpus / "test/00000.flac"), "question": "what?"}
     if broken == "manifest":
         (tmp_path / "bad.json").write_text("{")
-        code = _main("evaluate", model_dir, tmp_path / "bad.json")
+        code = run_job("evaluate", model_dir, tmp_path / "bad.json")
     else:
         given[broken] = "" if broken == "question" else str(tmp_path / "nothing")
-        code = _main("ask", *given.values())
+        code = run_job("ask", *given.values())
     assert code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import hostile_names
 import pytest
 import serve_toy
 import toy
+from job_runner import run_job
 
 from af2_ray.storage.files import read_rows
 from serve_apps.fetch import Fetcher
@@ -28,10 +28,6 @@ LIMIT_S = 5.0  # for one name
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     return serve_toy.export(tmp_path_factory.mktemp("model"), tiny_tokenizer)
-
-
-def _main(job: str, *arguments: Path | str) -> int:
-    return int(runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]([str(argument) for argument in arguments]))
 
 
 def _manifest(
@@ -54,7 +50,7 @@ def test_check_data_counts_them_with_their_reasons(
     hostile: list[tuple[str, str]], tmp_path: Path, make_sound: Any, capsys: Any, duration: float | None
 ) -> None:
     manifest = _manifest(tmp_path, hostile, 400, make_sound, duration)
-    assert _main("check_data", manifest, "--out", tmp_path / "page.html") == 1
+    assert run_job("check_data", manifest, "--out", tmp_path / "page.html") == 1
     told = capsys.readouterr().out + (tmp_path / "page.html").read_text()
     assert hostile_names.SECRET not in told
     for reason in {reason for _, reason in hostile}:
@@ -66,7 +62,7 @@ def test_ask_refuses_each(hostile: list[tuple[str, str]], model_dir: Path, capsy
         if name.startswith("-") or (reason == "name leads outside" and not name.startswith("s3://")):
             continue  # an option; a path like others on a command line
         started = time.perf_counter()
-        assert _main("ask", model_dir, name, "What is heard?") == 2
+        assert run_job("ask", model_dir, name, "What is heard?") == 2
         assert time.perf_counter() - started < LIMIT_S
         told = capsys.readouterr()
         assert reason in told.err
@@ -90,7 +86,7 @@ def test_a_model_or_manifest_of_such_a_name_is_refused(
             "check_data": [name, "--out", tmp_path / "page.html"],
         }[job]
         started = time.perf_counter()
-        assert _main(job.split()[0], *arguments) == 2, name
+        assert run_job(job.split()[0], *arguments) == 2, name
         assert time.perf_counter() - started < LIMIT_S
         told = capsys.readouterr()
         assert hostile_names.SECRET not in told.out + told.err
@@ -102,7 +98,7 @@ def test_evaluation_goes_on_without_them(
     hostile: list[tuple[str, str]], model_dir: Path, tmp_path: Path, make_sound: Any, duration: float | None
 ) -> None:
     manifest = _manifest(tmp_path, hostile, 40, make_sound, duration)
-    assert _main("evaluate", model_dir, manifest, "--out", tmp_path / "out", "--max-new-tokens", "2") == 0
+    assert run_job("evaluate", model_dir, manifest, "--out", tmp_path / "out", "--max-new-tokens", "2") == 0
     assert len(read_rows(tmp_path / "out" / "predictions.jsonl")) == 40
     aside = json.loads((tmp_path / "out" / "metrics.json").read_text())["set_aside"]
     assert {reason for _, reason in hostile} <= {failure["reason"] for failure in aside}

@@ -142,7 +142,7 @@ def test_what_a_killed_writer_left_is_removed_or_put_back(tmp_path: Path) -> Non
 @pytest.mark.parametrize("first", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (25, 50, 75))])
 def test_a_run_survives_kills_and_full_disks_at_any_operation(tmp_path: Path, first: int) -> None:
     """At each write, rename and flush: no finished step, metric or quarantine line is lost (failpoints.py)."""
-    script = Path(__file__).parent / "failpoints.py"
+    script = Path(__file__).parents[1] / "failpoints.py"
     command = [sys.executable, str(script), str(tmp_path), str(first), "25"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
