@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from af2_ray.config import RECIPE_DIR, load_recipe, recipe_names
+from af2_ray.config import RECIPE_DIR, Recipe, load_recipe, recipe_names
+from af2_ray.config.base import later
+
+FINGERPRINTS = {  # since version 0.1.0: another one refuses every run that people have
+    "af2-0.5b": "ddc71f6aa0c080e2",
+    "af2-1.5b": "cccaf65b6c910884",
+    "af2-3b": "f01283afdc037aa5",
+    "af2-3b-one-stage": "bcb474a68c93e439",
+    "af2-3b-two-stages": "f898009ab9596c8c",
+    "mini": "275c0ba08bfc560d",
+    "mini-one-stage": "32e4e184ef225102",
+    "mini-two-stages": "d6760bf4bf216658",
+    "small": "ad9f2229537d8ee4",
+    "tiny": "d9da30f714f209d7",
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -34,7 +48,7 @@ def test_overrides_reach_into_lists_by_name_and_by_index():
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("stagess=1", "did you mean 'stages'"),
         ("model.audio.embed_dimm=2", "model.audio.embed_dimm: unknown key; did you mean 'embed_dim'"),
@@ -59,10 +73,10 @@ def test_overrides_reach_into_lists_by_name_and_by_index():
         ("clap.optimizer.muon_groups=[xattn]", "clap.optimizer.muon_lr has nothing to train"),
     ],
 )
-def test_a_bad_key_or_value_is_named(override, told):
+def test_a_bad_key_or_value_is_named(override, message):
     with pytest.raises(ValueError) as error:
         load_recipe("tiny", [override])
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_an_unknown_recipe_names_the_nearest():
@@ -88,6 +102,28 @@ def test_the_fingerprint_leaves_out_what_does_not_decide_the_weights():
     one = load_recipe("tiny")
     assert one.fingerprint() == load_recipe("tiny", ["storage=elsewhere", "serve.model_name=x"]).fingerprint()
     assert one.fingerprint() != load_recipe("tiny", ["seed=1"]).fingerprint()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_runs_of_shipped_recipes_go_on(name):
+    assert load_recipe(name).fingerprint() == FINGERPRINTS[name]
+
+
+def test_a_key_that_came_later_changes_nothing_while_it_has_its_default():
+    stage = Recipe.model_fields["stages"].annotation.__args__[0]
+
+    class NewStage(stage):
+        warp: float = later(0.0)
+
+    class NewRecipe(Recipe):
+        stages: list[NewStage]
+        echo: bool = later(False)
+
+    facts = load_recipe("tiny").model_dump()
+    assert NewRecipe(**facts).fingerprint() == FINGERPRINTS["tiny"]
+    assert NewRecipe(**facts, echo=True).fingerprint() != FINGERPRINTS["tiny"]
+    facts["stages"] = [block | {"warp": 0.5} for block in facts["stages"]]
+    assert NewRecipe(**facts).fingerprint() != FINGERPRINTS["tiny"]
 
 
 @pytest.mark.parametrize(

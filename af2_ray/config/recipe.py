@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from af2_ray.config.base import Strict
+from af2_ray.config.base import Strict, without_neutral
 from af2_ray.config.data import Access, Corpus, Faults
 from af2_ray.config.model import ModelSettings
 from af2_ray.config.training import Checkpoints, Clap, Cluster, DeepSpeedSettings, FeatureCache, Stage
@@ -113,7 +113,8 @@ class Recipe(Strict):
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of everything that decides the weights.
 
-        The same after a change of workers, of what is measured and kept on the way, or of how much may fail.
+        The same after a change of workers, of what is measured and kept on the way, or of how much may fail; and as
+        before a key was added, while that has its default (`base.later`).
         """
         left_out = (
             "storage",
@@ -133,7 +134,7 @@ class Recipe(Strict):
             "clap": {"checkpoint_every": True},
             "stages": {"__all__": {"checkpoint_every": True, "validation": True}},
         }
-        kept = self.model_dump(mode="json", exclude=exclude)
+        kept = without_neutral(self, self.model_dump(mode="json", exclude=exclude))
         return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from boto3.exceptions import Boto3Error
-from botocore.exceptions import BotoCoreError, ClientError
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from ray.train import Checkpoint, UserCallback
 
 from af2_ray.data.quarantine import Quarantine
+from af2_ray.runs.mlflow_client import GuardedClient
 from af2_ray.runs.run import Run
 from af2_ray.storage.files import append_lines, read_json, read_rows, write_whole
 
@@ -36,59 +30,44 @@ class Tracker:
     """The MLflow side of a run. Every method is a no-op with a warning where the server does not answer."""
 
     def __init__(self, run: Run) -> None:
-        self.uri = run.recipe.tracking.uri or f"sqlite:///{run.root}/mlflow.db"
+        tracking = run.recipe.tracking
+        artifacts = run.root / "mlartifacts"
+        own = artifacts.as_uri() if run.uri is None else run.address(artifacts)
+        self.uri = tracking.uri or f"sqlite:///{run.root}/mlflow.db"
         self._run = run
-        self._client = MlflowClient(tracking_uri=self.uri)
+        self._client = GuardedClient(self.uri, tracking.experiment, None if tracking.uri else own)
         self._ids_path = run.root / "mlflow.json"
         self._ids: dict[str, str] = read_json(self._ids_path) or {}
-        try:
-            self._experiment = self._experiment_id(run.recipe.tracking.experiment)
-        except MlflowException as error:
-            logger.warning("MLflow at %s does not answer, going on without it: %s", self.uri, error)
-            self._experiment = ""
-
-    def _experiment_id(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        artifacts = self._run.root / "mlartifacts"
-        own = artifacts.as_uri() if self._run.uri is None else self._run.address(artifacts)
-        location = None if self._run.recipe.tracking.uri else own
-        return str(self._client.create_experiment(name, artifact_location=location))
 
     def parent(self) -> str:
         """The parent run's id, made at first use with the recipe as parameters and artifact."""
         new = "parent" not in self._ids
-        run_id = self._ensure("parent", self._run.recipe.name, {})
+        run_id = self._ensure("parent", self._run.recipe.name)
         if new and run_id:
             self.log_params(run_id, _flatten(self._run.recipe.model_dump(mode="json", exclude={"corpus", "stages"})))
-            self.log_artifact(run_id, self._run.root / "recipe.yaml")
+            self._client.log_artifact(run_id, self._run.root / "recipe.yaml")
         return run_id
 
     def child(self, name: str, params: dict[str, Any]) -> str:
         """The child run's id of one step of the recipe, made at first use."""
         parent = self.parent()
         new = name not in self._ids
-        run_id = self._ensure(name, name, {MLFLOW_PARENT_RUN_ID: parent})
+        run_id = self._ensure(name, name, parent)
         if new:
             self.log_params(run_id, _flatten(params))
         return run_id
 
-    def _ensure(self, key: str, name: str, tags: dict[str, str]) -> str:
-        if key not in self._ids and self._experiment:
-            created = self._try(self._client.create_run, self._experiment, tags={MLFLOW_RUN_NAME: name, **tags})
-            if created is not None:
-                self._ids[key] = created.info.run_id
-                write_whole(self._ids_path, json.dumps(self._ids, indent=1))
-        elif key in self._ids:
-            self._try(self._client.update_run, self._ids[key], "RUNNING")  # one that was cut short goes on
+    def _ensure(self, key: str, name: str, parent: str = "") -> str:
+        if key in self._ids:
+            self._client.log(self._client.client.update_run, self._ids[key], "RUNNING")  # it goes on
+        elif run_id := self._client.create_run(name, parent):
+            self._ids[key] = run_id
+            write_whole(self._ids_path, json.dumps(self._ids, indent=1))
         return self._ids.get(key, "")
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
-        """Parameters of a run; values are cut at MLflow's 6000 characters."""
-        pairs = [Param(key, str(value)[:6000]) for key, value in params.items()]
-        for start in range(0, len(pairs), 100):
-            self._log(run_id, self._client.log_batch, params=pairs[start : start + 100])
+        """Parameters of a run."""
+        self._client.log_params(run_id, params)
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
         """Metrics of one step."""
@@ -96,39 +75,27 @@ class Tracker:
 
     def log_history(self, run_id: str, history: list[dict[str, Any]]) -> None:
         """Metrics of many steps: rows with a `step` and numbers."""
-        now = int(time.time() * 1000)
-        batch = [
-            Metric(key, float(value), now, int(row["step"]))
-            for row in history
-            for key, value in row.items()
-            if key != "step" and isinstance(value, int | float)
-        ]
-        for start in range(0, len(batch), 1000):
-            self._log(run_id, self._client.log_batch, metrics=batch[start : start + 1000])
-
-    def log_artifact(self, run_id: str, path: Path) -> None:
-        """A file of the run directory as an artifact."""
-        self._log(run_id, self._client.log_artifact, str(path))
+        self._client.log_history(run_id, history)
 
     def register(self, name: str, folder: Path) -> None:
         """Keep an export with the parent run and register it as the next version of `name`; once a run."""
         if run_id := self._ids.get("parent"):
-            self._try(self._register, name, folder, run_id)
+            self._client.attempt(self._register, name, folder, run_id)
 
     def _register(self, name: str, folder: Path, run_id: str) -> None:
-        if self._client.search_model_versions(f"run_id = '{run_id}'"):
+        client = self._client.client
+        if client.search_model_versions(f"run_id = '{run_id}'"):
             return
-        self._client.log_artifacts(run_id, str(folder), MODEL_ARTIFACT)
-        if not self._client.search_registered_models(f"name = '{name}'"):
-            self._client.create_registered_model(name)
-        source = f"{self._client.get_run(run_id).info.artifact_uri}/{MODEL_ARTIFACT}"
-        version = self._client.create_model_version(name, source, run_id)
+        client.log_artifacts(run_id, str(folder), MODEL_ARTIFACT)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_ARTIFACT}"
+        version = client.create_model_version(name, source, run_id)
         logger.info("registered %s as version %s of %s", folder, version.version, name)
 
     def finish(self, name: str) -> None:
         """Close the run called `name` (`parent` or a child)."""
-        if run_id := self._ids.get(name):
-            self._try(self._client.set_terminated, run_id, "FINISHED")
+        self._client.terminate(self._ids.get(name, ""), "FINISHED")
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -138,27 +105,16 @@ class Tracker:
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             for run_id in self._ids.values():
-                found = self._try(self._client.get_run, run_id)
+                found = self._client.attempt(self._client.client.get_run, run_id)
                 if found is None:
                     break  # the server is away: each further question would wait for it in vain
                 if found.info.status == "RUNNING":
-                    self._try(self._client.set_terminated, run_id, status)
+                    self._client.terminate(run_id, status)
             raise
 
     def num_runs(self) -> int:
         """How many MLflow runs this run has made."""
         return len(self._ids)
-
-    def _log(self, run_id: str, call: Any, *args: Any, **kwargs: Any) -> None:
-        if run_id:
-            self._try(call, run_id, *args, **kwargs)
-
-    def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return call(*args, **kwargs)
-        except (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError) as error:  # the last: of artifacts
-            logger.warning("MLflow %s failed: %s", getattr(call, "__name__", call), error)
-            return None
 
 
 class ReportCallback(UserCallback):

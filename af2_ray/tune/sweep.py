@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mlflow import MlflowClient
-from mlflow.entities import Param
-from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from pydantic import ValidationError
 
 from af2_ray.cluster import TRIAL_CPUS, max_trials, preflight
 from af2_ray.config import Evaluation, Recipe, Sweep, Trial
+from af2_ray.runs.mlflow_client import GuardedClient
 from af2_ray.runs.run import Run, finished
 from af2_ray.runs.tracking import Tracker
 from af2_ray.storage.files import read_json, write_whole
@@ -72,7 +69,7 @@ class SweepRun:
         return [found for trial in self.trials if (found := read_result(self.folder(trial)))]
 
     def run(self, *, notify: Callable[[str], None] = lambda text: None) -> list[Result]:
-        """Bring every trial to its end, or to where ASHA stops it; failed ones are told, and run again next time."""
+        """Bring every trial to its end, or to where ASHA stops it; failed ones are returned, and run again later."""
         recipe = self.trials[0].recipe
         preflight(recipe.cluster, in_sweep=True)
         tracking = _Tracking(self, recipe)
@@ -89,8 +86,8 @@ class SweepRun:
                 tracking.begin(trial)
             failed = self._tune(left, tracking, notify) if left else []
         finally:
-            told = {result.id for result in [*self.results(), *failed]}
-            tracking.end([trial for trial in self.trials if trial.id not in told], failed)
+            ended = {result.id for result in [*self.results(), *failed]}
+            tracking.end([trial for trial in self.trials if trial.id not in ended], failed)
         return [*self.results(), *failed]
 
     def _share(self, recipe: Recipe) -> None:
@@ -199,69 +196,42 @@ class _Tracking:
 
     def __init__(self, run: SweepRun, recipe: Recipe) -> None:
         self._run = run
-        self._client = MlflowClient(tracking_uri=recipe.tracking.uri)
-        self._path = run.root / "mlflow.json"
-        self._experiment = self._experiment_id(recipe)
-        self._id = (read_json(self._path) or {}).get("sweep", "")
-        if not self._id and self._experiment:
-            created = self._try(
-                self._client.create_run, self._experiment, tags={MLFLOW_RUN_NAME: f"sweep {run.sweep.name}"}
-            )
-            self._id = created.info.run_id if created else ""
-            write_whole(self._path, json.dumps({"sweep": self._id}))
-            self._try(self._client.log_artifact, self._id, str(run.root / "sweep.yaml"))
-
-    def _experiment_id(self, recipe: Recipe) -> str:
-        try:
-            if found := self._client.get_experiment_by_name(recipe.tracking.experiment):
-                return str(found.experiment_id)
-            local = (self._run.root / "mlartifacts").as_uri() if str(recipe.tracking.uri).startswith("sqlite") else None
-            return str(self._client.create_experiment(recipe.tracking.experiment, artifact_location=local))
-        except MlflowException as error:
-            logger.warning("MLflow at %s does not answer, going on without it: %s", recipe.tracking.uri, error)
-            return ""
+        uri, path = str(recipe.tracking.uri), run.root / "mlflow.json"
+        artifacts = (run.root / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        self._client = GuardedClient(uri, recipe.tracking.experiment, artifacts)
+        self._id = (read_json(path) or {}).get("sweep", "")
+        if not self._id:
+            self._id = self._client.create_run(f"sweep {run.sweep.name}")
+            write_whole(path, json.dumps({"sweep": self._id}))
+            self._client.log_artifact(self._id, run.root / "sweep.yaml")
 
     def begin(self, trial: Trial) -> None:
         """Make the trial's MLflow run below the sweep's; the trial itself then writes into it."""
         ids = self._run.folder(trial) / "mlflow.json"
         if ids.is_file() or not self._id:
             return
-        tags = {MLFLOW_RUN_NAME: trial.id, MLFLOW_PARENT_RUN_ID: self._id}
-        if created := self._try(self._client.create_run, self._experiment, tags=tags):
-            run_id = created.info.run_id
+        if run_id := self._client.create_run(trial.id, parent=self._id):
             write_whole(ids, json.dumps({"parent": run_id}))
-            params = [Param(key, str(value)) for key, value in {**trial.values, "seed": trial.seed}.items()]
-            self._try(self._client.log_batch, run_id, params=params)
-            self._try(self._client.log_artifact, run_id, str(self._run.folder(trial) / "recipe.yaml"))
+            self._client.log_params(run_id, {**trial.values, "seed": trial.seed})
+            self._client.log_artifact(run_id, self._run.folder(trial) / "recipe.yaml")
 
     def close(self, trial: Trial, result: Result) -> None:
         """Close the trial's run and every step of it, with its last metrics."""
         ids = self._ids(trial)
-        if run_id := ids.get("parent"):
-            last = {"metric": result.metric, "loss": result.loss, "steps": result.steps}
-            for key, value in last.items():
-                if value is not None:
-                    self._try(self._client.log_metric, run_id, f"final/{key}", float(value), step=result.steps)
-            self._try(self._client.set_tag, run_id, "af2.status", result.status)
-        status = "FAILED" if result.status == "failed" else "FINISHED"
-        for run_id in ids.values():
-            self._try(self._client.set_terminated, run_id, status)
+        run_id = ids.get("parent", "")
+        last = {"final/metric": result.metric, "final/loss": result.loss, "final/steps": result.steps}
+        self._client.log_history(run_id, [{"step": result.steps, **last}])
+        self._client.log(self._client.client.set_tag, run_id, "af2.status", result.status)
+        for each in ids.values():
+            self._client.terminate(each, "FAILED" if result.status == "failed" else "FINISHED")
 
     def end(self, interrupted: Sequence[Trial], failed: Sequence[Result]) -> None:
         """Close the sweep's own run, and those of trials that something cut short."""
         for trial in interrupted:
             for run_id in self._ids(trial).values():
-                self._try(self._client.set_terminated, run_id, "KILLED")
-        if self._id:
-            self._try(self._client.set_terminated, self._id, "FAILED" if interrupted or failed else "FINISHED")
+                self._client.terminate(run_id, "KILLED")
+        self._client.terminate(self._id, "FAILED" if interrupted or failed else "FINISHED")
 
     def _ids(self, trial: Trial) -> dict[str, str]:
         """The MLflow runs of a trial and its steps."""
         return read_json(self._run.folder(trial) / "mlflow.json") or {}
-
-    def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return call(*args, **kwargs)
-        except (MlflowException, OSError) as error:
-            logger.warning("MLflow %s failed: %s", getattr(call, "__name__", call), error)
-            return None

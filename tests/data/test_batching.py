@@ -267,3 +267,23 @@ def test_questions_of_unlike_length_pad_next_to_nothing() -> None:
     made = plan(samples, windows=window_counts(samples, 9), text_lengths=texts, budget=budget, seed=0)
     assert made.stats.num_clips == 4000
     assert made.stats.text_padding_share < 0.1
+
+
+def test_a_plan_is_that_of_earlier_versions() -> None:
+    """By its fingerprint, since version 0.1.0: another one refuses every run that is in the middle of a stage."""
+    samples = [
+        Sample(str(n), f"folder/{n // 2}.flac", 0.0, 3.0 + n * 1.7, f"question {n}?", "bell", "AQA", "d")
+        for n in range(40)
+    ]
+    budget = Budget(windows_per_row=16, text_tokens_per_row=128, step_batches=2)
+
+    def lengths(items: Any) -> Any:
+        return np.arange(len(items)) % 7 + 9
+
+    datasets = [(samples, 1.0), (samples[:10], 0.5)]
+    steps = plan_steps(datasets, 7, max_windows=5, text_length=lengths, budget=budget, seed=3)
+    assert steps.fingerprint == "e1156cae74a53b1f"
+    windows = window_counts(samples, 5)
+    assert plan(samples, windows=windows, text_lengths=lengths(samples), budget=budget, seed=3).fingerprint == (
+        "1355dc90473d533c"
+    )
