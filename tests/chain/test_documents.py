@@ -33,7 +33,8 @@ import toy
 from af2_ray.config import load_recipe, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/api.md", "docs/cluster.md", "docs/ablations.md", "docs/security.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+CODE = ("af2_ray", "jobs", "serve_apps", "benchmarks", "tests", "cluster")
 WITH_RECIPE = {"train", "train_clap", "make_data", "plan", "probe"}  # jobs that take RECIPE and key=value
 MARKER = re.compile(r"^ *<!-- (run|short|background: \S+|cluster|not run: .+) -->$")
 
@@ -84,6 +85,23 @@ def test_commands_name_what_there_is(document: str) -> None:
                 load_recipe(words[0], [word for word in words[1:] if re.match(r"[\w.]+=", word)])
             elif name == "sweep" and not words[0].endswith(".yaml"):
                 load_sweep(words[0])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_are_there(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = re.findall(rf"`((?:{'|'.join(CODE)}|docs)/[\w./-]*\w)(?=[`#:])", text)
+    linked = [str(Path(document).parent / name) for name in re.findall(r"\]\((?!http)([\w./-]+)", text)]
+    missing = [name for name in named + linked if not (ROOT / name).exists()]
+    assert not missing, f"{document} names what is not there: {missing}"
+
+
+def test_references_to_the_paper_lead_to_a_heading() -> None:
+    headings = set(re.findall(r"^## (.+)$", (ROOT / "docs" / "paper.md").read_text(), re.MULTILINE))
+    files = [path for folder in CODE for path in (ROOT / folder).rglob("*.py")]
+    for path in files:
+        for heading in re.findall(r'docs/paper\.md,\s+"([^"]+)"', path.read_text()):
+            assert heading in headings, f"{path}: docs/paper.md has no heading {heading!r}, only {sorted(headings)}"
 
 
 def short_of(name: str, first: str, data: Path) -> list[str]:

@@ -228,9 +228,9 @@ def test_bad_requests_are_told_so_and_harm_nobody(client: openai.OpenAI, url: st
     assert ask(client, serve_toy.wav(2)).choices[0].message.content
 
 
-def test_the_curl_commands_of_the_readme(url: str, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"```bash\n(curl .*?)```", readme, re.DOTALL)
+def test_the_curl_commands_of_the_documents(url: str, tmp_path: Path) -> None:
+    pages = [(Path(__file__).parents[2] / name).read_text() for name in ("README.md", "docs/serving.md")]
+    commands = re.findall(r"```bash\n(curl .*?)```", "".join(pages), re.DOTALL)
     assert len(commands) == 2
     (tmp_path / "clip.wav").write_bytes(serve_toy.wav(20))  # more than fits into an argument of a command
     for command in commands:
