@@ -77,10 +77,6 @@ def app(args: dict[str, Any]) -> serve.Application:
 
 def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Application:
     """Bind the deployments as `settings` sizes them."""
-    if settings.min_replicas > settings.max_replicas:
-        raise ValueError(
-            f"serve.min_replicas={settings.min_replicas} exceeds serve.max_replicas={settings.max_replicas}"
-        )
     have = prospect()
     cpus, gpus = _cpus(settings, have, clap=bool(clap)), _gpus(settings, have)
     _check_fit(settings, have, cpus, gpus, clap=bool(clap))
