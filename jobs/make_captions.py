@@ -25,9 +25,9 @@ from rich.console import Console
 
 from af2_ray import console as job
 from af2_ray.storage.stores import scratch
-from af2_ray.synth.captions import Captions, captions_of
-from af2_ray.synth.free_captions import read_caption
-from af2_ray.synth.llm_captions import CaptionError, Endpoint, LlmCaptions, Spent
+from af2_ray.synth.captions.by_llm import CaptionError, Endpoint, LlmCaptions, Spent
+from af2_ray.synth.text.grammar import Captions, captions_of
+from af2_ray.synth.text.parse import read_caption
 
 MOST_SOUNDS = 4096  # that a wrong caption may name instead
 

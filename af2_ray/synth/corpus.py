@@ -38,15 +38,15 @@ from af2_ray.machine import usable_cpus
 from af2_ray.storage.files import read_json, write_whole
 from af2_ray.storage.places import is_remote, locate
 from af2_ray.storage.stores import locked, retried, scratch, send
-from af2_ray.synth import packages, sources
-from af2_ray.synth.bank import Bank, Bed, write_bank
-from af2_ray.synth.captions import make_captions
-from af2_ray.synth.catalogue import BEDS, CLASSES
-from af2_ray.synth.curate import Clip, grouped, split_clips
-from af2_ray.synth.drills import make_drills
 from af2_ray.synth.rows import Row, mark_gallery, question_row, reading_row, truth_row
 from af2_ray.synth.scenes import compose_block, render_scene
-from af2_ray.synth.skills import make_questions
+from af2_ray.synth.skills.drills import make_drills
+from af2_ray.synth.skills.questions import make_questions
+from af2_ray.synth.sounds import collect, packages
+from af2_ray.synth.sounds.bank import Bank, Bed, write_bank
+from af2_ray.synth.sounds.catalogue import BEDS, CLASSES
+from af2_ray.synth.sounds.curate import Clip, grouped, split_clips
+from af2_ray.synth.text.grammar import make_captions
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_proce
 def _fingerprint(corpus: Corpus, *more: Any, without: frozenset[str] = frozenset()) -> str:
     """Digest of the settings that decide the bytes of the whole, of one set, or of the source clips."""
     kept = corpus.model_dump(mode="json", exclude={"dir", *without})
-    return _digest([VERSION, repr(CLASSES), repr(BEDS), kept, *more, *sources.state(corpus.sources)])
+    return _digest([VERSION, repr(CLASSES), repr(BEDS), kept, *more, *collect.state(corpus.sources)])
 
 
 def _digest(value: Any) -> str:
@@ -180,7 +180,7 @@ def _make_sources(corpus: Corpus, folder: Path) -> Row:
     }
     musical = {label: label in known_classes and known_classes[label].musical for label in labels}
     write_bank(store, clips, beds, phrases, musical, corpus.seed)
-    sources.write_table(clips, beds, folder / "sources.csv")
+    collect.write_table(clips, beds, folder / "sources.csv")
     facts = {
         "fingerprint": fingerprint,
         "num_clips": len(clips),
@@ -193,27 +193,27 @@ def _make_sources(corpus: Corpus, folder: Path) -> Row:
 
 def _collect(corpus: Corpus, folder: Path) -> tuple[list[Clip], list[Bed]]:
     """All clips there are, before curation, and all beds."""
-    beds = sources.rendered_beds(corpus.seed)
+    beds = collect.rendered_beds(corpus.seed)
     if corpus.sources == "packages":
         cache = folder / "packages"
         folders = packages.fetch(cache)
         programs = packages.install_programs(cache) if folders else ()
-        clips = sources.recorded(folders)
+        clips = collect.recorded(folders)
         if "fluidsynth" in programs:
-            clips += sources.soundfont_clips(folders, corpus.seed)
+            clips += collect.soundfont_clips(folders, corpus.seed)
         if "espeak-ng" in programs:
-            clips += sources.spoken()
-        beds += sources.recorded_beds(folders, corpus.seed)
+            clips += collect.spoken()
+        beds += collect.recorded_beds(folders, corpus.seed)
         shutil.rmtree(cache / "unpacked", ignore_errors=True)  # the archives stay
         if clips:
             order = {c.label: index for index, c in enumerate(CLASSES)}
             return sorted(clips, key=lambda c: order[c.label]), beds
         log.warning("no package could be had: the corpus is made of sounds rendered here")
     elif corpus.sources != "rendered":
-        return sources.from_folder(Path(corpus.sources)), beds + sources.rendered_beds(
+        return collect.from_folder(Path(corpus.sources)), beds + collect.rendered_beds(
             corpus.seed, ("ambience", "music")
         )
-    return sources.self_rendered(corpus.seed), beds + sources.rendered_beds(corpus.seed, ("ambience", "music"))
+    return collect.self_rendered(corpus.seed), beds + collect.rendered_beds(corpus.seed, ("ambience", "music"))
 
 
 def _phrases(label: str) -> list[str]:

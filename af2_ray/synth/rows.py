@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.reading import narrate
 from af2_ray.synth.scenes import Scene
-from af2_ray.synth.skills import Question
+from af2_ray.synth.skills.questions import Question
+from af2_ray.synth.text.narrate import narrate
 
 Row = dict[str, Any]
 

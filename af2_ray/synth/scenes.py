@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.config import SceneSet
-from af2_ray.synth.bank import Bank, Entry
-from af2_ray.synth.curate import LEVEL
+from af2_ray.synth.sounds.bank import Bank, Entry
+from af2_ray.synth.sounds.curate import LEVEL
 
 PARTS = ("beginning", "middle", "end")
 KINDS = ("order", "count", "attribute", "position")  # what is exchanged between mirrored scenes

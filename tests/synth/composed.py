@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from af2_ray.config import SceneSet
 from af2_ray.synth import corpus as corpus_module
-from af2_ray.synth.bank import Bank
 from af2_ray.synth.scenes import Scene, compose_block
+from af2_ray.synth.sounds.bank import Bank
 
 
 def blocks(scenes: SceneSet, bank: Bank) -> list[list[Scene]]:

@@ -8,9 +8,9 @@ import numpy as np
 from composed import blocks, pool_of
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.bank import Bank
-from af2_ray.synth.captions import Composition, composition_of, is_true, make_captions, parse
 from af2_ray.synth.scenes import PARTS
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.grammar import Composition, composition_of, is_true, make_captions, parse
 
 HELD_OUT = SceneSet(name="text", split="test", num_scenes=2000, duration_s=(5, 30), num_events=(1, 4))
 

@@ -16,10 +16,10 @@ import soundfile
 
 from af2_ray.config import Corpus, SceneSet
 from af2_ray.data.manifest import read_samples
-from af2_ray.synth.bank import Bank
-from af2_ray.synth.captions import composition_of, is_true, parse
 from af2_ray.synth.corpus import make_corpus
 from af2_ray.synth.scenes import compose_block
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.grammar import composition_of, is_true, parse
 
 SETS = [
     SceneSet(name="short", split="train", num_scenes=24, duration_s=(5, 8), num_events=(1, 3), questions_per_scene=3),
@@ -193,7 +193,7 @@ def test_a_corpus_is_made_into_an_object_store_once(made: Path, monkeypatch: pyt
         assert fs.cat_file(root + name) == (made / name).read_bytes()
     assert len(read_samples("memory://bucket/data/demo/short/test.json")) == 64
     with monkeypatch.context() as patch:
-        patch.setattr("af2_ray.synth.corpus.sources.self_rendered", None)
+        patch.setattr("af2_ray.synth.corpus.collect.self_rendered", None)
         assert make_corpus(stored) == first
     assert first.dir == "memory://bucket/data/demo"
     other = make_corpus(stored.model_copy(update={"sets": SETS[2:3]}), num_processes=1)

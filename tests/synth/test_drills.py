@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import make_corpus
-from af2_ray.synth.drills import make_drills
 from af2_ray.synth.scenes import Scene, compose_block
-from af2_ray.synth.skills import NUMBERS
+from af2_ray.synth.skills.drills import make_drills
+from af2_ray.synth.skills.questions import NUMBERS
+from af2_ray.synth.sounds.bank import Bank
 from af2_ray.train.stage_lm import read_pairs
 
 OPTIONS = {"num_scenes": 80, "duration_s": (8, 12), "num_events": (2, 3)}

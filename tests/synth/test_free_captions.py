@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from af2_ray.synth.captions import Item, captions_of
-from af2_ray.synth.free_captions import read_caption
+from af2_ray.synth.text.grammar import Item, captions_of
+from af2_ray.synth.text.parse import read_caption
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from af2_ray.synth.llm_captions import CaptionError, Endpoint, LlmCaptions, faults
+from af2_ray.synth.captions.by_llm import CaptionError, Endpoint, LlmCaptions, faults
 
 CAPTION = "a dog followed by a bell"
 

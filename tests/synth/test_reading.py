@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import make_corpus
-from af2_ray.synth.reading import narrate
 from af2_ray.synth.scenes import compose_block
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.narrate import narrate
 from af2_ray.train.stage_lm import read_pairs
 
 SCENES = SceneSet(

@@ -10,10 +10,10 @@ from composed import blocks, pool_of
 from numpy.typing import NDArray
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.bank import Bank
-from af2_ray.synth.captions import make_captions
 from af2_ray.synth.scenes import Scene
-from af2_ray.synth.skills import Question, make_questions
+from af2_ray.synth.skills.questions import Question, make_questions
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.grammar import make_captions
 
 TRAIN = SceneSet(name="text", split="train", num_scenes=1200, duration_s=(5, 30), num_events=(1, 4))
 TEST = SceneSet(name="text", split="test", num_scenes=1200, duration_s=(5, 30), num_events=(1, 4))

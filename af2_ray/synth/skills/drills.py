@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from af2_ray.synth.scenes import SOUND, Event, Scene
-from af2_ray.synth.skills import NUMBERS, Question
+from af2_ray.synth.skills.questions import NUMBERS, Question
 
 Rng = np.random.Generator
 FIRST = ("Which sound is heard first?", "What sound does the clip begin with?")

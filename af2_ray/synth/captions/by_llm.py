@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from af2_ray.synth.captions import Captions
+from af2_ray.synth.text.grammar import Captions
 
 RELATIONS = ("order", "binding", "count", "position", "loudness", "class")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 
-from af2_ray.synth.captions import FRAMES, TIMES, Composition, Item, Phrases
 from af2_ray.synth.scenes import PARTS
+from af2_ray.synth.text.grammar import FRAMES, TIMES, Composition, Item, Phrases
 
 _BACKWARDS = re.compile(r",? (?:preceded by|after) ")
 _FORWARDS = re.compile(r",? (?:and )?(?:followed by|then|before) |,? and then ")

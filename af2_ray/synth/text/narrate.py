@@ -8,7 +8,7 @@ training scenes, event by event in time: `beginning: loud dog, middle: bell thre
 from __future__ import annotations
 
 from af2_ray.synth.scenes import Event, Scene
-from af2_ray.synth.skills import NUMBERS
+from af2_ray.synth.skills.questions import NUMBERS
 
 
 def narrate(scene: Scene) -> str:
