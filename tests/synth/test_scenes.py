@@ -10,7 +10,8 @@ import pytest
 from composed import blocks
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.scenes import PARTS, compose_block, render_scene
+from af2_ray.synth.facts import PARTS
+from af2_ray.synth.scenes import compose_block, render_scene
 from af2_ray.synth.sounds.bank import Bank
 from af2_ray.synth.sounds.curate import frame_rms
 

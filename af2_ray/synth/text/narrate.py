@@ -1,4 +1,4 @@
-"""Scenes told in words, for an LM that learns to answer from a text before it learns to answer from sound.
+"""A clip in words, for an LM that learns to answer from a text before it learns to answer from sound.
 
 A language model that never read what came first, how often or how loud cannot put an answer together from what it
 hears: its own layers are frozen by then. Large LMs bring that with them; a small one learns it here, from the truth of
@@ -7,23 +7,21 @@ training scenes, event by event in time: `beginning: loud dog, middle: bell thre
 
 from __future__ import annotations
 
-from af2_ray.synth.scenes import Event, Scene
-from af2_ray.synth.skills.questions import NUMBERS
+from af2_ray.synth.facts import Facts, Sound
+from af2_ray.synth.text.grammar import NUMBERS
 
 
-def narrate(scene: Scene) -> str:
-    """The events of a scene in order of onset: part of the clip, class, and the attribute that its mirror changes."""
-    return ", ".join(_tell(event, scene) for event in scene.events) + "."
+def narrate(facts: Facts) -> str:
+    """The sounds of a clip in order of first start: part of the clip (where known), class, and attribute."""
+    return ", ".join(_words(sound) for sound in facts.sounds) + "."
 
 
-def _tell(event: Event, scene: Scene) -> str:
-    words = [event.label]
-    if event.label in scene.focus:
-        if scene.kind == "count":
-            words.append(f"{NUMBERS[event.count - 1]} times")
-        elif scene.relation in ("louder", "softer"):
-            words.append(f"getting {scene.relation}")
-        elif scene.kind == "attribute":
-            other = "soft" if scene.relation == "loud" else "loud"
-            words.insert(0, scene.relation if event.label == scene.focus[0] else other)
-    return f"{scene.part_of(event)}: {' '.join(words)}"
+def _words(sound: Sound) -> str:
+    words = sound.label
+    if sound.attribute.isdigit():
+        words = f"{words} {NUMBERS[sound.count - 1]} times"
+    elif sound.attribute in ("louder", "softer"):
+        words = f"{words} getting {sound.attribute}"
+    elif sound.attribute in ("loud", "soft"):
+        words = f"{sound.attribute} {words}"
+    return f"{sound.place}: {words}" if sound.place else words
