@@ -28,8 +28,8 @@ from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
 from af2_ray.runs.tracking import Tracker
 from af2_ray.storage.files import write_whole
 from af2_ray.storage.places import is_remote
-from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import CorpusReport
+from af2_ray.synth.sounds.bank import Bank
 from af2_ray.train.stages import train_run
 from serve_apps.af2 import run_app
 

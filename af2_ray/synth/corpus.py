@@ -8,10 +8,10 @@ fingerprint of what it was made from, so a cut run goes on and a changed recipe 
     DIR/SET/SPLIT/00001.flac            16 kHz mono
     DIR/SET/SPLIT.json                  questions, NVIDIA's manifest
     DIR/SET/SPLIT.captions.jsonl        caption sets of AF-CLAP
-    DIR/SET/SPLIT.reading.jsonl         the same questions about the scenes told in words, for the LM
+    DIR/SET/SPLIT.reading.jsonl         the same questions about the scenes in words, for the LM
     DIR/SET/SPLIT.scenes.jsonl          the truth
-    DIR/SET/train.drills.json           short questions about all that is known of a training scene (`drills`), and
-    DIR/SET/train.drills.reading.jsonl  the same about the scenes told in words
+    DIR/SET/train.drills.json           short questions about all that is known of a training scene, and
+    DIR/SET/train.drills.reading.jsonl  the same about the scenes in words
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from af2_ray.machine import usable_cpus
 from af2_ray.storage.files import read_json, write_whole
 from af2_ray.storage.places import is_remote, locate
 from af2_ray.storage.stores import locked, retried, scratch, send
-from af2_ray.synth import packages, sources
-from af2_ray.synth.bank import Bank, Bed, write_bank
-from af2_ray.synth.captions import make_captions
-from af2_ray.synth.catalogue import BEDS, CLASSES
-from af2_ray.synth.curate import Clip, grouped, split_clips
-from af2_ray.synth.drills import make_drills
-from af2_ray.synth.rows import Row, mark_gallery, question_row, reading_row, truth_row
-from af2_ray.synth.scenes import compose_block, render_scene
-from af2_ray.synth.skills import make_questions
+from af2_ray.synth.captions.by_grammar import make_captions
+from af2_ray.synth.rows import Row, SetRows, mark_gallery, reading_row, truth_row
+from af2_ray.synth.scenes import compose_block, facts_of, render_scene
+from af2_ray.synth.skills.drills import make_drills
+from af2_ray.synth.skills.questions import make_questions
+from af2_ray.synth.sounds import collect, packages
+from af2_ray.synth.sounds.bank import Bank, Bed, write_bank
+from af2_ray.synth.sounds.catalogue import BEDS, CLASSES
+from af2_ray.synth.sounds.curate import Clip, grouped, split_clips
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
 
     Args:
         corpus: the recipe's block; a `dir` in object storage is sent there when all of it has been made here.
-        progress: called with (scenes done, scenes in all, what is being made).
-        num_processes: processes that render; default: the CPUs of this process.
+        progress: function that is called with (scenes done, scenes in all, what is being made).
+        num_processes: number of processes that render; default: the CPUs of this process.
 
     Raises:
         ValueError: the sources give too few classes, or a setting cannot be met; the message names the fix.
@@ -124,16 +124,16 @@ def num_scenes(corpus: Corpus) -> int:
 
 
 def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
-    tell = progress or (lambda done, total, what: None)
+    show = progress or (lambda done, total, what: None)
     total = num_scenes(corpus)
-    tell(0, total, "source clips")
+    show(0, total, "source clips")
     facts = _make_sources(corpus, folder)
     done, hours, digests = 0, 0.0, [facts["sha256"]]
     for scenes in corpus.sets:
         what = f"{scenes.name}/{scenes.split}"
 
         def advance(number: int, at: int = done, what: str = what) -> None:
-            tell(at + number, total, what)
+            show(at + number, total, what)
 
         made = _make_set(corpus, scenes, folder, facts["sha256"], advance, num_processes)
         done += _num_blocks(scenes) * BLOCK
@@ -142,14 +142,14 @@ def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_proce
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     report = CorpusReport(corpus.dir, facts["num_clips"], len(facts["classes"]), round(hours, 3), digest)
     _write_json(folder / "corpus.json", {"fingerprint": _fingerprint(corpus), "report": asdict(report)})
-    tell(total, total, "done")
+    show(total, total, "done")
     return report
 
 
 def _fingerprint(corpus: Corpus, *more: Any, without: frozenset[str] = frozenset()) -> str:
     """Digest of the settings that decide the bytes of the whole, of one set, or of the source clips."""
     kept = corpus.model_dump(mode="json", exclude={"dir", *without})
-    return _digest([VERSION, repr(CLASSES), repr(BEDS), kept, *more, *sources.state(corpus.sources)])
+    return _digest([VERSION, repr(CLASSES), repr(BEDS), kept, *more, *collect.state(corpus.sources)])
 
 
 def _digest(value: Any) -> str:
@@ -180,7 +180,7 @@ def _make_sources(corpus: Corpus, folder: Path) -> Row:
     }
     musical = {label: label in known_classes and known_classes[label].musical for label in labels}
     write_bank(store, clips, beds, phrases, musical, corpus.seed)
-    sources.write_table(clips, beds, folder / "sources.csv")
+    collect.write_table(clips, beds, folder / "sources.csv")
     facts = {
         "fingerprint": fingerprint,
         "num_clips": len(clips),
@@ -193,27 +193,27 @@ def _make_sources(corpus: Corpus, folder: Path) -> Row:
 
 def _collect(corpus: Corpus, folder: Path) -> tuple[list[Clip], list[Bed]]:
     """All clips there are, before curation, and all beds."""
-    beds = sources.rendered_beds(corpus.seed)
+    beds = collect.rendered_beds(corpus.seed)
     if corpus.sources == "packages":
         cache = folder / "packages"
         folders = packages.fetch(cache)
         programs = packages.install_programs(cache) if folders else ()
-        clips = sources.recorded(folders)
+        clips = collect.recorded(folders)
         if "fluidsynth" in programs:
-            clips += sources.soundfont_clips(folders, corpus.seed)
+            clips += collect.soundfont_clips(folders, corpus.seed)
         if "espeak-ng" in programs:
-            clips += sources.spoken()
-        beds += sources.recorded_beds(folders, corpus.seed)
+            clips += collect.spoken()
+        beds += collect.recorded_beds(folders, corpus.seed)
         shutil.rmtree(cache / "unpacked", ignore_errors=True)  # the archives stay
         if clips:
             order = {c.label: index for index, c in enumerate(CLASSES)}
             return sorted(clips, key=lambda c: order[c.label]), beds
         log.warning("no package could be had: the corpus is made of sounds rendered here")
     elif corpus.sources != "rendered":
-        return sources.from_folder(Path(corpus.sources)), beds + sources.rendered_beds(
+        return collect.from_folder(Path(corpus.sources)), beds + collect.rendered_beds(
             corpus.seed, ("ambience", "music")
         )
-    return sources.self_rendered(corpus.seed), beds + sources.rendered_beds(corpus.seed, ("ambience", "music"))
+    return collect.self_rendered(corpus.seed), beds + collect.rendered_beds(corpus.seed, ("ambience", "music"))
 
 
 def _phrases(label: str) -> list[str]:
@@ -238,7 +238,7 @@ def _make_set(
     scenes: SceneSet,
     folder: Path,
     source_digest: str,
-    tell: Callable[[int], None],
+    advance: Callable[[int], None],
     num_processes: int | None,
 ) -> Row:
     """Render one scene set and write its manifests."""
@@ -250,29 +250,27 @@ def _make_set(
     done.unlink(missing_ok=True)
     shutil.rmtree(base / scenes.split, ignore_errors=True)
     (base / scenes.split).mkdir(parents=True)
-    parts: list[list[Row]] = [[] for _ in range(6)]
-    truth, captions, questions, readings, drills, drill_readings = parts
-    for number, rows in enumerate(_blocks(corpus, scenes, folder, num_processes)):
-        for kept, made in zip(parts, rows, strict=True):
-            kept += made
-        tell((number + 1) * BLOCK)
-    mark_gallery(truth)
-    _write_lines(base / f"{scenes.split}.scenes.jsonl", truth)
-    _write_lines(base / f"{scenes.split}.captions.jsonl", captions)
-    _write_lines(base / f"{scenes.split}.reading.jsonl", readings)
-    _write_manifest(base / f"{scenes.split}.json", scenes, questions)
+    rows = SetRows()
+    for number, block in enumerate(_blocks(corpus, scenes, folder, num_processes)):
+        rows.add(block)
+        advance((number + 1) * BLOCK)
+    mark_gallery(rows.truth)
+    _write_lines(base / f"{scenes.split}.scenes.jsonl", rows.truth)
+    _write_lines(base / f"{scenes.split}.captions.jsonl", rows.captions)
+    _write_lines(base / f"{scenes.split}.reading.jsonl", rows.readings)
+    _write_manifest(base / f"{scenes.split}.json", scenes, rows.questions)
     names = ["json", "captions.jsonl", "reading.jsonl", "scenes.jsonl"]
-    if drills:
-        _write_manifest(base / f"{scenes.split}.drills.json", scenes, drills)
-        _write_lines(base / f"{scenes.split}.drills.reading.jsonl", drill_readings)
+    if rows.drills:
+        _write_manifest(base / f"{scenes.split}.drills.json", scenes, rows.drills)
+        _write_lines(base / f"{scenes.split}.drills.reading.jsonl", rows.drill_readings)
         names += ["drills.json", "drills.reading.jsonl"]
     digest = hashlib.sha256()
     for name in names:
         digest.update((base / f"{scenes.split}.{name}").read_bytes())
     facts = {
         "fingerprint": fingerprint,
-        "num_scenes": len(truth),
-        "hours": sum(row["duration"] for row in truth) / 3600,
+        "num_scenes": len(rows.truth),
+        "hours": sum(row["duration"] for row in rows.truth) / 3600,
         "sha256": digest.hexdigest(),
     }
     _write_json(done, facts)
@@ -280,7 +278,7 @@ def _make_set(
 
 
 def _write_manifest(path: Path, scenes: SceneSet, questions: Sequence[Row]) -> None:
-    """NVIDIA's JSON (PAPER 4)."""
+    """NVIDIA's JSON (docs/paper.md, "Data")."""
     manifest = {
         "split": scenes.split,
         "split_path": scenes.split,
@@ -291,9 +289,7 @@ def _write_manifest(path: Path, scenes: SceneSet, questions: Sequence[Row]) -> N
     _write_json(path, manifest)
 
 
-def _blocks(
-    corpus: Corpus, scenes: SceneSet, folder: Path, num_processes: int | None
-) -> Iterator[tuple[list[Row], ...]]:
+def _blocks(corpus: Corpus, scenes: SceneSet, folder: Path, num_processes: int | None) -> Iterator[SetRows]:
     """Blocks in order, made by several processes."""
     jobs = [(index, corpus, scenes, str(folder)) for index in range(_num_blocks(scenes))]
     num = min(num_processes or usable_cpus(), len(jobs))
@@ -333,20 +329,20 @@ def _open_bank(folder: Path) -> None:
     _bank = Bank(folder)
 
 
-def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], ...]:
-    """Compose, render and describe one block: rows of truth, captions, questions, readings, drills, their readings."""
+def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> SetRows:
+    """Compose, render and describe one block."""
     index, corpus, scenes, folder = job
-    bank = _bank
+    bank, rows = _bank, SetRows()
     block = compose_block(scenes, bank, index, corpus.seed)
+    facts = [facts_of(scene) for scene in block]
     rng = np.random.default_rng([corpus.seed, *f"{scenes.name}/{scenes.split}".encode(), index, 1])
     pool = [label for label in bank.labels if not (block[0].bed_kind == "music" and bank.musical[label])]
-    truth, captions = [], []
-    for number, scene in enumerate(block):
+    for number, (scene, known) in enumerate(zip(block, facts, strict=True)):
         name = f"{index * BLOCK + number + 1:05d}.flac"
         audio = render_scene(scene, bank)
         soundfile.write(Path(folder, scenes.name, scenes.split, name), audio, SAMPLE_RATE, "PCM_16", format="FLAC")
-        made = make_captions(scene, bank.phrases, pool, corpus.num_positives, corpus.num_negatives, rng)
-        captions.append(
+        made = make_captions(known, bank.phrases, pool, corpus.num_positives, corpus.num_negatives, rng)
+        rows.captions.append(
             {
                 "name": f"{scenes.split}/{name}",
                 "duration": scene.duration_s,
@@ -356,17 +352,17 @@ def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> tuple[list[Row], ...]
                 "relations": [scene.kind],
             }
         )
-        truth.append(truth_row(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
-    asked = make_questions(block, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng)
-    drills = [drill for i, scene in enumerate(block) for drill in make_drills(i, scene, rng)]
-    out = [truth, captions]
-    for found in (asked, drills if scenes.split == "train" else []):
-        rows = [question_row(question, scenes, block[question.scene], truth, captions) for question in found]
-        out += [rows, [reading_row(row, block[question.scene]) for row, question in zip(rows, found, strict=True)]]
-    return tuple(out)
+        rows.truth.append(truth_row(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
+    asked = make_questions(facts, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng)
+    rows.questions = [rows.question(each, scenes, block[each.scene]) for each in asked]
+    rows.readings = [reading_row(row, facts[each.scene]) for row, each in zip(rows.questions, asked, strict=True)]
+    if scenes.split == "train":
+        drills = [drill for number, known in enumerate(facts) for drill in make_drills(number, known, rng)]
+        rows.drills = [rows.question(each, scenes, block[each.scene]) for each in drills]
+        pairs = zip(rows.drills, drills, strict=True)
+        rows.drill_readings = [reading_row(row, facts[each.scene]) for row, each in pairs]
+    return rows
 
 
 def _write_lines(path: Path, rows: list[Row]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

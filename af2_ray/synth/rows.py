@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.reading import narrate
+from af2_ray.synth.facts import Facts
 from af2_ray.synth.scenes import Scene
-from af2_ray.synth.skills import Question
+from af2_ray.synth.skills.question import Question
+from af2_ray.synth.text.narrate import narrate
 
 Row = dict[str, Any]
 
 
-def question_row(
-    question: Question, scenes: SceneSet, scene: Scene, truth: Sequence[Row], captions: Sequence[Row]
-) -> Row:
-    """A row of NVIDIA's manifest (PAPER 4); `truth` and `captions` are of all scenes of the block."""
-    row: Row = {
-        "name": truth[question.scene]["name"],
-        "prompt": question.prompt,
-        "output": question.answer or captions[question.scene]["caption"],
-        "duration": scene.duration_s,
-        "skill": question.skill,
-        "template": question.template,
-        "num_events": len(scene.events),
-    }
-    if question.pair:
-        row["pair"] = f"{scenes.name}-{scenes.split}-{question.pair}"
-    if question.options:
-        row["options"] = question.options
-    return row
+@dataclass
+class SetRows:
+    """All rows of a scene set, or of one of its blocks; each field goes to a file of its own."""
+
+    truth: list[Row] = field(default_factory=list)
+    captions: list[Row] = field(default_factory=list)
+    questions: list[Row] = field(default_factory=list)
+    readings: list[Row] = field(default_factory=list)
+    drills: list[Row] = field(default_factory=list)
+    drill_readings: list[Row] = field(default_factory=list)
+
+    def add(self, block: SetRows) -> None:
+        """Append the rows of a block."""
+        for name, rows in vars(block).items():
+            getattr(self, name).extend(rows)
+
+    def question(self, question: Question, scenes: SceneSet, scene: Scene) -> Row:
+        """A row of NVIDIA's manifest (docs/paper.md, "Data"); the block has its rows of truth and captions already."""
+        row: Row = {
+            "name": self.truth[question.scene]["name"],
+            "prompt": question.prompt,
+            "output": question.answer or self.captions[question.scene]["caption"],
+            "duration": scene.duration_s,
+            "skill": question.skill,
+            "template": question.template,
+            "num_events": len(scene.events),
+        }
+        if question.pair:
+            row["pair"] = f"{scenes.name}-{scenes.split}-{scene.block}-{question.pair}"
+        if question.options:
+            row["options"] = question.options
+        return row
 
 
-def reading_row(row: Row, scene: Scene) -> Row:
-    """A question about a scene told in words."""
-    return {"prompt": f"{narrate(scene)} {row['prompt']}", "answer": row["output"]}
+def reading_row(row: Row, facts: Facts) -> Row:
+    """A question about a scene in words."""
+    return {"prompt": f"{narrate(facts)} {row['prompt']}", "answer": row["output"]}
 
 
 def truth_row(scene: Scene, name: str, digest: str) -> Row:

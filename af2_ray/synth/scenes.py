@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.config import SceneSet
-from af2_ray.synth.bank import Bank, Entry
-from af2_ray.synth.curate import LEVEL
+from af2_ray.synth.facts import MAX_COUNT, PARTS, SOUND, Facts, Sound
+from af2_ray.synth.sounds.bank import Bank, Entry
+from af2_ray.synth.sounds.curate import LEVEL
 
-PARTS = ("beginning", "middle", "end")
 KINDS = ("order", "count", "attribute", "position")  # what is exchanged between mirrored scenes
-SOUND = "sound"  # the kind of scenes of one event: one sound fills the clip, its mirror has another
-MAX_COUNT = 4
 MAX_HIT_S = 1.8
 MAX_BOUT_S = 12.0
 HISS_DB = -50.0  # white noise under everything, against a hit at 0 dB
@@ -54,11 +52,12 @@ class Scene:
     """One scene, not yet rendered. `events` are in order of their first onset.
 
     Attributes:
-        kind: what differs from the mirrored scene (`KINDS`), `relation` its value here: order: forward | reversed;
-            count: the number of hits; attribute: loud | soft (the first focus event against the second) or louder |
-            softer (in time); position: one of `PARTS`.
+        kind: relation in which the mirrored scene differs (`KINDS`).
+        relation: its value here: order: forward or reversed; count: the number of hits; attribute: loud or soft (the
+            first focus event against the second), louder or softer (in time); position: one of `PARTS`.
         focus: labels of the events that the relation is about.
-        family: the same for two mirrored scenes; block: the same for four.
+        family: number that two mirrored scenes share.
+        block: number that four scenes of one length share.
     """
 
     block: int
@@ -85,6 +84,24 @@ class Scene:
         """The part of the clip (`PARTS`) that the middle of an event falls in."""
         start, end = event.span_s
         return PARTS[int((start + end) / 2 / self.duration_s * len(PARTS))]
+
+
+def facts_of(scene: Scene) -> Facts:
+    """What is known of a scene: everything but the clips and the bed that it is mixed from."""
+    sounds = tuple(
+        Sound(e.label, _attribute(scene, e), e.count, scene.part_of(e), e.onsets_s, e.span_s, e.gains_db)
+        for e in scene.events
+    )
+    return Facts(scene.duration_s, sounds, scene.kind, scene.relation, scene.focus, scene.together)
+
+
+def _attribute(scene: Scene, event: Event) -> str:
+    """What a caption says of an event: the relation, if it is about this event and no order."""
+    if event.label not in scene.focus or scene.kind in ("order", SOUND):
+        return ""
+    if scene.kind == "attribute" and event.label != scene.focus[0]:
+        return "soft" if scene.relation == "loud" else "loud"
+    return scene.relation
 
 
 # --- Composing ---------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def on_own_cluster(text: str) -> str:
 @pytest.fixture(scope="module")
 def furnished(checkout: Path) -> Path:
     """The checkout, with the files that the commands speak of."""
-    from af2_ray.synth.render import RENDERERS, render
+    from af2_ray.synth.sounds.render import RENDERERS, render
 
     test = json.loads((checkout / "data/demo/short/test.json").read_text())
     clip = checkout / "data/demo/short" / test["split_path"] / test["data"]["0"]["name"]

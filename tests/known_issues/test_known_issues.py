@@ -58,8 +58,8 @@ def test_no_parameter_is_a_scalar():
 def test_low_levels_are_rounded_not_cut_to_silence():
     """A bed 60 dB down was digital silence after truncation to int16: -100 dB in the mel, and its spread with it."""
 
-    from af2_ray.synth.bank import Entry
     from af2_ray.synth.scenes import Scene, render_scene
+    from af2_ray.synth.sounds.bank import Entry
 
     class Silence:
         def read(self, entry: Entry, start: int, num: int) -> np.ndarray:

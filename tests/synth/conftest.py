@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import make_corpus
+from af2_ray.synth.sounds.bank import Bank
 
 
 @pytest.fixture(scope="session")

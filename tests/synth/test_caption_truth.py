@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from composed import blocks, pool_of
+from composed import blocks, facts, pool_of
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.bank import Bank
-from af2_ray.synth.captions import Composition, composition_of, is_true, make_captions, parse
-from af2_ray.synth.scenes import PARTS
+from af2_ray.synth.captions.by_grammar import make_captions
+from af2_ray.synth.facts import PARTS
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.grammar import Composition, composition_of, is_true
+from af2_ray.synth.text.parse import parse
 
 HELD_OUT = SceneSet(name="text", split="test", num_scenes=2000, duration_s=(5, 30), num_events=(1, 4))
 
@@ -35,7 +37,7 @@ def test_no_negative_of_2000_scenes_is_true_and_every_positive_is(bank: Bank) ->
     kinds: Counter[str] = Counter()
     num_scenes = 0
     for block in blocks(HELD_OUT, bank):
-        for scene in block:
+        for scene in facts(block):
             num_scenes += 1
             truth = composition_of(scene)
             made = make_captions(scene, bank.phrases, pool_of(block, bank), 3, 3, rng)

@@ -16,10 +16,11 @@ import soundfile
 
 from af2_ray.config import Corpus, SceneSet
 from af2_ray.data.manifest import read_samples
-from af2_ray.synth.bank import Bank
-from af2_ray.synth.captions import composition_of, is_true, parse
 from af2_ray.synth.corpus import make_corpus
-from af2_ray.synth.scenes import compose_block
+from af2_ray.synth.scenes import compose_block, facts_of
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.grammar import composition_of, is_true
+from af2_ray.synth.text.parse import parse
 
 SETS = [
     SceneSet(name="short", split="train", num_scenes=24, duration_s=(5, 8), num_events=(1, 3), questions_per_scene=3),
@@ -143,7 +144,7 @@ def test_positives_are_true_and_negatives_false(made: Path) -> None:
     for scenes in SETS:
         rows = iter(lines(made / scenes.name / f"{scenes.split}.captions.jsonl"))
         for block in range(scenes.num_scenes // 4):
-            for scene in compose_block(scenes, bank, block, seed=0):
+            for scene in map(facts_of, compose_block(scenes, bank, block, seed=0)):
                 row = next(rows)
                 positives = [row["caption"], *row["positives"]]
                 assert len(set(positives)) == 3
@@ -193,7 +194,7 @@ def test_a_corpus_is_made_into_an_object_store_once(made: Path, monkeypatch: pyt
         assert fs.cat_file(root + name) == (made / name).read_bytes()
     assert len(read_samples("memory://bucket/data/demo/short/test.json")) == 64
     with monkeypatch.context() as patch:
-        patch.setattr("af2_ray.synth.corpus.sources.self_rendered", None)
+        patch.setattr("af2_ray.synth.corpus.collect.self_rendered", None)
         assert make_corpus(stored) == first
     assert first.dir == "memory://bucket/data/demo"
     other = make_corpus(stored.model_copy(update={"sets": SETS[2:3]}), num_processes=1)

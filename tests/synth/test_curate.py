@@ -10,9 +10,18 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from af2_ray.synth.curate import LEVEL, Clip, assign_splits, grouped, loudness, make_clip, near_duplicates, pieces
-from af2_ray.synth.packages import read_mono
-from af2_ray.synth.render import render
+from af2_ray.synth.sounds.curate import (
+    LEVEL,
+    Clip,
+    assign_splits,
+    grouped,
+    loudness,
+    make_clip,
+    near_duplicates,
+    pieces,
+)
+from af2_ray.synth.sounds.packages import read_mono
+from af2_ray.synth.sounds.render import render
 
 RATE = 16000
 

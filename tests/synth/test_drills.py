@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import make_corpus
-from af2_ray.synth.drills import make_drills
-from af2_ray.synth.scenes import Scene, compose_block
-from af2_ray.synth.skills import NUMBERS
+from af2_ray.synth.facts import Facts
+from af2_ray.synth.scenes import compose_block, facts_of
+from af2_ray.synth.skills.drills import make_drills
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.grammar import NUMBERS
 from af2_ray.train.stage_lm import read_pairs
 
 OPTIONS = {"num_scenes": 80, "duration_s": (8, 12), "num_events": (2, 3)}
@@ -28,9 +29,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drills_of(made: Path) -> list[tuple[Scene, str, str]]:
+def drills_of(made: Path) -> list[tuple[Facts, str, str]]:
     bank, rng = Bank(made / "sources"), np.random.default_rng(0)
-    blocks = [compose_block(TRAIN, bank, index, seed=0) for index in range(20)]
+    blocks = [[facts_of(scene) for scene in compose_block(TRAIN, bank, index, seed=0)] for index in range(20)]
     return [(s, d.prompt, d.answer) for block in blocks for i, s in enumerate(block) for d in make_drills(i, s, rng)]
 
 
@@ -53,17 +54,17 @@ def test_order_is_the_scene_s_order(made: Path) -> None:
 def test_place_number_and_loudness_are_the_scene_s(made: Path) -> None:
     kinds = set()
     for scene, prompt, answer in drills_of(made):
-        events = {event.label: event for event in scene.events}
-        named = [label for label in events if f"the {label} " in f"{prompt.rstrip('?')} "]
+        sounds = {sound.label: sound for sound in scene.sounds}
+        named = [label for label in sounds if f"the {label} " in f"{prompt.rstrip('?')} "]
         if prompt.startswith("When"):
-            assert answer == scene.part_of(events[named[0]])
+            assert answer == sounds[named[0]].place
         elif prompt.startswith("How many"):
-            assert answer == NUMBERS[events[named[0]].count - 1]
+            assert answer == NUMBERS[sounds[named[0]].count - 1]
         elif prompt.startswith("Does"):
-            gains = events[named[0]].gains_db
+            gains = sounds[named[0]].gains_db
             assert answer == ("louder" if gains[-1] > gains[0] else "softer")
         elif "louder" in prompt or "softer" in prompt:
-            by_level = sorted(named, key=lambda label: events[label].gains_db[0])
+            by_level = sorted(named, key=lambda label: sounds[label].gains_db[0])
             assert answer == (by_level[-1] if "louder" in prompt else by_level[0])
         else:
             continue
@@ -78,6 +79,7 @@ def test_training_sets_alone_have_them(made: Path) -> None:
     assert {row["name"] for row in manifest["data"].values()} <= names
     assert not (made / "short" / "test.drills.json").exists()
     assert not (made / "single" / "train.drills.json").exists(), "a sound that fills its clip has no order or place"
-    told = read_pairs(made / "short" / "train.drills.reading.jsonl")
-    assert len(told) == manifest["total_num"]
-    assert all(prompt.endswith(row["prompt"]) for (prompt, _), row in zip(told, manifest["data"].values(), strict=True))
+    pairs = read_pairs(made / "short" / "train.drills.reading.jsonl")
+    assert len(pairs) == manifest["total_num"]
+    prompts = [prompt for prompt, _ in pairs]
+    assert all(prompt.endswith(row["prompt"]) for prompt, row in zip(prompts, manifest["data"].values(), strict=True))

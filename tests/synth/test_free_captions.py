@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from af2_ray.synth.captions import Item, captions_of
-from af2_ray.synth.free_captions import read_caption
+from af2_ray.synth.captions.by_grammar import captions_of
+from af2_ray.synth.text.grammar import Item
+from af2_ray.synth.text.parse import read_caption
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from af2_ray.synth.free_captions import read_caption
         ("a bell preceded by a whistle with a drum", [["a drum", "a whistle"], ["a bell"]]),
     ],
 )
-def test_joins_tell_sounds_and_their_order(text: str, groups: list[list[str]]) -> None:
+def test_joins_show_sounds_and_their_order(text: str, groups: list[list[str]]) -> None:
     composition, phrases = read_caption(text)
     assert [[item.label for item in group] for group in composition] == groups
     assert set(phrases) == {label for group in groups for label in group}
@@ -39,14 +40,14 @@ def test_attributes_are_read() -> None:
         ("a dog then a cat after a bell", "both forwards and backwards"),
     ],
 )
-def test_what_cannot_be_read_is_told(text: str, message: str) -> None:
+def test_what_cannot_be_read_is_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_caption(text)
 
 
 @pytest.mark.parametrize("text", ["a loud dog followed by a bell", "a soft rain then a bell then a dog"])
 def test_one_loud_sound_alone_is_no_relation_to_change(text: str) -> None:
-    """Loud and soft are told of two sounds; the other wrong captions of such a text are made all the same."""
+    """Loud and soft are said of two sounds; the other wrong captions of such a text are made all the same."""
     composition, phrases = read_caption(text)
     others = {label: (label, label) for label in ("a cat", "a horn", "a saw")}
     made = captions_of(composition, others | dict(phrases), [*others, *phrases], 3, 3, np.random.default_rng(0))

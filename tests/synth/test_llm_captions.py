@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import runpy
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Scripted
 
-from af2_ray.synth.llm_captions import CaptionError, Endpoint, LlmCaptions, faults
+from af2_ray.llm.client import Client
+from af2_ray.llm.journal import Journal
+from af2_ray.synth.captions.by_llm import LlmCaptions, faults
 
 CAPTION = "a dog followed by a bell"
 
@@ -27,52 +26,16 @@ GOOD = [
 ]
 
 
-class Scripted:
-    """An endpoint that answers from a list, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.answers: list[Any] = []
-        self.asked: list[dict[str, Any]] = []
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                scripted.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-                answer = scripted.answers.pop(0)
-                status = answer if isinstance(answer, int) else 200
-                message = {"role": "assistant", "content": json.dumps(answer)}
-                choice = {"index": 0, "finish_reason": "stop", "message": message}
-                usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-                body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                data = json.dumps(body | {"usage": usage}).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("retry-after-ms", "1")
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def endpoint(self) -> Endpoint:
-        url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        return Endpoint("m", url, price_prompt=2.0, price_completion=10.0, max_retries=2)
-
-
 @pytest.fixture
 def llm() -> Iterator[Scripted]:
     scripted = Scripted()
     yield scripted
-    scripted.server.shutdown()
+    scripted.close()
 
 
 def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, tmp_path: Path) -> None:
     llm.answers = [{"sets": GOOD}, {"verdicts": ["all"] + ["none"] * 4}]
-    engine = LlmCaptions(llm.endpoint, 2, 2, cache=tmp_path)
+    engine = LlmCaptions(Client(llm.endpoint), 2, 2, Journal(tmp_path))
     made = engine(CAPTION)
     assert made.caption == CAPTION
     assert made.paraphrases == ("a bell after a dog",)
@@ -83,12 +46,12 @@ def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, t
     assert "2. a bell followed by a dog" in llm.asked[1]["messages"][1]["content"]
     assert (engine.spent.requests, engine.spent.prompt_tokens, engine.spent.completion_tokens) == (2, 200, 20)
     assert engine.spent.cost(llm.endpoint) == pytest.approx(600e-6)
-    again = LlmCaptions(llm.endpoint, 2, 2, cache=tmp_path)
+    again = LlmCaptions(Client(llm.endpoint), 2, 2, Journal(tmp_path))
     assert again(CAPTION) == made
     assert (again.spent.requests, again.spent.cached) == (0, 1)
 
 
-def test_what_does_not_hold_is_told_and_tried_again(llm: Scripted) -> None:
+def test_what_does_not_hold_goes_back_with_the_reason(llm: Scripted) -> None:
     bad = [GOOD[0], one(CAPTION.upper(), *(("order", "a"), ("class", "b")))]
     llm.answers = [
         {"sets": bad},
@@ -98,18 +61,18 @@ def test_what_does_not_hold_is_told_and_tried_again(llm: Scripted) -> None:
         {"sets": GOOD},
     ]
     llm.answers.append({"verdicts": ["all"] + ["none"] * 4})
-    engine = LlmCaptions(llm.endpoint, 2, 2)
+    engine = LlmCaptions(Client(llm.endpoint), 2, 2)
     assert engine(CAPTION).paraphrases == ("a bell after a dog",)
-    told = [asked["messages"][-1]["content"] for asked in llm.asked]
-    assert "two of the paraphrases are the same" in told[1]
-    assert "'a cat followed by a bell' could be true too" in told[3]
-    assert told[3] == told[4], "a busy endpoint is asked the same again"
+    said = [asked["messages"][-1]["content"] for asked in llm.asked]
+    assert "two of the paraphrases are the same" in said[1]
+    assert "'a cat followed by a bell' could be true too" in said[3]
+    assert said[3] == said[4], "a busy endpoint is asked the same again"
 
 
-def test_a_paraphrase_that_says_more_or_another_number_is_told(llm: Scripted) -> None:
+def test_a_paraphrase_that_says_more_or_another_number_is_named(llm: Scripted) -> None:
     llm.answers = [{"sets": GOOD}, {"verdicts": ["some"] + ["none"] * 4}]
-    with pytest.raises(CaptionError, match="the paraphrase 'a bell after a dog' says more or other"):
-        LlmCaptions(llm.endpoint, 2, 2, attempts=1)(CAPTION)
+    with pytest.raises(ValueError, match="the paraphrase 'a bell after a dog' says more or other"):
+        LlmCaptions(Client(llm.endpoint), 2, 2, attempts=1)(CAPTION)
     twice = [one("a dog barks twice"), one("a dog barks three times")]
     assert "other numbers than the caption" in faults("a dog barks twice", twice, 2, 0)
     assert faults("a dog barks twice", [one("a dog barks twice"), one("two barks of a dog")], 2, 0) == ""
@@ -117,16 +80,16 @@ def test_a_paraphrase_that_says_more_or_another_number_is_told(llm: Scripted) ->
 
 def test_a_caption_that_never_works_is_an_error_with_the_last_reason(llm: Scripted) -> None:
     llm.answers = [{"sets": []}, "nonsense"]
-    with pytest.raises(CaptionError, match=r"no usable captions for 'a dog.*there must be 2 sets"):
-        LlmCaptions(llm.endpoint, 2, 2, attempts=2)(CAPTION)
+    with pytest.raises(ValueError, match=r"no usable captions for 'a dog.*there must be 2 sets"):
+        LlmCaptions(Client(llm.endpoint), 2, 2, attempts=2)(CAPTION)
     llm.answers = [{"sets": []}] * 3
-    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "make_captions.py"))
-    made, spent = job["by_llm"](llm.endpoint, {"num_positives": 2, "num_negatives": 2}, 0, CAPTION)
-    assert "there must be 2 sets" in made
-    assert (spent.requests, spent.prompt_tokens) == (3, 300), "what is given up was paid for"
+    engine = LlmCaptions(Client(llm.endpoint), 2, 2)
+    with pytest.raises(ValueError, match="there must be 2 sets"):
+        engine(CAPTION)
+    assert (engine.spent.requests, engine.spent.prompt_tokens) == (3, 300), "what is given up was paid for"
     llm.answers = [401]
-    with pytest.raises(CaptionError, match="the endpoint failed"):
-        LlmCaptions(llm.endpoint, 2, 2)(CAPTION)
+    with pytest.raises(ValueError, match="the endpoint failed"):
+        LlmCaptions(Client(llm.endpoint), 2, 2)(CAPTION)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scenes told in words: a reader who knows only the words can answer what is asked."""
+"""Clips in words: a reader who knows only the words can answer what is asked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from af2_ray.config import Corpus, SceneSet
-from af2_ray.synth.bank import Bank
 from af2_ray.synth.corpus import make_corpus
-from af2_ray.synth.reading import narrate
-from af2_ray.synth.scenes import compose_block
+from af2_ray.synth.facts import Facts, Sound
+from af2_ray.synth.scenes import compose_block, facts_of
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.narrate import narrate
 from af2_ray.train.stage_lm import read_pairs
 
 SCENES = SceneSet(
@@ -25,10 +26,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_mirrored_scenes_are_told_apart_by_what_they_exchange(made: Path) -> None:
+def test_mirrored_scenes_are_narrated_by_what_they_exchange(made: Path) -> None:
     bank, kinds = Bank(made / "sources"), set()
     for index in range(20):
-        block = compose_block(SCENES, bank, index, seed=0)
+        block = [facts_of(scene) for scene in compose_block(SCENES, bank, index, seed=0)]
         for first, second in (block[:2], block[2:]):
             kinds.add(first.kind)
             assert narrate(first) != narrate(second)
@@ -42,6 +43,11 @@ def test_readings_stand_beside_the_manifest_and_hold_the_answers(made: Path) -> 
     assert len(pairs) == 80 * 5
     assert counts
     assert all(f" {answer} times" in prompt.partition(".")[0] for prompt, answer in counts)
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    known = Facts(4.0, (Sound("dog", "loud", place="end"), Sound("bell", "3", count=3), Sound("rain")))
+    assert narrate(known) == "end: loud dog, bell three times, rain."
 
 
 def test_a_bad_line_is_named(tmp_path: Path) -> None:

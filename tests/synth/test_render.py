@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from af2_ray.synth import packages
-from af2_ray.synth.catalogue import CLASSES
-from af2_ray.synth.packages import Licences, read_rcc, sounds
-from af2_ray.synth.render import RENDERERS, Phrase, midi_file, play, render, speak
+from af2_ray.synth.sounds import packages
+from af2_ray.synth.sounds.catalogue import CLASSES
+from af2_ray.synth.sounds.packages import Licences, read_rcc, sounds
+from af2_ray.synth.sounds.render import RENDERERS, Phrase, midi_file, play, render, speak
 
 
 def test_every_class_has_distinct_audible_clips() -> None:

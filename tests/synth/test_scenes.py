@@ -10,9 +10,10 @@ import pytest
 from composed import blocks
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.bank import Bank
-from af2_ray.synth.curate import frame_rms
-from af2_ray.synth.scenes import PARTS, compose_block, render_scene
+from af2_ray.synth.facts import PARTS
+from af2_ray.synth.scenes import compose_block, render_scene
+from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.sounds.curate import frame_rms
 
 SHORT = SceneSet(name="s", split="test", num_scenes=400, duration_s=(5, 30), num_events=(1, 4))
 LONG = SceneSet(name="l", split="test", num_scenes=24, duration_s=(60, 300), num_events=(2, 4))

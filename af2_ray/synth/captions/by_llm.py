@@ -1,26 +1,25 @@
-"""Paraphrases and wrong captions by a large language model, behind any OpenAI-compatible endpoint, each one checked.
+"""Captions by a large language model: paraphrases and wrong captions, each one checked.
 
 A model writes more freely than the grammar, and sometimes what was not asked for: a paraphrase that adds a sound, a
 wrong caption that says the same in other words. So nothing of it is believed: `faults` compares the words of what came
 back with what each relation may change, and a second request asks which of the wrong captions could still be true.
-What fails is told to the model, which may try again; what fails to the end is an error that names the caption.
-
-Answers are kept on disk by the SHA-256 of all that decides them, so a run that was stopped pays for nothing twice.
+What fails goes back to the model with the reason, and it may try again; what fails to the end is an error that names
+the caption. A set costs two requests where the first try holds, and two more for each further try.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from af2_ray.synth.captions import Captions
+from af2_ray.llm.client import Client, NoReply, Spent, message
+from af2_ray.llm.journal import Journal
+from af2_ray.llm.judge import judge
+from af2_ray.synth.captions.sets import Captions
 
 RELATIONS = ("order", "binding", "count", "position", "loudness", "class")
 
@@ -54,116 +53,67 @@ _JUDGE = """For each of the numbered texts: of the recordings that the caption i
 `some` or of `none`? Answer with one of these words a text, in order."""
 
 
-class CaptionError(ValueError):
-    """A caption for which no usable set came back; `reason` says what was wrong with the last one."""
-
-    def __init__(self, caption: str, reason: str) -> None:
-        super().__init__(f"no usable captions for {caption!r}: {reason}")
-        self.caption, self.reason = caption, reason
-
-    def __reduce__(self) -> tuple[type[CaptionError], tuple[str, str]]:
-        return type(self), (self.caption, self.reason)
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where the model is, and what its tokens cost (a million, in any one currency)."""
-
-    model: str
-    base_url: str | None = None
-    key_variable: str = "OPENAI_API_KEY"
-    price_prompt: float = 0.0
-    price_completion: float = 0.0
-    timeout_s: float = 60.0
-    max_retries: int = 5
-
-
-@dataclass
-class Spent:
-    """What the requests of an engine have cost."""
-
-    requests: int = 0
-    cached: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def cost(self, endpoint: Endpoint) -> float:
-        """In the currency of the endpoint's prices."""
-        tokens = self.prompt_tokens * endpoint.price_prompt + self.completion_tokens * endpoint.price_completion
-        return tokens / 1e6
-
-
 @dataclass
 class LlmCaptions:
-    """Captions of captions.
+    """Captions of captions by an LLM.
 
     Args:
-        endpoint: the model.
-        num_positives, num_negatives: M and N of AF-CLAP (PAPER 1): caption and M - 1 paraphrases, N wrong ones each.
-        cache: folder of answers; none: every caption is asked for anew.
-        attempts: how often the model may write a set before it is given up.
-        judge: ask of each paraphrase whether it must be true, and of each wrong caption whether it cannot be.
+        client: the model.
+        num_positives: M of AF-CLAP (docs/paper.md, "AF-CLAP"): the caption and M - 1 paraphrases.
+        num_negatives: N of AF-CLAP: wrong captions for each of these M.
+        journal: sets that were made before; none: every caption is asked for anew.
+        attempts: number of times that the model may write a set before it is given up.
+        judged: True where a second request asks whether paraphrases are true and wrong captions false.
     """
 
-    endpoint: Endpoint
+    client: Client
     num_positives: int = 3
     num_negatives: int = 3
-    cache: Path | None = None
+    journal: Journal | None = None
     attempts: int = 3
-    judge: bool = True
-    spent: Spent = field(default_factory=Spent)
+    judged: bool = True
 
-    def __call__(self, caption: str) -> Captions:
-        """The set of a caption.
+    @property
+    def spent(self) -> Spent:
+        """What the requests have cost."""
+        return self.client.spent
+
+    def __call__(self, caption: str, number: int = 0) -> Captions:
+        """The set of a caption, whatever its number.
 
         Raises:
-            CaptionError: the model wrote none that holds, or the endpoint refused; the message has the reason.
+            ValueError: the model wrote none that holds, or the endpoint refused; the message has the reason.
         """
-        path = self._path(caption)
-        if path and path.is_file():
+        model, sizes = self.client.endpoint.model, (self.num_positives, self.num_negatives)
+        deciding = [_VERSION, _TASK, self.judged, model, caption, *sizes]
+        if self.journal and (known := self.journal.read(deciding)):
             self.spent.cached += 1
-            return _captions(caption, json.loads(path.read_text()))
-        reason = ""
-        told: list[dict[str, str]] = []
-        for _ in range(self.attempts):
-            sets = self._write(caption, told)
-            reason = faults(caption, sets, self.num_positives, self.num_negatives) or self._untrue(caption, sets)
-            if not reason:
-                if path:
-                    _keep(path, sets)
-                return _captions(caption, sets)
-            told = [
-                {"role": "assistant", "content": json.dumps({"sets": sets})},
-                {"role": "user", "content": f"That does not do: {reason}. Write all of it again."},
-            ]
-        raise CaptionError(caption, reason)
-
-    def _path(self, caption: str) -> Path | None:
-        decides = [_VERSION, _TASK, self.judge, self.endpoint.model, caption, self.num_positives, self.num_negatives]
-        name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-        return self.cache / name[:2] / f"{name}.json" if self.cache else None
-
-    def _write(self, caption: str, told: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+            return _captions(caption, known)
         task = _TASK.format(positives=self.num_positives - 1, negatives=self.num_negatives)
         asked = f"Caption: {caption}\nThe first set is the caption itself, unchanged."
-        schema = _schema(self.num_positives, self.num_negatives)
-        found = self._ask(caption, [_message("system", task), _message("user", asked), *told], "sets", schema)
-        return found if isinstance(found, list) else []
+        messages = [message("system", task), message("user", asked)]
+        fault = partial(self._fault, caption)
+        try:
+            sets = self.client.reply_that_holds(messages, "sets", _schema(*sizes), fault, self.attempts)
+        except NoReply as error:
+            raise ValueError(f"no usable captions for {caption!r}: {error}") from error
+        if self.journal:
+            self.journal.write(deciding, sets)
+        return _captions(caption, sets)
+
+    def _fault(self, caption: str, sets: Any) -> str:
+        """What is wrong with a set by its words, or by the judge; empty: nothing."""
+        sets = sets if isinstance(sets, list) else []
+        return faults(caption, sets, self.num_positives, self.num_negatives) or self._untrue(caption, sets)
 
     def _untrue(self, caption: str, sets: Sequence[dict[str, Any]]) -> str:
         """The first paraphrase that need not be true or wrong caption that could be, as a reason; empty: none."""
-        if not self.judge:
-            return ""
         paraphrases = [one["text"] for one in sets[1:]]
         texts = [*paraphrases, *(each["text"] for one in sets for each in one["negatives"])]
-        if not texts:
+        if not self.judged or not texts:
             return ""
-        listed = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-        asked = f"Caption: {caption}\nTexts:\n{listed}"
-        items = {"enum": ["all", "some", "none"]}
-        schema = {"type": "array", "items": items, "minItems": len(texts), "maxItems": len(texts)}
-        verdicts = self._ask(caption, [_message("system", _JUDGE), _message("user", asked)], "verdicts", schema)
-        if not isinstance(verdicts, list) or len(verdicts) != len(texts):
+        verdicts = judge(self.client, _JUDGE, f"Caption: {caption}", texts, ("all", "some", "none"))
+        if not verdicts:
             return "the check of the set came back incomplete"
         for place, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)):
             if place < len(paraphrases) and verdict != "all":
@@ -171,35 +121,6 @@ class LlmCaptions:
             if place >= len(paraphrases) and verdict != "none":
                 return f"{text!r} could be true too"
         return ""
-
-    def _ask(self, caption: str, messages: Any, key: str, schema: dict[str, Any]) -> Any:
-        """The value of one key of a JSON answer."""
-        import openai
-
-        whole = {"type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}
-        client = openai.OpenAI(
-            base_url=self.endpoint.base_url,
-            api_key=os.environ.get(self.endpoint.key_variable, "none"),
-            timeout=self.endpoint.timeout_s,
-            max_retries=self.endpoint.max_retries,
-        )
-        form: Any = {"type": "json_schema", "json_schema": {"name": key, "strict": True, "schema": whole}}
-        try:
-            made = client.chat.completions.create(
-                model=self.endpoint.model,
-                messages=messages,
-                response_format=form,
-            )
-        except openai.OpenAIError as error:
-            raise CaptionError(caption, f"the endpoint failed: {error}") from error
-        self.spent.requests += 1
-        if made.usage:
-            self.spent.prompt_tokens += made.usage.prompt_tokens
-            self.spent.completion_tokens += made.usage.completion_tokens
-        try:
-            return json.loads(made.choices[0].message.content or "")[key]
-        except (ValueError, KeyError, TypeError, IndexError):
-            return None
 
 
 def faults(caption: str, sets: Any, num_positives: int, num_negatives: int) -> str:
@@ -257,17 +178,13 @@ def _counts(text: str) -> set[int]:
 
 
 def _in_time(text: str) -> tuple[list[str], bool, bool]:
-    """What an order is told by: the words besides joins in their order, and whether joins turn or undo it."""
+    """What says an order: the words besides joins in their order, and whether joins turn or undo it."""
     words = _words(text)
     return [word for word in words if word not in _JOINS], bool({*words} & _BACKWARD), bool({*words} & _TOGETHER)
 
 
 def _plain(text: str) -> str:
     return " ".join(_words(text))
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _schema(num_positives: int, num_negatives: int) -> dict[str, Any]:
@@ -290,10 +207,3 @@ def _schema(num_positives: int, num_negatives: int) -> dict[str, Any]:
 def _captions(caption: str, sets: Sequence[dict[str, Any]]) -> Captions:
     negatives = tuple(tuple(each["text"] for each in one["negatives"]) for one in sets)
     return Captions(caption, tuple(one["text"] for one in sets[1:]), negatives)
-
-
-def _keep(path: Path, sets: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(sets))
-    temporary.replace(path)

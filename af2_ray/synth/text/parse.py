@@ -1,22 +1,60 @@
-"""Captions that people wrote, read by the corpus's grammar as far as it goes: sounds, their order, one attribute each.
+"""Captions read back: those of the grammar exactly, and those that people wrote as far as the grammar goes.
 
 A caption like `a loud dog followed by two people talking while it rains` says which sounds there are by its joins
 alone; what stands between two joins is taken as one sound, whatever it says. So paraphrases and wrong captions of a
-manifest without any truth come from the same code as those of composed scenes (`captions.captions_of`), and are as
-alike. The price is what no join tells: a caption of one sound can only be wrong about which sound it is.
+manifest without any truth come from the same code as those of composed scenes (`captions.by_grammar`), and are as
+alike. The price is what no join says: a caption of one sound can only be wrong about which sound it is.
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
-from af2_ray.synth.captions import FRAMES, TIMES, Composition, Item, Phrases
-from af2_ray.synth.scenes import PARTS
+from af2_ray.synth.facts import PARTS
+from af2_ray.synth.text.grammar import FRAMES, JOINS, TIMES, TOGETHER, Composition, Item, Phrases, write_item
 
 _BACKWARDS = re.compile(r",? (?:preceded by|after) ")
 _FORWARDS = re.compile(r",? (?:and )?(?:followed by|then|before) |,? and then ")
 _TOGETHER = re.compile(r",? (?:while|with|as) ")
 _MAX_SOUNDS = 16
+
+
+def parse(text: str, phrases: Phrases) -> Composition:
+    """Read a caption back.
+
+    Raises:
+        ValueError: not of this grammar.
+    """
+    for frame in FRAMES[1:]:
+        text = text.removeprefix(frame)
+    join = next((join for join in (" and then ", *JOINS) if join in text), JOINS[0])
+    groups = text.split(join)
+    written = _written(phrases)
+    out: list[tuple[Item, ...]] = []
+    for group in reversed(groups) if join == " after " else groups:
+        together = next((word for word in TOGETHER if word in group), TOGETHER[0])
+        names = group.split(together)
+        if unknown := [name for name in names if name not in written]:
+            raise ValueError(f"{unknown[0]!r} in caption {text!r} is no sound of this corpus")
+        out.append(tuple(sorted((written[name] for name in names), key=lambda item: item.label)))
+    return tuple(out)
+
+
+def _written(phrases: Phrases) -> dict[str, Item]:
+    """Every way to write every item."""
+    return _written_of(tuple((label, tuple(both)) for label, both in phrases.items()))
+
+
+@lru_cache(maxsize=8)  # one for a corpus: writing it anew took nine tenths of reading a caption
+def _written_of(phrases: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Item]:
+    attributes = ("", "loud", "soft", "louder", "softer", *PARTS, *map(str, TIMES))
+    return {
+        write_item(Item(label, attribute), phrase): Item(label, attribute)
+        for label, both in phrases
+        for phrase in both
+        for attribute in attributes
+    }
 
 
 def read_caption(text: str) -> tuple[Composition, Phrases]:
@@ -25,14 +63,14 @@ def read_caption(text: str) -> tuple[Composition, Phrases]:
     Raises:
         ValueError: it is empty, names one sound twice, or joins sounds both forwards and backwards in time.
     """
-    told = " ".join(text.strip().rstrip(".").split())
-    told = told[:1].lower() + told[1:]
+    plain = " ".join(text.strip().rstrip(".").split())
+    plain = plain[:1].lower() + plain[1:]
     for frame in FRAMES[1:]:
-        told = told.removeprefix(frame)
-    if not told:
+        plain = plain.removeprefix(frame)
+    if not plain:
         raise ValueError("the caption is empty")
-    backwards = _BACKWARDS.split(told)
-    forwards = _FORWARDS.split(told)
+    backwards = _BACKWARDS.split(plain)
+    forwards = _FORWARDS.split(plain)
     if len(backwards) > 1 and len(forwards) > 1:
         raise ValueError(f"{text!r} joins sounds both forwards and backwards in time: which comes first is not said")
     groups = backwards[::-1] if len(backwards) > 1 else forwards

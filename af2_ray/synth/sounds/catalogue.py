@@ -44,10 +44,7 @@ MINETEST, TUX, GCOMPRIS, DESKTOP = (
 
 CLASSES: tuple[SoundClass, ...] = (
     SoundClass(
-        "speech",
-        ("a voice", "a person speaking"),
-        musical=False,
-        files=((TUX, r"symbols/math/\d_[a-zA-Z_]+\.ogg$"),),
+        "speech", ("a voice", "a person speaking"), musical=False, files=((TUX, r"symbols/math/\d_[a-zA-Z_]+\.ogg$"),)
     ),
     SoundClass(
         "drum",
@@ -78,10 +75,7 @@ CLASSES: tuple[SoundClass, ...] = (
         "flute",
         ("a flute", "flute notes"),
         musical=True,
-        files=(
-            (LMMS, r"instruments/flute"),
-            (GCOMPRIS, r"/flute_traversiere\.ogg"),
-        ),
+        files=((LMMS, r"instruments/flute"), (GCOMPRIS, r"/flute_traversiere\.ogg")),
         programs=(72, 73, 74, 75),
         register=(67, 91),
     ),
@@ -97,10 +91,7 @@ CLASSES: tuple[SoundClass, ...] = (
         "applause",
         ("applause", "a clapping crowd"),
         musical=False,
-        files=(
-            (GCOMPRIS, r"LRApplau"),
-            (LMMS, r"applause|raving"),
-        ),
+        files=((GCOMPRIS, r"LRApplau"), (LMMS, r"applause|raving")),
         programs=(126,),
     ),
     SoundClass(
@@ -115,20 +106,12 @@ CLASSES: tuple[SoundClass, ...] = (
         ),
         drums=(39,),
     ),
-    SoundClass(
-        "tabla",
-        ("a tabla", "tabla strokes"),
-        musical=False,
-        files=((SONIC, r"/tabla_"),),
-    ),
+    SoundClass("tabla", ("a tabla", "tabla strokes"), musical=False, files=((SONIC, r"/tabla_"),)),
     SoundClass(
         "xylophone",
         ("a xylophone", "wooden bars"),
         musical=False,
-        files=(
-            (GCOMPRIS, r"/xylofon_son\d"),
-            (SCRATCH, r"/[Xx]ylo\d"),
-        ),
+        files=((GCOMPRIS, r"/xylofon_son\d"), (SCRATCH, r"/[Xx]ylo\d")),
         programs=(12, 13),
         register=(60, 91),
     ),
@@ -147,11 +130,7 @@ CLASSES: tuple[SoundClass, ...] = (
         "footsteps",
         ("footsteps", "a walking person"),
         musical=False,
-        files=(
-            (MINETEST, r"(?<!water)_footstep"),
-            (SCRATCH, r"/Footsteps"),
-            (GCOMPRIS, r"icy_walk"),
-        ),
+        files=((MINETEST, r"(?<!water)_footstep"), (SCRATCH, r"/Footsteps"), (GCOMPRIS, r"icy_walk")),
     ),
     SoundClass(
         "cowbell",
@@ -181,21 +160,14 @@ CLASSES: tuple[SoundClass, ...] = (
         "piano",
         ("a piano", "piano notes"),
         musical=True,
-        files=(
-            (LMMS, r"instruments/(e_piano_accord|piano)\d+"),
-            (GCOMPRIS, r"instruments/.*/piano\.ogg"),
-        ),
+        files=((LMMS, r"instruments/(e_piano_accord|piano)\d+"), (GCOMPRIS, r"instruments/.*/piano\.ogg")),
         programs=(0, 1, 2, 3),
     ),
     SoundClass(
         "shaker",
         ("a shaker", "a shaken rattle"),
         musical=False,
-        files=(
-            (LMMS, r"drums/shaker"),
-            (SCRATCH, r"/(Shaker|Rattle)"),
-            (GCOMPRIS, r"/(maracas|tambourine)\.ogg"),
-        ),
+        files=((LMMS, r"drums/shaker"), (SCRATCH, r"/(Shaker|Rattle)"), (GCOMPRIS, r"/(maracas|tambourine)\.ogg")),
         drums=(54, 69, 70, 82),
     ),
     SoundClass(
@@ -236,11 +208,7 @@ CLASSES: tuple[SoundClass, ...] = (
         "hi-hat",
         ("a hi-hat", "a ticking hi-hat"),
         musical=True,
-        files=(
-            (HYDROGEN, r"/(808_)?Hat"),
-            (LMMS, r"drums/hihat"),
-            (SONIC, r"drum_cymbal_(closed|pedal)"),
-        ),
+        files=((HYDROGEN, r"/(808_)?Hat"), (LMMS, r"drums/hihat"), (SONIC, r"drum_cymbal_(closed|pedal)")),
         drums=(42, 44, 46),
     ),
     SoundClass(
@@ -258,50 +226,29 @@ CLASSES: tuple[SoundClass, ...] = (
         "choir",
         ("a choir", "singing voices"),
         musical=True,
-        files=(
-            (SONIC, r"ambi_choir"),
-            (LMMS, r"choir01|chorus0"),
-            (SCRATCH, r"/Singer\d"),
-        ),
+        files=((SONIC, r"ambi_choir"), (LMMS, r"choir01|chorus0"), (SCRATCH, r"/Singer\d")),
         programs=(52, 53),
     ),
     SoundClass(
         "dog",
         ("a dog", "a barking dog"),
         musical=False,
-        files=(
-            (SCRATCH, r"/Dog\d"),
-            (GCOMPRIS, r"/(dog|LRBark.*)\.ogg"),
-            (TUX, r"dogs/(dog|fox)\.ogg"),
-        ),
+        files=((SCRATCH, r"/Dog\d"), (GCOMPRIS, r"/(dog|LRBark.*)\.ogg"), (TUX, r"dogs/(dog|fox)\.ogg")),
     ),
     SoundClass(
         "duck",
         ("a duck", "a quacking duck"),
         musical=False,
-        files=(
-            (SCRATCH, r"/(Duck|Goose)"),
-            (GCOMPRIS, r"/duck\.ogg"),
-            (TUX, r"birds/(drake|duck|gander)\.ogg"),
-        ),
+        files=((SCRATCH, r"/(Duck|Goose)"), (GCOMPRIS, r"/duck\.ogg"), (TUX, r"birds/(drake|duck|gander)\.ogg")),
     ),
     SoundClass(
         "organ",
         ("an organ", "organ notes"),
         musical=True,
-        files=(
-            (LMMS, r"instruments/(church|e)_organ"),
-            (GCOMPRIS, r"/(organ|accordion|harmonica)\.ogg"),
-        ),
+        files=((LMMS, r"instruments/(church|e)_organ"), (GCOMPRIS, r"/(organ|accordion|harmonica)\.ogg")),
         programs=(16, 17, 18, 19),
     ),
-    SoundClass(
-        "harp",
-        ("a harp", "harp strings"),
-        musical=True,
-        files=((GCOMPRIS, r"/harp\.ogg"),),
-        programs=(46,),
-    ),
+    SoundClass("harp", ("a harp", "harp strings"), musical=True, files=((GCOMPRIS, r"/harp\.ogg"),), programs=(46,)),
     SoundClass(
         "electric guitar",
         ("an electric guitar", "a distorted guitar"),
@@ -343,50 +290,32 @@ CLASSES: tuple[SoundClass, ...] = (
         "bird",
         ("a bird", "a singing bird"),
         musical=False,
-        files=(
-            (SCRATCH, r"/Bird\."),
-            (TUX, r"birds/(blackbird|lark|quetzal|cuckoo|seagull|tucan)\.ogg"),
-        ),
+        files=((SCRATCH, r"/Bird\."), (TUX, r"birds/(blackbird|lark|quetzal|cuckoo|seagull|tucan)\.ogg")),
         programs=(123,),
     ),
     SoundClass(
         "rooster",
         ("a rooster", "a crowing rooster"),
         musical=False,
-        files=(
-            (SCRATCH, r"/Rooster"),
-            (TUX, r"birds/(rooster|hen|turkey)\.ogg"),
-            (GCOMPRIS, r"/chickens\.ogg"),
-        ),
+        files=((SCRATCH, r"/Rooster"), (TUX, r"birds/(rooster|hen|turkey)\.ogg"), (GCOMPRIS, r"/chickens\.ogg")),
     ),
     SoundClass(
         "cat",
         ("a cat", "a meowing cat"),
         musical=False,
-        files=(
-            (SCRATCH, r"/(Cat|Kitten|Meow)\."),
-            (GCOMPRIS, r"/cat\.ogg"),
-            (TUX, r"blackcat\.ogg"),
-        ),
+        files=((SCRATCH, r"/(Cat|Kitten|Meow)\."), (GCOMPRIS, r"/cat\.ogg"), (TUX, r"blackcat\.ogg")),
     ),
     SoundClass(
         "sheep",
         ("a sheep", "a bleating sheep"),
         musical=False,
-        files=(
-            (TUX, r"bovines/(sheep|sheep_lamb|ram|goat|mountaingoat)\.ogg"),
-            (GCOMPRIS, r"/sheep\.ogg"),
-        ),
+        files=((TUX, r"bovines/(sheep|sheep_lamb|ram|goat|mountaingoat)\.ogg"), (GCOMPRIS, r"/sheep\.ogg")),
     ),
     SoundClass(
         "laser",
         ("a laser", "a zapping laser"),
         musical=False,
-        files=(
-            (LMMS, r"drums/zap"),
-            (SCRATCH, r"/(Laser|Zoop|Whoop)"),
-            (SONIC, r"elec_(twip|blip)"),
-        ),
+        files=((LMMS, r"drums/zap"), (SCRATCH, r"/(Laser|Zoop|Whoop)"), (SONIC, r"elec_(twip|blip)")),
     ),
     SoundClass(
         "explosion",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from af2_ray.audio.augment import EQ_KNOTS_HZ, equalised
 from af2_ray.audio.windows import SAMPLE_RATE
-from af2_ray.synth.curate import LEVEL, Clip, loudness
+from af2_ray.synth.sounds.curate import LEVEL, Clip, loudness
 
 NUM_VARIANTS = 8  # augmented copies of a training clip
 Wave = NDArray[np.float32]

@@ -15,11 +15,11 @@ import soundfile
 import soxr
 
 from af2_ray.audio.windows import SAMPLE_RATE
-from af2_ray.synth import packages
-from af2_ray.synth.bank import Bed
-from af2_ray.synth.catalogue import BEDS, CLASSES, SoundClass
-from af2_ray.synth.curate import LEVEL, MAX_S, MIN_S, SHARES, Clip, Wave, assign_splits, make_clip, pieces
-from af2_ray.synth.render import RENDERERS, Phrase, noise_bed, pad_bed, play, render, speak
+from af2_ray.synth.sounds import packages
+from af2_ray.synth.sounds.bank import Bed
+from af2_ray.synth.sounds.catalogue import BEDS, CLASSES, SoundClass
+from af2_ray.synth.sounds.curate import LEVEL, MAX_S, MIN_S, SHARES, Clip, Wave, assign_splits, make_clip, pieces
+from af2_ray.synth.sounds.render import RENDERERS, Phrase, noise_bed, pad_bed, play, render, speak
 
 log = logging.getLogger(__name__)
 
