@@ -17,8 +17,8 @@ from af2_ray.runs.run import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "tests" / "fixtures" / "run_8aa4614.tar.xz"
-"""What commit 8aa4614 left of `jobs/train.py tiny` with the overrides in it, killed at step 4 of 10: checkpoints without
-digests, marks without seals. Steps that are finished are there without their weights, but for those that are read."""
+"""What commit 8aa4614 left of `jobs/train.py tiny` with the overrides in it, killed after step 4 of 30: checkpoints have no
+digests, marks no seals. Of finished steps those weights are there that are read again."""
 
 
 def test_a_stored_run_goes_on(tmp_path: Path) -> None:
@@ -35,9 +35,9 @@ def test_a_stored_run_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = tmp_path / "runs/old/stages/only"
     rows = read_metrics(folder)
-    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows] == list(range(1, 31))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["step"] == 1 for line in lines) == 1, "it did not begin anew"
-    assert json.loads((folder / "done.json").read_text())["steps"] == 10
+    assert json.loads((folder / "done.json").read_text())["steps"] == 30
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.max_text_tokens is None, "its start is of a version that did not tell"
