@@ -38,8 +38,8 @@ class AudioMemory:
     """A byte-bounded LRU of clips.
 
     Args:
-        project: makes what the LM hears of audio states [A, D] of so many windows.
-        states_bytes, heard_bytes: what a clip of so many windows takes.
+        project: function from audio states [A, D], and their number of windows, to what the LM hears of them.
+        states_bytes, heard_bytes: bytes of a clip of so many windows.
         limit_bytes: bound of all that is kept; a single request that needs more gets it while nothing else is pinned.
     """
 
@@ -65,7 +65,7 @@ class AudioMemory:
 
     @property
     def num_bytes(self) -> int:
-        """What the kept clips take, and what is promised to pinned ones."""
+        """Bytes that kept clips take, and that pinned ones will take."""
         kept = sum(self._bytes(clip.num_windows, clip.heard is not None) for clip in self._clips.values())
         coming = sum(self._bytes(num, True) for key, num in self._windows.items() if key not in self._clips)
         return kept + coming
@@ -84,7 +84,7 @@ class AudioMemory:
         self._shrink()
 
     def unpin(self, keys: Iterable[str]) -> None:
-        """Let go."""
+        """End one hold of each clip."""
         for key in keys:
             self._pins[key] -= 1
             if not self._pins[key]:

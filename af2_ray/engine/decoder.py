@@ -24,7 +24,7 @@ class Decoder:
     """A model's running rows.
 
     Args:
-        num_slots: how many rows can run at one time.
+        num_slots: number of rows that can run at one time.
         room: text tokens, prompt and answer, that a row has room for at first.
     """
 
@@ -58,7 +58,7 @@ class Decoder:
         Args:
             prompts: token ids of each.
             max_new: tokens that each answer may take.
-            clips: of each, in the order of its `<audio>` markers: pairs of a key and what the LM hears of that clip.
+            clips: pairs of a clip's key and what the LM hears of it, for each prompt, in the order of its markers.
 
         Returns:
             Logits [R, V] of the first token of each answer.

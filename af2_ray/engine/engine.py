@@ -68,10 +68,10 @@ class Engine:
         *,
         max_windows: int | None = None,
     ) -> None:
-        """Get ready.
+        """Make the caches and slots of a model.
 
         Args:
-            max_windows: the longest clip; none: the longest that the model was trained on.
+            max_windows: windows of the longest clip; none: those of the longest that the model was trained on.
         """
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
         self.max_windows = max_windows or int(model.config.max_windows)
@@ -291,7 +291,7 @@ class Engine:
             clips = [[(clip.key, self.memory.heard(clip.key)) for clip in t.request.clips] for t in batch]
             max_new = [ticket.request.max_new_tokens for ticket in batch]
             logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
-        except Exception:  # the model may raise anything; it is logged, and the caller is told
+        except Exception:  # the model may raise anything; it is logged, and the caller gets an answer
             logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])
             if len(batch) == 1:
                 self._leave(batch[0], _FAILED)

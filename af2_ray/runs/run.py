@@ -67,7 +67,7 @@ class Run:
 
     Attributes:
         root: the directory, on this machine.
-        uri: where object storage keeps it; none: it is in `root` and nowhere else.
+        uri: address in object storage; none: it is in `root` and nowhere else.
     """
 
     root: Path
@@ -260,8 +260,8 @@ def _names(root: Path) -> list[str]:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    told = path.stat()
-    return told.st_size, told.st_mtime_ns
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

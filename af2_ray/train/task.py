@@ -121,7 +121,7 @@ def _heard(windows: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ClapTask:
-    """AF-CLAP's composition-aware contrastive loss over the clips of all ranks (PAPER 1)."""
+    """AF-CLAP's composition-aware contrastive loss over the clips of all ranks (docs/paper.md, "AF-CLAP")."""
 
     start: str | Path
     clap: Clap
