@@ -1,4 +1,4 @@
-"""The Ray cluster: whether a recipe fits on it, found out in seconds instead of waiting for ever; items to results.
+"""The Ray cluster: whether a recipe fits on it, said in seconds instead of waiting for ever; rows to results.
 
 Ray itself keeps an infeasible request pending without end. An autoscaling cluster is asked for what it may grow to, not
 for what it has now.
@@ -44,7 +44,7 @@ def connect(**options: Any) -> Any:
 
 
 def _lacking(variables: dict[str, str]) -> dict[str, str]:
-    """Those that the job's own runtime environment does not set: Ray takes none twice.
+    """The variables that the job's own runtime environment does not set: Ray takes none twice.
 
     Raises:
         ValueError: it sets one to another value.
@@ -73,7 +73,7 @@ def capacity() -> dict[str, float]:
 
 
 def prospect() -> dict[str, float] | None:
-    """What the cluster has that is connected, or would be: one that runs already, or this machine.
+    """What the connected cluster has; where none is, what one would have that runs already, or this machine.
 
     None in a task or an actor of a cluster, whose nodes may be on their way yet.
     """

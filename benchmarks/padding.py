@@ -72,7 +72,7 @@ class Mix:
         self.windows = window_counts(self.table, WINDOWS[stage])
 
     def plan(self, budget: Budget) -> Plan[Any]:
-        """Ours."""
+        """The plan of `batching` over the mix."""
         return plan(self.table, windows=self.windows, text_lengths=self.texts, budget=budget, seed=0)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_YET_CHECKED = (
+NOT_YET_CHECKED: tuple[str, ...] = (
     "af2_ray/evaluate",
     "af2_ray/tune",
     "af2_ray/synth",

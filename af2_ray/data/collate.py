@@ -39,7 +39,7 @@ ItemT = TypeVar("ItemT", Sample, CaptionSet)
 
 @dataclass(frozen=True)
 class _Batch:
-    """What both batches carry beside their tensors, and the way through the object store."""
+    """The fields that both batches have beside their tensors, and their way through the object store."""
 
     row: int  # its number in the plan
     num_clips: int  # planned, the failed ones included

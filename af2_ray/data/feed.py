@@ -220,5 +220,5 @@ def iter_batches(shard: DataIterator, batch_type: type[BatchT], *, prefetch: int
 
 
 def iter_local(plan: Plan[Any], collator: Collator, *, start: int = 0) -> Iterator[Any]:
-    """The same batches in this process, without Ray: for evaluation, and as the truth that tests compare with."""
+    """The same batches in this process, without Ray: for evaluation, and as the reference that tests compare with."""
     return (collator(row).tensors() for row in plan.rows(start))

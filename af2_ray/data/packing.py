@@ -229,7 +229,7 @@ def fill_rows(
     budget: Budget,
     rng: np.random.Generator,
 ) -> Rows:
-    """Pack encodings into rows under the budget; who meets whom among the alike is drawn."""
+    """Pack encodings into rows under the budget; which ones of like length share a row is drawn at random."""
     if len(entries) == 0:
         return Rows.empty()
     first = entries[clip_starts[:-1]]

@@ -56,7 +56,7 @@ class RowsAudio:
 
     @classmethod
     def of_prompts(
-        cls, heard: Sequence[ClipsKV | None], markers: Tensor, lengths: Sequence[int], places: Mapping[int, int]
+        cls, rows_kv: Sequence[ClipsKV | None], markers: Tensor, lengths: Sequence[int], places: Mapping[int, int]
     ) -> Self | None:
         """The audio of prompts padded on the right: a text token hears the clips whose `<audio>` is at or before it.
 
@@ -65,7 +65,7 @@ class RowsAudio:
             places: place in the keys and values of each LM layer that hears, by the layer's index.
         """
         groups, hears = [], torch.zeros((*markers.shape, 1), dtype=torch.bool, device=markers.device)
-        for row, (clips, length) in enumerate(zip(heard, lengths, strict=True)):
+        for row, (clips, length) in enumerate(zip(rows_kv, lengths, strict=True)):
             if clips is None:
                 continue
             counts = torch.tensor(clips.lengths, device=markers.device)
@@ -82,19 +82,19 @@ class RowsAudio:
 
     @classmethod
     def of_running(
-        cls, heard: Sequence[ClipsKV | None], places: Mapping[int, int], device: torch.device
+        cls, rows_kv: Sequence[ClipsKV | None], places: Mapping[int, int], device: torch.device
     ) -> Self | None:
         """The audio for one more token of every running row."""
         rows: dict[tuple[str, ...], list[int]] = {}
         kvs: dict[tuple[str, ...], Tensor] = {}
-        for row, clips in enumerate(heard):
+        for row, clips in enumerate(rows_kv):
             if clips is not None:
                 rows.setdefault(clips.keys, []).append(row)
                 kvs.setdefault(clips.keys, clips.kv)
         if not rows:
             return None
         groups = [_Group(torch.tensor(rows[keys], device=device), kv, 1) for keys, kv in kvs.items()]
-        hears = torch.tensor([clips is not None for clips in heard], device=device)
+        hears = torch.tensor([clips is not None for clips in rows_kv], device=device)
         return cls(groups, hears[:, None, None], places)
 
     def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ class RowsAudio:
             keys, values = group.kv[place, :, None]  # [1, H, A, d] each
             if group.length == 1:  # one token of each row: the rows are queries of one
                 queries = q[group.rows, :, 0].transpose(0, 1)[None]
-                heard = nnf.scaled_dot_product_attention(queries, keys, values)
-                out[group.rows, :, 0] = heard[0].transpose(0, 1)
+                states = nnf.scaled_dot_product_attention(queries, keys, values)
+                out[group.rows, :, 0] = states[0].transpose(0, 1)
             else:
                 queries = q[group.rows, :, : group.length]
-                heard = nnf.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
-                out[group.rows, :, : group.length] = heard
+                states = nnf.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
+                out[group.rows, :, : group.length] = states
         return out
 
 
@@ -141,7 +141,7 @@ class Projection:
         """Bytes of a clip's audio states."""
         return num_windows * self.tokens_per_window * self._token_bytes
 
-    def heard_bytes(self, num_windows: int) -> int:
+    def projected_bytes(self, num_windows: int) -> int:
         """Bytes of what the LM hears of a clip."""
         itemsize = self._model.dtype.itemsize
         if self.is_prefix:

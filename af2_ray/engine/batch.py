@@ -1,9 +1,9 @@
 """Answers to many questions by the serving engine: whole manifests, in this process or on the actors of a Ray cluster.
 
 The work is cut into chunks of questions about clips of like length, long ones first, all questions of a clip in one
-chunk, so the engine's slots stay full and a clip is encoded once. What labels a million clips keeps a file a chunk,
-written when it is whole: a job that was stopped goes on with the chunks that have none. At last the files are joined in
-input order.
+chunk, so the engine's slots stay full and a clip is encoded once. A job that labels a million clips keeps a file a
+chunk, written when it is whole: after a stop it goes on with the chunks that have no file. At last the files are joined
+in input order.
 
 Decoding runs in threads a little ahead of the engine: a bounded number of clips is in memory, whatever the chunk.
 """

@@ -61,7 +61,7 @@ class Encoder:
         self._clips.setdefault(key, _Coming(windows))
 
     def drop(self, key: str) -> None:
-        """Nobody waits for this clip any more."""
+        """Drop a clip that nobody waits for any more."""
         self._clips.pop(key, None)
 
     def step(self) -> dict[str, Tensor | None]:

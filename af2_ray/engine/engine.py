@@ -78,7 +78,7 @@ class Engine:
         self.counts = Counts()
         self._projection = project = Projection(model)
         memory_bytes, budget = self.settings.audio_memory_mb * 2**20, self.settings.encode_windows
-        self.memory = AudioMemory(project, project.states_bytes, project.heard_bytes, memory_bytes)
+        self.memory = AudioMemory(project, project.states_bytes, project.projected_bytes, memory_bytes)
         self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
         room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens
         self._decoder = Decoder(
@@ -288,7 +288,7 @@ class Engine:
     def _prefill(self, batch: list[Ticket]) -> None:
         """Prefill together; if that fails, each alone, so that the one at fault fails alone (memory, for instance)."""
         try:
-            clips = [[(clip.key, self.memory.heard(clip.key)) for clip in t.request.clips] for t in batch]
+            clips = [[(clip.key, self.memory.projected(clip.key)) for clip in t.request.clips] for t in batch]
             max_new = [ticket.request.max_new_tokens for ticket in batch]
             logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
         except Exception:  # the model may raise anything; it is logged, and the caller gets an answer

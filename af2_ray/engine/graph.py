@@ -41,7 +41,7 @@ class StepGraph:
         self._works = True
 
     def forget(self) -> None:
-        """The rows, or what they hear, are others from now on."""
+        """Drop the recording: the rows, or the clips that they hear, have changed."""
         self._room = self._steps = 0
 
     def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:

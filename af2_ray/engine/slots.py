@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SlotLayer(CacheLayerMixin):
-    """One LM layer's text keys and values, [S, H, L, d]; what an update does is said by the cache."""
+    """One LM layer's text keys and values, [S, H, L, d]; the cache says what an update does."""
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class SlotCache(Cache):
         return self.places[:, None], mask[:, None, None]
 
     def after_decode(self) -> None:
-        """Every row has one token more."""
+        """Count one more token of every row."""
         self.lengths = [length + 1 for length in self.lengths]
 
     def remove(self, row: int) -> None:

@@ -154,7 +154,7 @@ class AfClapModel(PreTrainedModel):
     def _pool_windows(self, waveforms: Tensor, share: Tensor) -> Tensor:
         """Mean and moments [S, P * D]. The tower learns from the mean alone, the head reads the moments as they are.
 
-        Heads on a frozen tower tell order as well (0.95 of mirrored pairs), and a tower that learned from moments gave
+        Heads on a frozen tower learn order as well (0.95 of mirrored pairs), and a tower that learned from moments gave
         the language model worse features (identification 0.50 against 0.63).
         """
         features = self.audio_tower(waveforms)  # [S, F, D]

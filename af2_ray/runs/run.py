@@ -131,12 +131,12 @@ class Run:
         return self.stage_dir(self.recipe.stages[-1].name) / "model"
 
     def quarantine(self) -> Quarantine:
-        """The run's list of what is set aside, as far as it goes; for one process at a time."""
+        """The run's list of what is set aside so far; for one process at a time."""
         path = self.root / "quarantine.jsonl"
         return Quarantine(str(path), self.recipe.faults.max_bad_share, name=self.address(path))
 
     def address(self, folder: Path) -> str:
-        """What every machine may call a folder (or file) of this run."""
+        """The address under which every machine finds a folder (or file) of this run."""
         return str(folder) if self.uri is None else f"{self.uri}/{folder.relative_to(self.root)}"
 
     def fetched(self, folder: Path) -> Path:

@@ -132,7 +132,7 @@ class Tracker:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Around all of a run's work: what ends it early leaves none of its MLflow runs as if it still ran."""
+        """A context around all of a run's work: if that ends early, none of its MLflow runs is left as running."""
         try:
             yield
         except BaseException as error:

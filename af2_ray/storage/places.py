@@ -256,7 +256,7 @@ def within(seconds: float, call: Callable[[], ResultT]) -> ResultT:
     """What `call` returns or raises.
 
     Raises:
-        Late: it takes longer. What hangs goes on in a thread of its own and is heard no more.
+        Late: it takes longer. The call then goes on in a thread of its own, and its result is dropped.
     """
     outcome: list[Any] = []
     done = threading.Event()

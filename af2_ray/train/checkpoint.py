@@ -3,7 +3,7 @@
 Engine state (what trains, optimiser, schedule) through DeepSpeed without the frozen parameters, which come from the
 stage's start; each rank's random state; the step; in `checkpoint.json` how many workers and which recipe made it and
 what was reported since the checkpoint before; and in `part_RANK.json` a digest of every file of that rank, written by
-the thread that uploads them. A 3B model with a frozen LM so saves only what trains. Ray Train registers a checkpoint
+the thread that uploads them. So a 3B model with a frozen LM saves only what trains. Ray Train registers a checkpoint
 once all of it has reached storage, so a half-written one is never gone on from; one that was damaged since is found by
 its digests (`mend`). DeepSpeed unpickles what it loads, which can run any code: digests show damage, not who wrote a
 file (docs/security.md).
@@ -158,7 +158,7 @@ def latest(recipe: str) -> Iterator[Saved | None]:
 
 
 def read_saved(folder: Path, recipe: str, *, checked: bool = False) -> Saved:
-    """What a checkpoint folder says of itself, once its files are as they were written.
+    """Check the files of a checkpoint folder, and return what it says of itself.
 
     Args:
         checked: whether another process of this node has checked the files.

@@ -1,4 +1,4 @@
-"""The disk that a run takes: a forecast before it starts, and what of a run may go once it is done.
+"""Disk space of a run: a forecast before it starts, and what can be removed once it is done.
 
 The forecast is arithmetic: four bytes a parameter of an export, twelve or fourteen a trained one of a checkpoint, one
 checkpoint more than are kept (the next is written before the oldest goes), 70 MB an hour of a corpus. It is an upper

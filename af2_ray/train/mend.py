@@ -1,4 +1,4 @@
-"""The checkpoints of a job, looked through before it goes on from them.
+"""Check the checkpoints of a job before it goes on from one, and set the damaged ones aside.
 
 Ray Train lists a job's checkpoints in a snapshot and takes the last one as it is; a damaged file, or a listed folder
 that is gone, ends the job at every start. Here the newest checkpoint whose files are all as they were written is found,

@@ -116,11 +116,11 @@ def cache_stages(run: Run) -> None:
             _features(run, stage, start, plan_stage(run, stage, tokenizer))
 
 
-def _features(run: Run, stage: Stage, start: Path, made: Plan[Sample]) -> FeatureStore:
+def _features(run: Run, stage: Stage, start: Path, plan: Plan[Sample]) -> FeatureStore:
     """What the tower that a stage starts from makes of the stage's clips, kept in the run."""
     recipe = run.recipe
     return cache_features(
-        made,
+        plan,
         run.address(start),
         run.root / "features",
         settings=recipe.feature_cache,

@@ -1,6 +1,6 @@
 """Figures of a run beside its loss: speed, MFU, memory, open gates, gradient norms by group.
 
-Cheap things at every step; what needs collectives or a pass over the parameters only with a report.
+Cheap figures are taken at every step; those that need collectives or a pass over the parameters, only with a report.
 """
 
 from __future__ import annotations
