@@ -37,10 +37,10 @@ SECTIONS = ("Args:", "Attributes:")
 CLOSED_DOCUMENTS = "|".join(("PAP" + "ER", "GOLD" + "EN", "DES" + "IGN"))
 
 
-def files(*folders: str) -> Iterator[Path]:
+def files(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> Iterator[Path]:
     for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if not path.relative_to(ROOT).as_posix().startswith(NOT_YET_CHECKED):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in suffixes and not path.relative_to(ROOT).as_posix().startswith(NOT_YET_CHECKED):
                 yield path
 
 
@@ -100,7 +100,7 @@ def test_each_description_begins_with_a_noun() -> None:
 def lines_with(pattern: str, *folders: str) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in files(*folders)
+        for path in files(*folders, suffixes=(".py", ".yaml", ".html", ".md"))
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(pattern, line)
     ]

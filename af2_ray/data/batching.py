@@ -95,7 +95,7 @@ class Plan(Generic[ItemT]):
 # --- Planning ----------------------------------------------------------------------------------------------------
 
 
-def plan(
+def plan_epoch(
     samples: Sequence[Sample],
     *,
     windows: Sequence[int] | Index,

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from af2_ray.config import Dataset, Stage
-from af2_ray.data.batching import Plan, plan, plan_steps, text_lengths, window_counts
+from af2_ray.data.batching import Plan, plan_epoch, plan_steps, text_lengths, window_counts
 from af2_ray.data.collate import AudioSource, LmCollator
 from af2_ray.data.durations import fill_durations
 from af2_ray.data.feature_store import FeatureStore
@@ -139,7 +139,7 @@ def validation_bands(run: Run, stage: Stage, tokenizer: Any) -> tuple[Band, ...]
         samples = [sample for dataset in band.validation for sample in usable_samples(run, dataset)]
         if not samples:
             continue
-        made = plan(
+        made = plan_epoch(
             samples,
             windows=window_counts(samples, band.max_windows),
             text_lengths=text_lengths(tokenizer, samples, max_tokens=max_tokens),
