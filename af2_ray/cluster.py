@@ -1,4 +1,4 @@
-"""The Ray cluster: whether a recipe fits on it, found out in seconds instead of waiting for ever; items to results.
+"""The Ray cluster: whether a recipe fits on it, said in seconds instead of waiting for ever; rows to results.
 
 Ray itself keeps an infeasible request pending without end. An autoscaling cluster is asked for what it may grow to, not
 for what it has now.
@@ -44,7 +44,7 @@ def connect(**options: Any) -> Any:
 
 
 def _lacking(variables: dict[str, str]) -> dict[str, str]:
-    """Those that the job's own runtime environment does not set: Ray takes none twice.
+    """The variables that the job's own runtime environment does not set: Ray takes none twice.
 
     Raises:
         ValueError: it sets one to another value.
@@ -73,7 +73,7 @@ def capacity() -> dict[str, float]:
 
 
 def prospect() -> dict[str, float] | None:
-    """What the cluster has that is connected, or would be: one that runs already, or this machine.
+    """What the connected cluster has; where none is, what one would have that runs already, or this machine.
 
     None in a task or an actor of a cluster, whose nodes may be on their way yet.
     """
@@ -147,7 +147,7 @@ def map_on_ray(
     """Results of rows on the connected cluster, each as it is done: a row is one task of one actor.
 
     Args:
-        worker: called with `args` once an actor, then with each of its rows.
+        worker: class that each actor makes once, with `args`, and then calls with each of its rows.
         prepare: a function of a row that runs before, in tasks of `prepare_cpus` each: decoding, for instance.
     """
     import ray.data
@@ -167,7 +167,7 @@ def map_on_ray(
     yield from done.iter_rows()
 
 
-def places(cluster: Cluster, *, use_gpu: bool) -> int:
+def workers_that_fit(cluster: Cluster, *, use_gpu: bool) -> int:
     """How many workers the nodes hold, each on one node."""
     worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -184,7 +184,7 @@ def preflight(cluster: Cluster, *, wait_s: float = WAIT_S, in_sweep: bool = Fals
     """Fail if the cluster can never hold the recipe's workers, or does not have them free within `wait_s` seconds.
 
     Args:
-        in_sweep: the workers of a trial, which holds a little itself.
+        in_sweep: whether the workers are of a trial, which holds a little itself.
 
     Raises:
         ValueError: the recipe asks for more than the cluster has or may grow to; the message names what is missing.
@@ -201,7 +201,11 @@ def preflight(cluster: Cluster, *, wait_s: float = WAIT_S, in_sweep: bool = Fals
             f"{num_workers} of {cluster.cpus_per_worker:g} CPUs; lower them, or start more nodes"
         )
     whole = not shortage(need, ray.cluster_resources())
-    if whole and capacity() == ray.cluster_resources() and places(cluster, use_gpu=uses_gpu(cluster)) < num_workers:
+    if (
+        whole
+        and capacity() == ray.cluster_resources()
+        and workers_that_fit(cluster, use_gpu=uses_gpu(cluster)) < num_workers
+    ):
         raise ValueError(
             f"{num_workers} workers of {cluster.cpus_per_worker:g} CPUs: each has to fit on one node, and the nodes of "
             "this cluster have enough only together; lower cluster.cpus_per_worker, or start larger nodes"

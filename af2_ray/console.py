@@ -163,7 +163,7 @@ def table(*headings: str, title: str = "", num_left: int = 1) -> Table:
     """A table that fits 80 columns: no sides, no wrapped cells. Headings may have two lines.
 
     Args:
-        num_left: so many columns have words and are aligned left, the others have numbers.
+        num_left: number of columns that have words and are aligned left; the others have numbers.
     """
     result = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for place, heading in enumerate(headings):

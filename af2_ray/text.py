@@ -1,7 +1,8 @@
-"""Prompts, special tokens and label masks: `<audio>{prompt}<SEP>{answer}<|endofchunk|>{eos}` (GOLDEN: Text and labels).
+"""Prompts, special tokens and label masks: `<audio>{prompt}<SEP>{answer}<|endofchunk|>{eos}`.
 
-Prompt and answer are stripped and lower-cased, as the reference does. Where the reference drops every label of a sample
-whose end was truncated away, the answer tokens that are there keep theirs, and truncations are counted.
+Prompt and answer are stripped and lower-cased, as in the reference (docs/paper.md, "Text and labels"). Where
+the reference drops every label of a sample whose end was truncated away, the answer tokens that are there keep theirs,
+and truncations are counted.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(ids[0])
 
 
-def normalise(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Lower-cased and stripped, as every prompt and answer is."""
     return text.lower().strip()
 
 
 def format_prompt(prompt: str, num_audios: int = 1) -> str:
     """The prompt through `<SEP>`: a marker for each audio first, unless the prompt places its own `<audio>` markers."""
-    text = normalise(prompt)
+    text = normalise_text(prompt)
     placed = text.count(AUDIO)
     if placed and placed != num_audios:
         raise ValueError(f"the prompt has {placed} {AUDIO} markers for {num_audios} audios: one each, or none at all")
@@ -81,7 +82,7 @@ def encode(
     texts = list(prompts) if formatted else [format_prompt(prompt, count) for prompt, count in pairs]
     if answers is not None:
         ending = END_OF_CHUNK + (tokenizer.eos_token or "")
-        texts = [text + normalise(answer) + ending for text, answer in zip(texts, answers, strict=True)]
+        texts = [text + normalise_text(answer) + ending for text, answer in zip(texts, answers, strict=True)]
     rows: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     lengths = np.array([min(len(row), max_tokens) for row in rows], np.int64)
     width = int(lengths.max(initial=0))
@@ -134,5 +135,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((normalise(text) for text in texts), trainer)
+    tokenizer.train_from_iterator((normalise_text(text) for text in texts), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False)

@@ -1,8 +1,9 @@
 """Memory and time of AF-CLAP's loss with its backward pass against the batch: ours beside the formula written down.
 
-The formula (PAPER 1) makes the table of all similarities, clips x captions, and autograd keeps it several times over.
-Ours takes a part of the rows at a time. Caption sets as in the paper (M = N = 3, joint width 512; 256 with --quick),
-float32, one process that holds the whole batch; features and their gradients are the same for both.
+The formula (docs/paper.md, "AF-CLAP") makes the table of all similarities, clips x captions, and autograd keeps it
+several times over. Ours takes a part of the rows at a time. Caption sets are as in the paper (M = N = 3, joint width
+512; 256 with --quick), in float32, in one process that holds the whole batch; features and their gradients are the same
+for both.
 
 Peak memory: a process of its own for each point, whose allocator hands every tensor back to the kernel when it is
 freed; from the peak of the second pass goes what the process held before it (features, and the gradients' place), so

@@ -37,7 +37,7 @@ import soxr
 
 from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Budget
-from af2_ray.data.batching import Plan, plan, window_counts
+from af2_ray.data.batching import Plan, plan_epoch, window_counts
 from af2_ray.data.samples import Sample
 
 CORES = 2
@@ -115,7 +115,7 @@ def planned(paths: list[str]) -> Plan[Sample]:
     ]
     budget = Budget(windows_per_row=64, text_tokens_per_row=2048, questions_per_clip=1, step_batches=2)
     lengths = np.full(len(samples), 12)
-    return plan(samples, windows=window_counts(samples, MAX_WINDOWS), text_lengths=lengths, budget=budget, seed=0)
+    return plan_epoch(samples, windows=window_counts(samples, MAX_WINDOWS), text_lengths=lengths, budget=budget, seed=0)
 
 
 def run_feed(made: Plan[Sample], collator: Any) -> int:

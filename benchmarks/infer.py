@@ -27,7 +27,7 @@ from serve import build, engine_of
 from af2_ray.audio.decode import decode
 from af2_ray.audio.hear import Stretch
 from af2_ray.audio.windows import to_windows
-from af2_ray.engine.batch import Limits, Question, answer_all
+from af2_ray.engine.batch import AnswerLimits, Question, answer_all
 from af2_ray.text import format_prompt
 
 NUM_SLOTS = 16
@@ -57,11 +57,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         asked = write_files(Path(folder), 16 if quick else 64, rng)
         warm = write_files(Path(folder), 1, rng)
-        answer_all(engine_of(parts, NUM_SLOTS), warm, Limits(30, 2))
+        answer_all(engine_of(parts, NUM_SLOTS), warm, AnswerLimits(30, 2))
 
         engine = engine_of(parts, NUM_SLOTS)
         started = time.perf_counter()
-        results = answer_all(engine, asked, Limits(30, max_new_tokens))
+        results = answer_all(engine, asked, AnswerLimits(30, max_new_tokens))
         engine_s = time.perf_counter() - started
 
         started, texts = time.perf_counter(), []

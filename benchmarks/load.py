@@ -118,8 +118,8 @@ def look(load: Load, since: float) -> dict[str, float]:
             memory += process.memory_full_info().pss
         except psutil.Error:
             continue  # it ended meanwhile
-    told = {"replicas": replicas, "windows": load.windows, "clients": load.wanted, "memory_mib": memory / 2**20}
-    return {"t": time.monotonic() - since, **told}
+    counts = {"replicas": replicas, "windows": load.windows, "clients": load.wanted, "memory_mib": memory / 2**20}
+    return {"t": time.monotonic() - since, **counts}
 
 
 def counted(url: str, name: str) -> float:

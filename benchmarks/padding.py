@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from af2_ray.config import Budget
-from af2_ray.data.batching import Plan, plan, window_counts
+from af2_ray.data.batching import Plan, plan_epoch, window_counts
 from af2_ray.data.blend import BUCKET_EDGES_S
 from af2_ray.data.columns import SampleTable
 from af2_ray.data.packing import Rows, audio_cost, max_by, text_cost
@@ -72,8 +72,8 @@ class Mix:
         self.windows = window_counts(self.table, WINDOWS[stage])
 
     def plan(self, budget: Budget) -> Plan[Any]:
-        """Ours."""
-        return plan(self.table, windows=self.windows, text_lengths=self.texts, budget=budget, seed=0)
+        """The plan of `batching` over the mix."""
+        return plan_epoch(self.table, windows=self.windows, text_lengths=self.texts, budget=budget, seed=0)
 
 
 # --- The others --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from af2_ray.config import Budget
-from af2_ray.data.batching import plan, window_counts
+from af2_ray.data.batching import plan_epoch, window_counts
 from af2_ray.data.blend import blend
 from af2_ray.data.columns import SampleTable
 
@@ -73,7 +73,7 @@ def measure_plan(num: int) -> dict[str, float]:
     budget = Budget(windows_per_row=64, text_tokens_per_row=2048, questions_per_clip=3, step_batches=WORKERS)
     wall, cpu = time.perf_counter(), time.process_time()
     index = blend([(table, 1.0)], epoch=0, seed=0)
-    made = plan(table, windows=window_counts(table, 9), text_lengths=texts, budget=budget, seed=0, index=index)
+    made = plan_epoch(table, windows=window_counts(table, 9), text_lengths=texts, budget=budget, seed=0, index=index)
     return {
         "samples": num,
         "seconds": time.process_time() - cpu,
@@ -119,7 +119,9 @@ def measure_feed(num_rows: int) -> float:
             }
         )
         budget = Budget(windows_per_row=1, text_tokens_per_row=512, questions_per_clip=1, step_batches=2)
-        made = plan(table, windows=window_counts(table, 1), text_lengths=np.full(num_rows, 12), budget=budget, seed=0)
+        made = plan_epoch(
+            table, windows=window_counts(table, 1), text_lengths=np.full(num_rows, 12), budget=budget, seed=0
+        )
         ray.get([rank.load.remote() for rank in ranks])
         started = time.perf_counter()
         dataset = make_dataset(made, LmCollator(tokenizer, max_windows=1))

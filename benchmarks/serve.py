@@ -111,7 +111,7 @@ def make_requests(num: int, rng: np.random.Generator, longest: int) -> list[Requ
 
 
 def engine_of(parts: tuple[Model, PreTrainedTokenizerBase], num_slots: int) -> Engine:
-    """An engine that has heard nothing."""
+    """A new engine, with nothing in its memory."""
     return Engine(*parts, Serve(num_slots=num_slots, audio_memory_mb=512, request_timeout_s=3600.0))
 
 

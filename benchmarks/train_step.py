@@ -44,7 +44,7 @@ from transformers import AutoTokenizer
 
 from af2_ray import console
 from af2_ray.config import Recipe, load_recipe
-from af2_ray.data.batching import plan, text_lengths, window_counts
+from af2_ray.data.batching import plan_epoch, text_lengths, window_counts
 from af2_ray.data.collate import LmCollator
 from af2_ray.data.feed import iter_local
 from af2_ray.data.manifest import read_samples
@@ -149,7 +149,7 @@ def steps_of(recipe: Recipe, run: Run) -> Recipe:
     tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
     lengths = text_lengths(tokenizer, samples, max_tokens=recipe.model.max_text_tokens)
     windows = window_counts(samples, stage.max_windows)
-    epoch = plan(samples, windows=windows, text_lengths=lengths, budget=stage.budget, seed=recipe.seed)
+    epoch = plan_epoch(samples, windows=windows, text_lengths=lengths, budget=stage.budget, seed=recipe.seed)
     last = stage.model_copy(update={"steps": EPOCHS * epoch.num_steps, "checkpoint_every": 10**6})
     return recipe.model_copy(update={"stages": [*recipe.stages[:-1], last]})
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from af2_ray.data.manifest import read_samples
     from af2_ray.data.samples import fingerprint
     from af2_ray.engine.batch import (
-        Limits,
+        AnswerLimits,
         answer_on_ray,
         join,
         model_facts,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = f"{len(questions)} questions in {len(chunks)} chunks, {len(there)} done before"
     console.heading(f"{counts}; {len(refused)} set aside")
     left = {number: chunk for number, chunk in enumerate(chunks) if number not in there}
-    limits = Limits(max_windows, args.max_new_tokens)
+    limits = AnswerLimits(max_windows, args.max_new_tokens)
     done, errors = 0, len(refused)
     with console.cluster(scratch("infer")), console.bar("chunks", len(chunks)) as update:
         found = answer_on_ray(model, left, settings, limits, server_actors(settings, args.actors))

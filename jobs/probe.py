@@ -18,7 +18,7 @@ from af2_ray.config import Recipe, Stage, load_recipe
 from af2_ray.storage.places import allow
 
 if TYPE_CHECKING:
-    from af2_ray.train.memory_probe import Found
+    from af2_ray.train.memory_probe import LargestBudget
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def device_gib(recipe: Recipe) -> float:
     return float(psutil.virtual_memory().total / 2**30 / recipe.cluster.num_workers)
 
 
-def with_budgets(recipe: Recipe, found: list[Found]) -> Recipe:
+def with_budgets(recipe: Recipe, found: list[LargestBudget]) -> Recipe:
     """The recipe with the budgets found, and as many rows a step as keep its windows about as they are."""
     stages = []
     for stage, best in zip(recipe.stages, found, strict=True):
@@ -68,7 +68,7 @@ def with_budgets(recipe: Recipe, found: list[Found]) -> Recipe:
     return recipe.model_copy(update={"stages": stages})
 
 
-def _with_budget(stage: Stage, best: Found, num_workers: int) -> Stage:
+def _with_budget(stage: Stage, best: LargestBudget, num_workers: int) -> Stage:
     budget = stage.budget
     rows = budget.step_batches * budget.windows_per_row / best.windows_per_row
     update = {
@@ -80,7 +80,7 @@ def _with_budget(stage: Stage, best: Found, num_workers: int) -> Stage:
     return stage.model_copy(update={"budget": budget.model_copy(update=update)})
 
 
-def table_of(found: Found) -> Table:
+def table_of(found: LargestBudget) -> Table:
     """The trials of a stage."""
     title = f"{found.windows_per_row} windows x {found.text_tokens_per_row} text tokens a row"
     table = console.table("row", "windows", "text tokens", "GiB", "s", title=title)

@@ -1,4 +1,4 @@
-"""A recording as another microphone and another room could have made it: what a caption says of it stays true."""
+"""A recording as another microphone in another room could have made it; its captions stay true."""
 
 from __future__ import annotations
 

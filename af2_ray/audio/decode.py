@@ -46,11 +46,11 @@ class AudioError(Exception):
     """A stretch of audio that cannot be used.
 
     Attributes:
-        uri: the file.
-        reason: short and stable, for counting: `missing`, `forbidden`, `timed out`, `empty file`, `unreadable`, `no
+        uri: address or path of the file.
+        reason: short stable text, for counting: `missing`, `forbidden`, `timed out`, `empty file`, `unreadable`, `no
             samples`, `truncated`, `not finite`, `silent`, `constant`, `zero duration`, `starts past the end`, `too
             long`, `too large`, and those of `storage.NameRefused`.
-        detail: what the decoder said, for reading.
+        detail: the decoder's own message, for people.
     """
 
     def __init__(self, uri: str, reason: str, detail: str = "") -> None:
@@ -75,11 +75,11 @@ def decode(
     Args:
         uri: local path, or an address of a scheme that is allowed (`storage`), or `shard.tar#member` of these;
             credentials come from the environment.
-        offset_s: where the stretch begins.
-        duration_s: its length; none: to the end of the file.
-        max_bytes: largest file.
-        max_duration_s: longest stretch.
-        allow_silent: false makes silence and a constant an `AudioError`, as training wants it.
+        offset_s: second at which the stretch begins.
+        duration_s: length of the stretch; none: to the end of the file.
+        max_bytes: size of the largest file that is read.
+        max_duration_s: length of the longest stretch that is read.
+        allow_silent: whether silence and a constant may be read; training makes them an `AudioError`.
 
     Returns:
         float32 [T] at 16 kHz, at most `round(duration_s * 16000)` samples; finite, not scaled.
@@ -178,7 +178,7 @@ def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
     if split := shards.split_member(uri):
         if not is_remote(uri):
             return shards.open_member(uri, whole_bytes)
-        retried(lambda: shards.places(split[0]), limit_s=_INDEX_S)
+        retried(lambda: shards.member_places(split[0]), limit_s=_INDEX_S)
         return retried(lambda: shards.open_member(uri, whole_bytes, READ_S), limit_s=READ_S)
     fs, path = locate(uri)
     info = retried(lambda: fs.info(path), limit_s=READ_S)

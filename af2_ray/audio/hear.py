@@ -51,7 +51,7 @@ def hear(
     """Windows int16 [W, 160000] of a stretch; no more of the file is read than they hold.
 
     Args:
-        max_windows: most windows; what lies beyond is not heard, unless `augment` crops elsewhere.
+        max_windows: most windows that are read; the rest is not heard, unless `augment` crops elsewhere.
         short_clips: what fills the window of a clip of less than 10 s (`to_windows`).
         allow_silent: whether silence and a constant may be heard.
         augment: changes of the sound, drawn from `rng`; none: the sound as it is.

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms of whole batches of windows, exact to the reference (GOLDEN: Audio in).
+"""Log-mel spectrograms of whole batches of windows, exact to the reference (docs/paper.md, "Front end").
 
 One batched call for all windows, in parts: the complex spectrum of one window takes 4 MB, and on a CPU 4 windows at a
 time stay in cache and heap (3 ms a window on one core, against 16 ms for 32 at a time). Always float32, whatever the

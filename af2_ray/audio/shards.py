@@ -59,7 +59,7 @@ def split_member(uri: str) -> tuple[str, str] | None:
     return (shard + _MARK[:-1], member) if mark and member else None
 
 
-def places(shard: str) -> Places:
+def member_places(shard: str) -> Places:
     """Where each file of a shard is, from its index, which is made where there is none.
 
     Raises:
@@ -132,8 +132,8 @@ def open_member(uri: str, whole_bytes: int, limit_s: float | None = None) -> tup
     """A member as a seekable stream, and its size; one up to `whole_bytes` is fetched in one read.
 
     Args:
-        uri: `shard.tar#member`.
-        whole_bytes: most bytes that are read at once.
+        uri: name `shard.tar#member`.
+        whole_bytes: size up to which a member is read at once.
         limit_s: seconds that each read of a larger member may take; none: as long as it likes.
 
     Raises:

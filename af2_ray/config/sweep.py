@@ -23,7 +23,7 @@ SWEEP_DIR = RECIPE_DIR / "sweeps"
 class Asha(Strict):
     """Early stopping: at each rung (optimiser steps over all stages) the worst by loss end (Ray Tune's ASHA)."""
 
-    grace_steps: int = Field(ge=1, description="no trial ends before")
+    grace_steps: int = Field(ge=1, description="steps before which no trial is ended")
     reduction_factor: float = Field(3, gt=1, strict=False)
 
 
@@ -32,7 +32,7 @@ class Sweep(Strict):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     recipe: str = Field(description="the base: a shipped recipe or a .yaml file")
-    overrides: list[str] = Field([], description="of the base, for all trials: key=value")
+    overrides: list[str] = Field([], description="overrides of the base for all trials: key=value")
     keys: dict[str, list[Any]] = Field(
         min_length=1,
         description="dotted recipe key -> its values, the baseline first; the key `recipe` varies the base itself",
@@ -41,16 +41,18 @@ class Sweep(Strict):
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     metric: Literal["accuracy", "composition", "loss"] = Field(
         "accuracy",
-        description="accuracy on evaluation.manifests; composition: of AF-CLAP alone, mirrored pairs of "
-        "evaluation.captions of which both texts are found, over captions and paraphrases; loss: the last one",
+        description="measure of a trial; accuracy: on evaluation.manifests; composition: of AF-CLAP alone, mirrored "
+        "pairs of evaluation.captions of which both texts are found, over captions and paraphrases; loss: the last one",
     )
     share: list[Literal["lm", "clap", "features"]] = Field(
         [],
-        description="done once for all trials (they vary nothing in it); features: what the frozen tower makes of the "
-        "clips of stages with `features: cached`",
+        description="steps that are done once for all trials (which vary nothing in them); features: what the frozen "
+        "tower makes of the clips of stages with `features: cached`",
     )
     asha: Asha | None = None
-    max_concurrent_trials: int | None = Field(None, ge=1, description="none: as many as the cluster holds")
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="most trials at a time; none: as many as the cluster holds"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:

@@ -11,7 +11,7 @@ from af2_ray.config.data import Budget, Dataset
 
 
 class Optimizer(Strict):
-    """AdamW (matrices by Muon, if so set), warm-up, then constant or cosine (PAPER 3: AdamW, constant)."""
+    """AdamW (and Muon for matrices), warm-up, then constant, as in the paper, or cosine (docs/paper.md, "Training")."""
 
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -30,10 +30,11 @@ class Optimizer(Strict):
     )
     muon_groups: list[Group] = Field(
         ["transform", "xattn"],
-        description="best for what starts at random; of AF-CLAP: `clap` (audio tower), `lm` (text tower and heads)",
+        description="groups whose matrices Muon takes, best those that start at random; of AF-CLAP: `clap` (audio "
+        "tower), `lm` (text tower and heads)",
     )
     batch_rule: Literal["none", "sqrt", "linear"] = Field(
-        "none", description="how the rate of a step follows its number of answer tokens, from `batch_labels` on"
+        "none", description="growth of a step's rate with its number of answer tokens, from `batch_labels` on"
     )
     batch_labels: int | None = Field(None, ge=1, description="answer tokens of the step that `lr` is meant for")
 
@@ -51,11 +52,11 @@ class DeepSpeedSettings(Strict):
     offload_optimizer: bool = False
     precision: Literal["auto", "fp32", "bf16", "mixed"] = Field(
         "auto",
-        description="auto: bf16 on GPUs, fp32 on CPUs; mixed: fp32 with products in bf16, on a CPU only if it has "
-        "instructions for them",
+        description="numbers to compute in; auto: bf16 on GPUs, fp32 on CPUs; mixed: fp32 with products in bf16, on a "
+        "CPU only if it has instructions for them",
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute transformer layers in the backward pass (the tower: model.audio)"
+        False, description="whether the backward pass recomputes transformer layers (the tower: model.audio)"
     )
     raw: dict[str, Any] = {}
 
@@ -69,13 +70,15 @@ class Lora(Strict):
 
 
 class Stage(Strict):
-    """What trains, on what data, with how many windows (PAPER 3)."""
+    """What trains, on what data, with how many windows (docs/paper.md, "Training")."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     max_windows: int = Field(ge=1)
     trainable: list[Group]
     features: Literal["audio", "cached"] = Field(
-        "audio", description="cached: a frozen tower hears each clip once, before the stage (`feature_cache`)"
+        "audio",
+        description="source of the tower's features; cached: a frozen tower encodes each clip once, before the "
+        "stage (`feature_cache`)",
     )
     lora: Lora | None = None
     data: list[Dataset] = Field(min_length=1)
@@ -112,8 +115,12 @@ class Checkpoints(Strict):
 class FeatureCache(Strict):
     """Where stages with `features: cached` keep what the frozen tower makes of their clips."""
 
-    dir: str | None = Field(None, description="may be shared by runs (same tower, same features); none: in the run")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: as the tower computes in training")
+    dir: str | None = Field(
+        None, description="folder that runs may share (same tower, same features); none: in the run"
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="numbers of the features; auto: those that the tower computes in"
+    )
     windows_per_shard: int = Field(128, ge=1)
 
 
@@ -134,10 +141,12 @@ class Augment(Strict):
     A clip's level is none of it: every clip is scaled to a peak of 1 before it is heard.
     """
 
-    crop: bool = Field(False, description="of a clip longer than max_windows a random stretch, not its beginning")
-    eq_db: float = Field(0.0, ge=0, le=40, description="up to so much up or down at each of six frequencies")
+    crop: bool = Field(
+        False, description="whether a random stretch of a clip longer than max_windows is taken, not its beginning"
+    )
+    eq_db: float = Field(0.0, ge=0, le=40, description="largest gain, up or down, at each of six frequencies")
     noise_snr_db: tuple[float, float] | None = Field(
-        None, strict=False, description="white noise, so many dB below the clip's RMS: [least, most]"
+        None, strict=False, description="range [least, most] of dB that white noise lies below the clip's RMS"
     )
 
     @field_validator("noise_snr_db")
@@ -149,31 +158,36 @@ class Augment(Strict):
 
 
 class Clap(Strict):
-    """AF-CLAP training (PAPER 1): M positives, M x N composition-aware negatives; M = 1, N = 0 is vanilla."""
+    """AF-CLAP (docs/paper.md, "AF-CLAP"): M positives, M x N composition-aware negatives; M = 1, N = 0 is vanilla."""
 
     text: ClapTextTower = ClapTextTower()
     joint_dim: int = 512
     captions: list[Dataset] = Field(min_length=1)
     warmup_captions: list[Dataset] = Field([], description="easy clips (one sound each) for the first steps")
-    warmup_steps: int = Field(0, ge=0, description="how many of `steps` draw on warmup_captions")
+    warmup_steps: int = Field(0, ge=0, description="number of `steps` that draw on warmup_captions")
     num_positives: int = Field(3, ge=1)
     num_negatives: int = Field(3, ge=0)
     max_windows: int = Field(1, ge=1)
     short_clips: Literal["silence", "repeat"] = Field(
-        "silence", description="what fills the window after a short clip's end; `repeat`: the clip, as often as it fits"
+        "silence", description="filling of the window after a short clip's end; `repeat`: the clip, as often as it fits"
     )
     augment: Augment = Augment()
     batch_size: int = Field(256, ge=2, description="clips of one contrastive batch, over all workers")
     every_positive: bool = Field(
-        False, description="each positive must be near its clip (the paper: one is enough, the sum is inside the log)"
+        False,
+        description="whether each positive must be near its clip (the paper: one is enough, the sum is inside the log)",
     )
-    symmetric: bool = Field(False, description="half of the loss from text to audio (the paper: audio to text only)")
-    temperature: float = Field(0.07, gt=0, description="where it starts; it stays between 0.01 and 1")
+    symmetric: bool = Field(
+        False, description="whether half of the loss is from text to audio (the paper: audio to text only)"
+    )
+    temperature: float = Field(0.07, gt=0, description="value at the start; it stays between 0.01 and 1")
     learn_temperature: bool = True
     windows_per_chunk: int | None = Field(
         None, ge=1, description="windows whose activations a device holds at a time; the rest is worked out twice"
     )
-    captions_per_chunk: int | None = Field(None, ge=1, description="as windows_per_chunk, of captions")
+    captions_per_chunk: int | None = Field(
+        None, ge=1, description="captions whose activations a device holds at a time"
+    )
     steps: int = Field(ge=1)
     optimizer: Optimizer = Optimizer(lr=5e-4)
     checkpoint_every: int = Field(500, ge=1)

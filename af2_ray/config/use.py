@@ -11,10 +11,10 @@ from af2_ray.config.data import Dataset
 
 
 class Evaluation(Strict):
-    """What `jobs/evaluate.py` scores after training, beside its controls."""
+    """What `jobs/evaluate.py` scores after training."""
 
     manifests: list[Dataset] = []
-    seen_manifests: list[Dataset] = Field([], description="new scenes of TRAINING source clips")
+    seen_manifests: list[Dataset] = Field([], description="manifests of new scenes of TRAINING source clips")
     captions: str | None = Field(None, description="AF-CLAP caption sets for retrieval and order choice")
     gallery: int = Field(200, ge=2)
     max_windows: int = Field(30, ge=1)
@@ -30,11 +30,15 @@ class Serve(Strict):
     more_models: dict[str, str] = Field(
         {}, description="further models by name: their export folders, loaded by the replicas that are asked for them"
     )
-    more_models_per_replica: int = Field(1, ge=1, description="of these at a time; the longest unused one makes room")
+    more_models_per_replica: int = Field(
+        1, ge=1, description="number of these that a replica holds; the longest unused one makes room"
+    )
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(4, gt=0, strict=False)
-    target_windows: float = Field(60, gt=0, strict=False, description="10 s windows a replica is to have at a time")
+    target_windows: float = Field(
+        60, gt=0, strict=False, description="10 s windows that a replica should have at a time; more: another replica"
+    )
     upscale_delay_s: float = Field(15.0, ge=0, strict=False)
     downscale_delay_s: float = Field(300.0, ge=0, strict=False)
     cpus_per_replica: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
@@ -45,23 +49,27 @@ class Serve(Strict):
     gpus_per_replica: float | Literal["auto"] = Field(
         "auto",
         union_mode="left_to_right",
-        description="auto: one where the connected cluster has any (or this machine, where none is connected yet)",
+        description="GPUs of a replica; auto: one where the connected cluster (if none is, this machine) has any",
     )
     embedding_gpus: float = Field(
         0.0, ge=0, strict=False, description="GPUs of a replica that embeds, with clap=FOLDER"
     )
-    num_slots: int = Field(8, ge=1, description="answers a replica writes at one time")
+    num_slots: int = Field(8, ge=1, description="answers that a replica writes at one time")
     encode_windows: int | Literal["auto"] = Field("auto", description="10 s windows encoded between two tokens")
     prefill_tokens: int = Field(1024, ge=1, description="prompt tokens read between two tokens of running answers")
-    audio_memory_mb: int = Field(1024, ge=1, description="encoded audio kept for further questions, a replica")
+    audio_memory_mb: int = Field(
+        1024, ge=1, description="MB of encoded audio that a replica keeps for further questions"
+    )
     max_audio_s: float = Field(300.0, gt=0, strict=False)
     max_body_mb: int = Field(64, ge=1)
     max_new_tokens: int = Field(256, ge=1)
     request_timeout_s: float = Field(120.0, gt=0, strict=False)
-    requests_per_minute: int = Field(0, ge=0, description="of one API key, at one ingress replica; 0: any number")
+    requests_per_minute: int = Field(0, ge=0, description="limit of one API key, at one ingress replica; 0: none")
     audio_url_hosts: list[str] = Field([], description="hosts that https recordings may be fetched from; `*`: any")
     audio_url_prefixes: list[str] = Field([], description="object-store folders that recordings may be read from")
-    stall_s: float = Field(60.0, gt=0, strict=False, description="a step that takes longer fails a replica's health")
+    stall_s: float = Field(
+        60.0, gt=0, strict=False, description="seconds of a step beyond which a replica counts as unhealthy"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Serve:
@@ -77,4 +85,4 @@ class Tracking(Strict):
 
     uri: str | None = None
     experiment: str = "af2_ray"
-    register_model: bool = Field(True, description="keep the last stage's export there, registered as serve.model_name")
+    register_model: bool = Field(True, description="whether the last stage's export is registered, as serve.model_name")

@@ -56,9 +56,10 @@ class Plan(Generic[ItemT]):
         clip_starts: int64 [C+1], where each clip's entries start.
         row_starts: int64 [R+1], where each row's clips start; R is a multiple of `step_batches`.
         step_batches: rows of one optimiser step.
-        stats: its measures.
-        fingerprint: of items, arguments and rows; a cursor is valid for one fingerprint.
-        origin: what shaped it, by name (`data`, `seed`, `budget` ...): says what changed where fingerprints differ.
+        stats: measures of the plan.
+        fingerprint: hash of items, arguments and rows; a cursor is valid for one fingerprint.
+        origin: hashes of what shaped it, by name (`data`, `seed`, `budget` ...): where fingerprints differ, they
+            say what changed.
     """
 
     items: Sequence[ItemT]
@@ -94,7 +95,7 @@ class Plan(Generic[ItemT]):
 # --- Planning ----------------------------------------------------------------------------------------------------
 
 
-def plan(
+def plan_epoch(
     samples: Sequence[Sample],
     *,
     windows: Sequence[int] | Index,
@@ -107,12 +108,12 @@ def plan(
     """Plan one epoch.
 
     Args:
-        samples: what there is.
+        samples: samples to plan.
         windows: 10 s windows of each sample, [N].
         text_lengths: text tokens of each sample, [N].
-        budget: of a row and a step.
-        seed, epoch: of the order.
-        index: the epoch's draw from `samples` (`blend`); none: each once.
+        budget: limits of a row and a step.
+        seed, epoch: seed of the order, and number of the epoch.
+        index: indices of the samples that the epoch draws (`blend`), [N]; none: each once.
 
     The last step is filled up with rows without clips (a silent window without labels): nothing is repeated or lost.
 
@@ -147,11 +148,11 @@ def plan_steps(
 
     Args:
         datasets: samples and weight (epochs per epoch) of each dataset.
-        num_steps: optimiser steps.
-        max_windows: longest clip in windows; the rest of a longer one is not heard.
+        num_steps: number of optimiser steps.
+        max_windows: windows of the longest clip; the rest of a longer one is not heard.
         text_length: text tokens of each sample, for instance `partial(text_lengths, tokenizer, max_tokens=512)`.
-        budget: of a row and a step.
-        seed: of blend and order.
+        budget: limits of a row and a step.
+        seed: seed of the blend and the order.
     """
     samples = datasets[0][0] if len(datasets) == 1 else Joined([part for part, _ in datasets])
     if not samples:
@@ -194,7 +195,7 @@ def plan_captions(
     """Plan AF-CLAP batches: steps of `step_batches` rows of exactly `clips_per_row` different clips.
 
     Args:
-        phases: caption sets and how many steps draw on them, one phase after the other.
+        phases: caption sets and number of steps that draw on them, one phase after the other.
 
     Each epoch is a fresh shuffle. No two clips of a step have the same caption: each would be the other's false
     negative. What does not fill a whole step is left out of that epoch.
@@ -325,7 +326,9 @@ class _Pool:
             raise ValueError("nothing to plan: no usable samples")
         windows = self.windows[rows.entries[rows.clip_starts[:-1]]]
         cost = rows.cost(self.windows, self.texts, self.budget)
-        stats = measure(windows, rows.told(self.texts), rows.row_starts, len(rows.entries), cost, budget.step_batches)
+        stats = measure(
+            windows, rows.text_tokens(self.texts), rows.row_starts, len(rows.entries), cost, budget.step_batches
+        )
         sizes = [name for name in dir(Budget) if not name.startswith("_")]
         origin = {
             "data": fingerprint(self.items),

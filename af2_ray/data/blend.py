@@ -1,4 +1,4 @@
-"""The paper's weighted bucketed blending (PAPER 4, Algorithm 1): which samples make up an epoch.
+"""The paper's weighted bucketed blending (arXiv 2503.03983, Algorithm 1): which samples make up an epoch.
 
 A dataset's weight counts its epochs in one epoch of the blend: 0.25 shows a quarter of it, another quarter in the next
 one; 6 shows all of it six times. Clips (with all their questions) lie in duration buckets, and epoch e takes the slice
@@ -24,7 +24,7 @@ class Blend:
 
     Args:
         datasets: samples and weight of each dataset.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
     """
 
     def __init__(self, datasets: Sequence[tuple[Sequence[Item], float]], seed: int) -> None:
@@ -55,8 +55,8 @@ def blend(datasets: Sequence[tuple[Sequence[Item], float]], epoch: int, seed: in
 
     Args:
         datasets: samples and weight of each dataset.
-        epoch: from 0 on.
-        seed: of the shuffles.
+        epoch: number of the epoch, from 0 on.
+        seed: seed of the shuffles.
 
     Returns:
         int64 [N]: indices into the datasets laid end to end, grouped by dataset; a weight above 1 repeats an index.

@@ -39,7 +39,7 @@ ItemT = TypeVar("ItemT", Sample, CaptionSet)
 
 @dataclass(frozen=True)
 class _Batch:
-    """What both batches carry beside their tensors, and the way through the object store."""
+    """The fields that both batches have beside their tensors, and their way through the object store."""
 
     row: int  # its number in the plan
     num_clips: int  # planned, the failed ones included
@@ -144,7 +144,7 @@ def _tensor(array: NDArray[Any]) -> Any:
 
 
 class Source(Protocol):
-    """Where a clip's windows come from: `Audio`, or what is kept of it (`feature_store.FeatureStore`)."""
+    """Where a clip's windows come from: `AudioSource`, or what is kept of it (`feature_store.FeatureStore`)."""
 
     @property
     def silence(self) -> NDArray[Any]:
@@ -155,7 +155,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Audio:
+class AudioSource:
     """The audio itself, decoded."""
 
     @property
@@ -171,16 +171,16 @@ class LmCollator:
     """Turns a row of samples into an `LmBatch` (numpy).
 
     Attributes:
-        tokenizer: with the model's special tokens.
-        max_windows: of a clip; what lies beyond is not read.
-        max_text_tokens: of a question with its answer.
-        source: of the windows.
+        tokenizer: the LM's, with the model's special tokens.
+        max_windows: windows of a clip that are read at most.
+        max_text_tokens: tokens of a question with its answer at most.
+        source: source of the windows.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_windows: int
     max_text_tokens: int = 512
-    source: Source = Audio()
+    source: Source = AudioSource()
 
     def __call__(self, row: Row[Sample]) -> LmBatch:
         """Decode and collate one row."""
@@ -219,9 +219,10 @@ class ClapCollator:
     A row with no clip left has one silent window and no caption (text tensors [0, 1]).
 
     Attributes:
-        tokenizer: of the text tower.
+        tokenizer: the text tower's.
         clap: settings of AF-CLAP: numbers of texts, windows, augmentation.
-        seed: of what `augment` draws; a clip's place in the plan has its part in it, the number of workers none.
+        seed: seed of what `augment` draws, together with a clip's place in the plan; the number of workers plays no
+            part.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -231,7 +232,9 @@ class ClapCollator:
     def __call__(self, row: Row[CaptionSet]) -> ClapBatch:
         """Decode and collate one row."""
         first = row.index * len(row.clips)  # place of its first clip in the plan
-        clips, waveforms, failures = _read(row, lambda number, clip: self._hear(clip, first + number), Audio().silence)
+        clips, waveforms, failures = _read(
+            row, lambda number, clip: self._hear(clip, first + number), AudioSource().silence
+        )
         captions, places = [], []
         for owner, (clip, *_) in enumerate(clips):
             for slot, positive in enumerate((clip.caption, *clip.positives)[: self.clap.num_positives]):
@@ -262,7 +265,7 @@ class ClapCollator:
 
 
 def _end_to_end(encoded: text.TextBatch, sizes: list[int], pad_id: int) -> tuple[NDArray[np.int64], ...]:
-    """Texts padded on the right, put end to end by so many a row: ids, numbers of the texts and labels, [B, T]."""
+    """Put texts padded on the right end to end, `sizes` of them a row: ids, numbers of the texts and labels, [B, T]."""
     lengths = encoded.attention_mask.sum(1)
     totals = np.add.reduceat(lengths, np.cumsum([0, *sizes[:-1]]))
     real = np.arange(totals.max()) < totals[:, None]

@@ -35,9 +35,9 @@ class SampleTable(Sequence[Sample]):
     """A sequence of `Sample`s held as columns.
 
     Args:
-        texts: for each of TEXT_COLUMNS and JSON_COLUMNS its distinct texts (Arrow) and each sample's code, [N].
-        offset_s, duration_s: float64 [N].
-        remarks: what is odd about the manifest that they are from, and keeps none of them out.
+        texts: distinct texts (Arrow) and each sample's code [N], for each of TEXT_COLUMNS and JSON_COLUMNS.
+        offset_s, duration_s: seconds of each sample, float64 [N].
+        remarks: oddities of the manifest that keep none of its samples out.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class SampleTable(Sequence[Sample]):
         return SampleTable(self._texts, self.offset_s, duration_s)
 
     def checked(self, unread: Mapping[str, str] = MappingProxyType({})) -> tuple[SampleTable, list[tuple[Sample, str]]]:
-        """As `samples.check_samples`, of columns: an object is made of a bad sample only."""
+        """What `samples.check_samples` returns, for columns: an object is made of a bad sample only."""
         seconds, offset_s = self.duration_s, self.offset_s
         good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
         uris, codes = self._texts["uri"]
@@ -133,7 +133,7 @@ class SampleTable(Sequence[Sample]):
         return (self if good.all() else self.take(good)), bad
 
     def fingerprint(self) -> str:
-        """As `samples.fingerprint`, of columns: what the samples say, in order, wherever the audio lies."""
+        """The same as `samples.fingerprint`, from columns: what the samples say, in order, wherever the audio lies."""
         digest = hashlib.sha256()
         for name in ("uri", "id", "prompt", "answer"):
             values, codes = self._texts[name]
@@ -176,7 +176,7 @@ class Joined(Sequence[ItemT], Generic[ItemT]):
             yield from part
 
     def fingerprint(self) -> str:
-        """Of the parts, in order."""
+        """The fingerprint of the parts, in order."""
         return hashlib.sha256(" ".join(fingerprint(part) for part in self.parts).encode()).hexdigest()[:16]
 
 

@@ -43,10 +43,10 @@ def fill_durations(
     """Give items without a duration the one of their file, less their offset.
 
     Args:
-        items: of one manifest.
-        manifest_uri: where the durations found are kept, as `<manifest>.durations.json`.
+        items: samples or caption sets of one manifest.
+        manifest_uri: address of the manifest; the durations are kept beside it, as `<manifest>.durations.json`.
         fallback: folder for them where that place cannot be written.
-        threads: files read at a time.
+        threads: number of files read at a time.
 
     Returns:
         The items, and why a file's duration could not be read, by uri; its items stay without one, and
@@ -112,7 +112,7 @@ def _load(caches: Sequence[str]) -> dict[str, float]:
 
 
 def _save(caches: Sequence[str], known: dict[str, float]) -> None:
-    """To the first place that can be written."""
+    """Write to the first place that can be written."""
     for cache in caches:
         try:
             write_text(cache, json.dumps(known))

@@ -36,7 +36,7 @@ FORMAT = 1  # of the shards, and of what of the front end no configuration tells
 _STAT_THREADS = 32  # waiting for headers of remote files
 
 
-class Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     """A stretch as a tower hears it, of one version of its file."""
 
     stretch: Stretch
@@ -49,14 +49,16 @@ def key_of(stretch: Stretch) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
-def to_json(entries: Iterable[Entry]) -> str:
+def entries_to_json(entries: Iterable[CacheEntry]) -> str:
     """Entries as JSON: [uri, offset_s, duration_s, stamp] each."""
     return json.dumps([[s.uri, s.offset_s, s.duration_s, stamp] for s, stamp in entries])
 
 
-def from_json(text: str) -> list[Entry]:
-    """Inverse of `to_json`."""
-    return [Entry(Stretch(uri, offset_s, duration_s), stamp) for uri, offset_s, duration_s, stamp in json.loads(text)]
+def entries_from_json(text: str) -> list[CacheEntry]:
+    """Inverse of `entries_to_json`."""
+    return [
+        CacheEntry(Stretch(uri, offset_s, duration_s), stamp) for uri, offset_s, duration_s, stamp in json.loads(text)
+    ]
 
 
 def stamps(uris: Sequence[str]) -> list[str]:
@@ -88,7 +90,7 @@ def open_folder(folder: Path, tower: Mapping[str, Any]) -> None:
     """Make a cache folder for a tower, or check that it is this tower's.
 
     Args:
-        tower: what the features depend on beside the audio: `weights`, `dtype`.
+        tower: facts that the features depend on beside the audio: `weights`, `dtype`.
 
     Raises:
         ValueError: the folder holds features of another tower.
@@ -104,9 +106,9 @@ def open_folder(folder: Path, tower: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(facts))
 
 
-def write_shard(folder: Path, entries: Sequence[Entry], features: Sequence[NDArray[Any]]) -> Path:
+def write_shard(folder: Path, entries: Sequence[CacheEntry], features: Sequence[NDArray[Any]]) -> Path:
     """Write the features [W, F, D] of some clips as one shard; a half-written one is never seen under its name."""
-    text = to_json(entries)
+    text = entries_to_json(entries)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
     temporary = temporary_of(path)
     tensors = {str(place): np.ascontiguousarray(array) for place, array in enumerate(features)}
@@ -115,11 +117,11 @@ def write_shard(folder: Path, entries: Sequence[Entry], features: Sequence[NDArr
     return path
 
 
-def read_entries(shard: Path) -> list[Entry]:
+def read_entries(shard: Path) -> list[CacheEntry]:
     """The clips of a shard, from its header."""
     try:
         with safe_open(shard, framework="np") as file:
-            return from_json(file.metadata()["clips"])
+            return entries_from_json(file.metadata()["clips"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{shard} is not a readable shard of features ({error}): remove it, it is made anew"
@@ -135,10 +137,10 @@ class FeatureStore:
 
     Attributes:
         shards: paths of the shards in use.
-        keys: uint64 [N], ascending, of the clips; `shard` and `place` [N] say where each one is.
+        keys: keys of the clips, uint64 [N], ascending; `shard` and `place` [N] say where each one is.
         failures: reason and detail of the clips that could not be encoded, by key.
-        shape: F and D of a window's features.
-        dtype: of the arrays (int16: the bits of bf16).
+        shape: sizes F and D of a window's features.
+        dtype: type of the arrays (int16: the bits of bf16).
     """
 
     shards: tuple[str, ...]
@@ -151,8 +153,8 @@ class FeatureStore:
 
     @classmethod
     def of(
-        cls, folder: Path, entries: Iterable[Entry], failures: Mapping[int, tuple[str, str]] | None = None
-    ) -> tuple[FeatureStore, list[Entry]]:
+        cls, folder: Path, entries: Iterable[CacheEntry], failures: Mapping[int, tuple[str, str]] | None = None
+    ) -> tuple[FeatureStore, list[CacheEntry]]:
         """The store of `entries`, with their present stamps, as far as the folder has them, and those it lacks."""
         shards = sorted(folder.glob("[!.]*.safetensors"))
         found = {
@@ -161,7 +163,7 @@ class FeatureStore:
             for place, entry in enumerate(read_entries(path))
         }
         have: list[tuple[int, int, int]] = []
-        lacking: list[Entry] = []
+        lacking: list[CacheEntry] = []
         for entry in dict.fromkeys(entries):
             if where := found.get(entry):
                 have.append((key_of(entry.stretch), *where))

@@ -60,9 +60,9 @@ def make_dataset(plan: Plan[Any], collator: Collator, *, start: int | Cursor = 0
     """The rows of a plan as a Ray dataset, in order, from `start` (the cursor) on.
 
     Args:
-        plan: what `batching` made.
-        collator: runs in the decode tasks.
-        start: rows consumed before, of this plan or as a `Cursor`.
+        plan: plan of `batching`.
+        collator: function from a row to its batch, which runs in the decode tasks.
+        start: number of rows consumed before, or a `Cursor`.
         decode_cpus: CPUs of a decode task; a fraction, or the trainer's workers leave it none to run on.
 
     Raises:
@@ -91,10 +91,10 @@ def check_cursor(plan: Plan[Any], start: int | Cursor) -> int:
         if start.fingerprint != plan.fingerprint:
             keys = dict.fromkeys((*start.origin, *plan.origin))
             changed = [key for key in keys if start.origin.get(key) != plan.origin.get(key)]
-            told = "; ".join(f"{key}: was {start.origin.get(key)}, is {plan.origin.get(key)}" for key in changed)
+            changes = "; ".join(f"{key}: was {start.origin.get(key)}, is {plan.origin.get(key)}" for key in changed)
             raise ValueError(
                 f"the cursor is of another plan ({start.fingerprint}, not {plan.fingerprint}): it would repeat or "
-                f"lose samples; what changed: {told or 'the planner itself'}. Put it back, or start anew"
+                f"lose samples; what changed: {changes or 'the planner itself'}. Put it back, or start anew"
             )
         start = start.rows
     if not 0 <= start <= len(plan):
@@ -174,7 +174,7 @@ def _pace() -> type[Any]:
 
 @functools.cache
 def _policies() -> tuple[str, list[type[Any]]]:
-    """Ray Data's rules of who may run, and one more, as its configuration's key and value.
+    """Ray Data's rules of who may run, and one more, as a key and a value of its configuration.
 
     Its own rules count bytes, and numbers have next to none: a plan of a million rows would be read to its end at once,
     a kilobyte of the scheduler's memory a row.
@@ -206,7 +206,7 @@ def _fetched(ref: ray.ObjectRef) -> Any:
 
 
 def data_config() -> DataConfig:
-    """What a `TorchTrainer` must be given as `dataset_config`: order on the dataset itself would be silently lost."""
+    """The `dataset_config` for a `TorchTrainer`: an order set on the dataset itself would be silently lost."""
     import ray.data
     import ray.train
 
@@ -220,5 +220,5 @@ def iter_batches(shard: DataIterator, batch_type: type[BatchT], *, prefetch: int
 
 
 def iter_local(plan: Plan[Any], collator: Collator, *, start: int = 0) -> Iterator[Any]:
-    """The same batches in this process, without Ray: for evaluation, and as the truth that tests compare with."""
+    """The same batches in this process, without Ray: for evaluation, and as the reference that tests compare with."""
     return (collator(row).tensors() for row in plan.rows(start))

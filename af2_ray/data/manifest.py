@@ -56,7 +56,7 @@ def read_captions(uri: str, root: str | None = None) -> list[CaptionSet]:
     """Read AF-CLAP caption sets: JSON lines, lhotse cuts (a supervision's text is the caption), Parquet or Arrow.
 
     Args:
-        uri: file or folder, as of `read_samples`.
+        uri: file or folder, as in `read_samples`.
         root: folder of the audio; none: the manifest's own.
 
     Raises:

@@ -20,7 +20,7 @@ class Root:
     """Where a manifest's names lead.
 
     Attributes:
-        folder: of the recordings.
+        folder: folder of the recordings.
         parents: whether `..` may lead out of it: the manifest is of this machine, and the recipe allows it.
     """
 

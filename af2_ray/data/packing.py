@@ -86,7 +86,7 @@ class Rows:
         places, clip_starts = ragged(self.clip_starts, clips)
         return Rows(self.entries[places], clip_starts, row_starts)
 
-    def told(self, texts: NDArray[Any]) -> Index:
+    def text_tokens(self, texts: NDArray[Any]) -> Index:
         """Text tokens of each encoding, all its questions together, [C]."""
         return sum_by(texts[self.entries], self.clip_starts)
 
@@ -95,10 +95,10 @@ class Rows:
 
         Args:
             windows, texts: windows and text tokens of each sample.
-            budget: what a window weighs, and attention.
+            budget: weights of a window and of attention.
         """
         heard = audio_cost(windows[self.entries[self.clip_starts[:-1]]], budget)
-        longest = max_by(self.told(texts), self.row_starts)
+        longest = max_by(self.text_tokens(texts), self.row_starts)
         audio = np.append(0.0, np.cumsum(heard))[self.row_starts]
         cost = np.diff(audio) + text_cost(np.diff(self.row_starts), longest, budget)
         return np.where(np.diff(self.row_starts) > 0, cost, float(budget.tokens_per_window))  # or one silent window
@@ -205,15 +205,15 @@ def _cuts(texts: NDArray[Any], starts: Index, budget: Budget) -> NDArray[np.bool
     lengths = np.diff(starts)
     cut = np.zeros(len(texts), bool)
     clip = np.arange(len(lengths))
-    size, told = np.zeros(len(clip), np.int32), np.zeros(len(clip), np.int64)
+    size, tokens = np.zeros(len(clip), np.int32), np.zeros(len(clip), np.int64)
     for number in range(int(lengths.max())):
         clip = clip[lengths[clip] > number]
         at = starts[clip] + number
-        new = (size[clip] == budget.questions_per_clip) | (told[clip] + texts[at] > budget.text_tokens_per_row)
+        new = (size[clip] == budget.questions_per_clip) | (tokens[clip] + texts[at] > budget.text_tokens_per_row)
         new |= number == 0
         cut[at] = new
         size[clip] = np.where(new, 1, size[clip] + 1)
-        told[clip] = np.where(new, texts[at], told[clip] + texts[at])
+        tokens[clip] = np.where(new, texts[at], tokens[clip] + texts[at])
     return cut
 
 
@@ -229,16 +229,16 @@ def fill_rows(
     budget: Budget,
     rng: np.random.Generator,
 ) -> Rows:
-    """Pack encodings into rows under the budget; who meets whom among the alike is drawn."""
+    """Pack encodings into rows under the budget; which ones of like length share a row is drawn at random."""
     if len(entries) == 0:
         return Rows.empty()
     first = entries[clip_starts[:-1]]
     wide = windows[first]
-    told = sum_by(texts[entries], clip_starts).astype(np.int32)
-    order = _order(wide, told, clips[first], rng)
+    tokens = sum_by(texts[entries], clip_starts).astype(np.int32)
+    order = _order(wide, tokens, clips[first], rng)
     clip = clips[first][order]
     del first
-    ends = _row_ends(wide[order], told[order], _last_place(clip), budget)
+    ends = _row_ends(wide[order], tokens[order], _last_place(clip), budget)
     ends -= _trimmed(ends, rng)
     steps, place, row_starts = memoryview(ends.data), 0, [0]
     while place < len(ends):
@@ -259,12 +259,12 @@ def _trimmed(ends: Index, rng: np.random.Generator) -> Index:
     return np.floor(rng.random(len(ends)) * (_TRIM_SHARE * sizes + 1)).astype(np.int64) * (sizes >= _TRIM_FROM)
 
 
-def _order(wide: NDArray[Any], told: NDArray[Any], clip: NDArray[Any], rng: np.random.Generator) -> Index:
+def _order(wide: NDArray[Any], tokens: NDArray[Any], clip: NDArray[Any], rng: np.random.Generator) -> Index:
     """Encodings by windows, then by text (up and down in turn, so that neighbours are alike there too), then at random.
 
     Of several encodings of a clip in one bucket, all clips' first ones come before all second ones.
     """
-    bucket = np.log(np.maximum(told, 1)) / math.log(_TEXT_BUCKET) + rng.random()
+    bucket = np.log(np.maximum(tokens, 1)) / math.log(_TEXT_BUCKET) + rng.random()
     number = bucket.astype(np.int64)
     num_buckets = int(number.max()) + 1
     number = np.where(wide % 2 == 1, number, num_buckets - 1 - number)
@@ -288,7 +288,7 @@ def _last_place(clip: NDArray[Any]) -> NDArray[np.int32] | None:
     return last
 
 
-def _row_ends(wide: NDArray[Any], told: NDArray[Any], last: NDArray[np.int32] | None, budget: Budget) -> Index:
+def _row_ends(wide: NDArray[Any], tokens: NDArray[Any], last: NDArray[np.int32] | None, budget: Budget) -> Index:
     """For each place, where a row that starts there ends: int64 [C].
 
     By doubling: the largest text of 1, 2, 4 ... places from each place on is found from two halves, and the end by
@@ -300,7 +300,7 @@ def _row_ends(wide: NDArray[Any], told: NDArray[Any], last: NDArray[np.int32] | 
     for start in range(0, num, _CHUNK):
         stop = min(start + _CHUNK, num)
         reach = slice(start, min(stop + 2 ** (depth + 1), num))
-        text_tables = _doubling(told[reach], depth)
+        text_tables = _doubling(tokens[reach], depth)
         last_tables = _doubling(last[reach], depth) if last is not None else None
         end = np.arange(start, stop)
         text = np.zeros(stop - start, np.int64)

@@ -21,10 +21,10 @@ class PlanStats:
 
     Attributes:
         padding_share: padding of the windows x clips rectangle between encoder and cross-attention.
-        padding_share_unplanned: the same for random batches of the same mean number of clips.
+        padding_share_unplanned: that of random batches of the same mean number of clips.
         text_padding_share: padding of the clips x text tokens rectangle.
         num_samples, num_clips, num_windows, num_text_tokens: totals over the rows, without padding.
-        object_store_gb: what the rows take on their way through Ray's object store, failed clips included (1e9 bytes).
+        object_store_gb: size of the rows on their way through Ray's object store, failed clips included (1e9 bytes).
         cost_spread: mean over steps of (largest - smallest) / largest predicted row cost.
     """
 
@@ -51,9 +51,9 @@ def measure(
 
     Args:
         windows, texts: windows and text tokens of the clips, row by row [C]; row r's begin at row_starts[r], [R+1].
-        num_samples: questions about them.
-        cost: predicted, of each row [R].
-        step_batches: rows of a step.
+        num_samples: number of questions about them.
+        cost: predicted cost of each row, [R].
+        step_batches: number of rows of a step.
     """
     shuffled = np.random.default_rng(0).permutation(windows)
     size = max(1, round(len(windows) / max(1, int(np.count_nonzero(np.diff(row_starts))))))

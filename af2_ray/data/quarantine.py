@@ -1,6 +1,6 @@
-"""What was set aside: counted, listed with its reason, and the end of the run where it is too much.
+"""Clips and samples that are set aside: counted, listed with a reason, an error where they are too many.
 
-One JSON line a failure in the run's `quarantine.jsonl`. The trade-off: a run survives some bad files without a
+The run's `quarantine.jsonl` has a JSON line for each. The trade-off: a run survives some bad files without a
 substitute ever taking their place, and a wrong path or a lost bucket still ends it soon instead of training on nothing.
 """
 
@@ -52,9 +52,9 @@ class Quarantine:
     Args:
         path: the file of JSON lines, on this machine; one that exists is continued, so that a restarted run neither
             forgets nor lists twice.
-        name: what messages call it; none: its path.
+        name: name in messages; none: the path.
         max_bad_share: largest share of items set aside.
-        min_items: the share is judged from this many items on (one bad file of three is no verdict).
+        min_items: number of items from which the share is judged (one bad file of three is no verdict).
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Quarantine:
         Raises:
             TooManyBad: the share is above `max_bad_share`; the message names the reasons and the list.
         """
-        told = [failure if isinstance(failure, Failure) else Failure(**failure) for failure in failures]
+        listed = [failure if isinstance(failure, Failure) else Failure(**failure) for failure in failures]
         self.num_items += num_items
-        self.num_bad += len(told)
-        self.reasons.update(failure.reason for failure in told)
-        lines = [json.dumps(asdict(failure)) for failure in told]
+        self.num_bad += len(listed)
+        self.reasons.update(failure.reason for failure in listed)
+        lines = [json.dumps(asdict(failure)) for failure in listed]
         fresh = [line for line in dict.fromkeys(lines) if line not in self._known]
         if fresh:
-            log.warning("set aside: %s", "; ".join(f"{shown(f.uri)}: {f.reason}" for f in told[:3]))
+            log.warning("set aside: %s", "; ".join(f"{shown(f.uri)}: {f.reason}" for f in listed[:3]))
             append_lines(Path(self.path), fresh)
             self._known.update(fresh)
         if self.num_items >= self.min_items and self.bad_share > self.max_bad_share:

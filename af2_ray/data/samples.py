@@ -1,4 +1,4 @@
-"""What is learned from: a question about a stretch of audio, a clip with its captions; which of them can be used."""
+"""What a model learns from: questions about stretches of audio, clips with captions; which of them can be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from af2_ray.audio.hear import Stretch
 from af2_ray.data.names import name_fault
-from af2_ray.text import AUDIO, normalise
+from af2_ray.text import AUDIO, normalise_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ def check_samples(
     """Part the usable samples from the others, without opening a file.
 
     Args:
-        samples: of one manifest.
-        unread: why a file's duration could not be read, by uri (`durations.fill_durations`), where it has none.
+        samples: samples of one manifest.
+        unread: reasons why files' durations could not be read, by uri (`durations.fill_durations`).
 
     Returns:
         The good ones in order, and the bad ones with a short stable reason: those of `storage.NameRefused`, `no
@@ -117,7 +117,7 @@ def _fault(sample: Item) -> str:
     if isinstance(sample, Sample):
         if not sample.prompt.strip():
             return "empty prompt"
-        if normalise(sample.prompt).count(AUDIO) > 1:
+        if normalise_text(sample.prompt).count(AUDIO) > 1:
             return "audio markers"
         return "" if sample.answer.strip() else "empty answer"
     if isinstance(sample, CaptionSet):

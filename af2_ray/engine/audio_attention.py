@@ -33,7 +33,7 @@ class ClipsKV:
 
     @classmethod
     def of(cls, keys: Sequence[str], parts: Sequence[Tensor]) -> Self:
-        """Of one or more kept clips, in order; several are copied end to end."""
+        """The keys and values of one or more kept clips, in order; several are copied end to end."""
         kv = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=3)
         return cls(tuple(keys), kv, tuple(part.shape[3] for part in parts))
 
@@ -56,16 +56,16 @@ class RowsAudio:
 
     @classmethod
     def of_prompts(
-        cls, heard: Sequence[ClipsKV | None], markers: Tensor, lengths: Sequence[int], places: Mapping[int, int]
+        cls, rows_kv: Sequence[ClipsKV | None], markers: Tensor, lengths: Sequence[int], places: Mapping[int, int]
     ) -> Self | None:
-        """For prompts padded on the right: each text token hears the clips whose `<audio>` is at or before it.
+        """The audio of prompts padded on the right: a text token hears the clips whose `<audio>` is at or before it.
 
         Args:
-            markers: [B, T], the `<audio>` markers so far.
-            places: LM layer index to its place in the keys and values.
+            markers: number of `<audio>` markers so far, [B, T].
+            places: place in the keys and values of each LM layer that hears, by the layer's index.
         """
         groups, hears = [], torch.zeros((*markers.shape, 1), dtype=torch.bool, device=markers.device)
-        for row, (clips, length) in enumerate(zip(heard, lengths, strict=True)):
+        for row, (clips, length) in enumerate(zip(rows_kv, lengths, strict=True)):
             if clips is None:
                 continue
             counts = torch.tensor(clips.lengths, device=markers.device)
@@ -82,19 +82,19 @@ class RowsAudio:
 
     @classmethod
     def of_running(
-        cls, heard: Sequence[ClipsKV | None], places: Mapping[int, int], device: torch.device
+        cls, rows_kv: Sequence[ClipsKV | None], places: Mapping[int, int], device: torch.device
     ) -> Self | None:
-        """For one more token of every running row."""
+        """The audio for one more token of every running row."""
         rows: dict[tuple[str, ...], list[int]] = {}
         kvs: dict[tuple[str, ...], Tensor] = {}
-        for row, clips in enumerate(heard):
+        for row, clips in enumerate(rows_kv):
             if clips is not None:
                 rows.setdefault(clips.keys, []).append(row)
                 kvs.setdefault(clips.keys, clips.kv)
         if not rows:
             return None
         groups = [_Group(torch.tensor(rows[keys], device=device), kv, 1) for keys, kv in kvs.items()]
-        hears = torch.tensor([clips is not None for clips in heard], device=device)
+        hears = torch.tensor([clips is not None for clips in rows_kv], device=device)
         return cls(groups, hears[:, None, None], places)
 
     def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ class RowsAudio:
             keys, values = group.kv[place, :, None]  # [1, H, A, d] each
             if group.length == 1:  # one token of each row: the rows are queries of one
                 queries = q[group.rows, :, 0].transpose(0, 1)[None]
-                heard = nnf.scaled_dot_product_attention(queries, keys, values)
-                out[group.rows, :, 0] = heard[0].transpose(0, 1)
+                states = nnf.scaled_dot_product_attention(queries, keys, values)
+                out[group.rows, :, 0] = states[0].transpose(0, 1)
             else:
                 queries = q[group.rows, :, : group.length]
-                heard = nnf.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
-                out[group.rows, :, : group.length] = heard
+                states = nnf.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
+                out[group.rows, :, : group.length] = states
         return out
 
 
@@ -127,7 +127,7 @@ class Projection:
         self._token_bytes = model.audio_tower.output_size * model.dtype.itemsize
 
     def __call__(self, states: Tensor, num_windows: int) -> Tensor:
-        """Of audio states [A, D]: [X, 2, H, A, d], in memory of a length bucket; or a prefix [A, D of the LM]."""
+        """Keys and values [X, 2, H, A, d] of states [A, D], or a prefix [A, D of LM], in memory of a length bucket."""
         if self.is_prefix:
             return self._model.prefix.project(states)
         first, num = self._layers[0], len(states)
@@ -138,11 +138,11 @@ class Projection:
         return kv
 
     def states_bytes(self, num_windows: int) -> int:
-        """What the audio states of a clip take."""
+        """Bytes of a clip's audio states."""
         return num_windows * self.tokens_per_window * self._token_bytes
 
-    def heard_bytes(self, num_windows: int) -> int:
-        """What the LM hears of a clip, in bytes."""
+    def projected_bytes(self, num_windows: int) -> int:
+        """Bytes of what the LM hears of a clip."""
         itemsize = self._model.dtype.itemsize
         if self.is_prefix:
             return num_windows * self.tokens_per_window * int(self._model.config.text_config.hidden_size) * itemsize

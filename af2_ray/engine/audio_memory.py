@@ -1,10 +1,10 @@
-"""Encoded audio, kept for further questions by the SHA-256 of the bytes it came in; the longest unheard goes first.
+"""Encoded audio, kept for further questions by the SHA-256 of the bytes it came in; the one unused longest goes first.
 
 Two things are kept of a clip: its audio states, and the cross-attention's keys and values made of them (or a prefix).
-The states took the whole tower and are small; the keys and values take one product a layer and are 18 times as large
-in the 3B model (141 MB for 5 minutes in bf16, against 8). So when memory is short, keys and values go first, all of
-them, before any states do. What a running answer hears is pinned. Running answers attend to this memory itself: an
-answer that begins copies nothing, and answers about one clip share its keys and values.
+The states cost a pass of the whole tower and are small; the keys and values cost one product a layer and are 18 times
+as large in the 3B model (141 MB for 5 minutes in bf16, against 8). So when memory is short, all keys and values go
+before any states do. What a running answer hears is pinned. Running answers attend to this memory itself: an answer
+that begins copies nothing, and answers about one clip share its keys and values.
 
 Memory for keys and values is taken by length buckets, at most half as long again: allocations of few sizes, which
 PyTorch's allocator uses again and again.
@@ -31,15 +31,15 @@ class KeptClip:
 
     states: Tensor
     num_windows: int
-    heard: Tensor | None = None
+    projected: Tensor | None = None
 
 
 class AudioMemory:
     """A byte-bounded LRU of clips.
 
     Args:
-        project: makes what the LM hears of audio states [A, D] of so many windows.
-        states_bytes, heard_bytes: what a clip of so many windows takes.
+        project: function from audio states [A, D], and their number of windows, to what the LM hears of them.
+        states_bytes, projected_bytes: bytes of a clip of so many windows.
         limit_bytes: bound of all that is kept; a single request that needs more gets it while nothing else is pinned.
     """
 
@@ -47,10 +47,10 @@ class AudioMemory:
         self,
         project: Callable[[Tensor, int], Tensor],
         states_bytes: Callable[[int], int],
-        heard_bytes: Callable[[int], int],
+        projected_bytes: Callable[[int], int],
         limit_bytes: int,
     ) -> None:
-        self._project, self._states_bytes, self._heard_bytes = project, states_bytes, heard_bytes
+        self._project, self._states_bytes, self._projected_bytes = project, states_bytes, projected_bytes
         self._limit = limit_bytes
         self._clips: OrderedDict[str, KeptClip] = OrderedDict()
         self._pins: Counter[str] = Counter()
@@ -65,8 +65,8 @@ class AudioMemory:
 
     @property
     def num_bytes(self) -> int:
-        """What the kept clips take, and what is promised to pinned ones."""
-        kept = sum(self._bytes(clip.num_windows, clip.heard is not None) for clip in self._clips.values())
+        """Bytes that kept clips take, and that pinned ones will take."""
+        kept = sum(self._bytes(clip.num_windows, clip.projected is not None) for clip in self._clips.values())
         coming = sum(self._bytes(num, True) for key, num in self._windows.items() if key not in self._clips)
         return kept + coming
 
@@ -84,7 +84,7 @@ class AudioMemory:
         self._shrink()
 
     def unpin(self, keys: Iterable[str]) -> None:
-        """Let go."""
+        """End one hold of each clip."""
         for key in keys:
             self._pins[key] -= 1
             if not self._pins[key]:
@@ -96,20 +96,20 @@ class AudioMemory:
         self._clips[key] = KeptClip(states, num_windows)
         self._shrink()
 
-    def heard(self, key: str) -> Tensor:
+    def projected(self, key: str) -> Tensor:
         """What the LM hears of a pinned clip that is kept."""
         clip = self._clips[key]
         self._clips.move_to_end(key)
-        if clip.heard is None:
-            clip.heard = self._project(clip.states, clip.num_windows)
-        return clip.heard
+        if clip.projected is None:
+            clip.projected = self._project(clip.states, clip.num_windows)
+        return clip.projected
 
     def clear(self) -> None:
         """Forget all that is not pinned."""
         self._clips = OrderedDict((key, clip) for key, clip in self._clips.items() if key in self._pins)
 
-    def _bytes(self, num_windows: int, heard: bool) -> int:
-        return self._states_bytes(num_windows) + (self._heard_bytes(num_windows) if heard else 0)
+    def _bytes(self, num_windows: int, projected: bool) -> int:
+        return self._states_bytes(num_windows) + (self._projected_bytes(num_windows) if projected else 0)
 
     def _shrink(self) -> None:
         excess = self.num_bytes - self._limit
@@ -118,9 +118,9 @@ class AudioMemory:
             if excess <= 0:
                 return
             clip = self._clips[key]
-            if clip.heard is not None:
-                clip.heard = None
-                excess -= self._heard_bytes(clip.num_windows)
+            if clip.projected is not None:
+                clip.projected = None
+                excess -= self._projected_bytes(clip.num_windows)
         for key in free:
             if excess <= 0:
                 return

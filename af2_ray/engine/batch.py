@@ -1,9 +1,9 @@
 """Answers to many questions by the serving engine: whole manifests, in this process or on the actors of a Ray cluster.
 
 The work is cut into chunks of questions about clips of like length, long ones first, all questions of a clip in one
-chunk, so the engine's slots stay full and a clip is encoded once. What labels a million clips keeps a file a chunk,
-written when it is whole: a job that was stopped goes on with the chunks that have none. At last the files are joined in
-input order.
+chunk, so the engine's slots stay full and a clip is encoded once. A job that labels a million clips keeps a file a
+chunk, written when it is whole: after a stop it goes on with the chunks that have no file. At last the files are joined
+in input order.
 
 Decoding runs in threads a little ahead of the engine: a bounded number of clips is in memory, whatever the chunk.
 """
@@ -54,12 +54,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How far questions go.
+class AnswerLimits:
+    """Limits of a question and its answer.
 
     Attributes:
         max_windows: 10 s windows heard of a clip at most; the rest is not read.
-        max_new_tokens: of an answer.
+        max_new_tokens: tokens of an answer at most.
         allow_silent: whether a silent clip is asked about.
     """
 
@@ -121,7 +121,7 @@ def plan_chunks(questions: Sequence[Question], size: int, max_windows: int) -> l
     return [chunk for chunk in chunks if chunk]
 
 
-def offline(settings: Serve, limits: Limits) -> Serve:
+def offline(settings: Serve, limits: AnswerLimits) -> Serve:
     """The settings of an engine that answers manifests: no answer is cut by the server's own limits."""
     return settings.model_copy(
         update={
@@ -134,7 +134,9 @@ def offline(settings: Serve, limits: Limits) -> Serve:
 # --- Answering -----------------------------------------------------------------------------------------------------
 
 
-def answer_all(engine: Engine, questions: Sequence[Question], limits: Limits, *, num_threads: int = 2) -> list[Result]:
+def answer_all(
+    engine: Engine, questions: Sequence[Question], limits: AnswerLimits, *, num_threads: int = 2
+) -> list[Result]:
     """Greedy answers, in the order of `questions`; each clip is decoded and encoded once."""
     results: dict[int, Result] = {}
     clips = {one.clip_key: one.stretch for one in questions}
@@ -171,7 +173,7 @@ def answer_all(engine: Engine, questions: Sequence[Question], limits: Limits, *,
     return [results[place] for place in range(len(questions))]
 
 
-def _read(key: str, stretch: Stretch, limits: Limits) -> Clip | AudioError:
+def _read(key: str, stretch: Stretch, limits: AnswerLimits) -> Clip | AudioError:
     try:
         windows = hear(stretch, limits.max_windows, allow_silent=limits.allow_silent)
     except AudioError as error:
@@ -196,7 +198,7 @@ def _ahead(
 class Answerer:
     """One actor: an engine that answers the chunks it is given."""
 
-    def __init__(self, model: str, settings: Mapping[str, Any], limits: Limits, threads: int) -> None:
+    def __init__(self, model: str, settings: Mapping[str, Any], limits: AnswerLimits, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -216,7 +218,7 @@ def _question(index: int, id: str, stretch: Mapping[str, Any], prompt: str) -> Q
 
 
 def answer_on_ray(
-    model: str, chunks: Mapping[int, Sequence[Question]], settings: Serve, limits: Limits, actors: Actors
+    model: str, chunks: Mapping[int, Sequence[Question]], settings: Serve, limits: AnswerLimits, actors: Actors
 ) -> Iterator[tuple[int, list[Result]]]:
     """Answer chunks on the Ray cluster that is connected: a chunk's number and results, as each is done."""
     items = [
@@ -240,12 +242,12 @@ def server_actors(settings: Serve, num: int) -> Actors:
 
 
 def part_uri(folder: str, number: int) -> str:
-    """Where a chunk's rows are."""
+    """The address of a chunk's rows."""
     return f"{folder}/chunk-{number:07d}.jsonl"
 
 
 def model_facts(model: str) -> dict[str, Any]:
-    """What tells an export from another one at the same address, and the windows it hears of a clip at most.
+    """The version of an export, which tells it from another one at the same address, and its `max_windows`.
 
     Raises:
         ValueError: no model there.
@@ -277,7 +279,7 @@ def write_rows(uri: str, rows: Iterable[Row]) -> None:
 
 
 def join(folder: str, num_chunks: int, refused: Iterable[Row], out: str) -> tuple[int, int]:
-    """All rows in input order to `out` (`.jsonl` or `.parquet`); how many, and how many have an answer.
+    """Write all rows in input order to `out` (`.jsonl` or `.parquet`); how many, and how many have an answer.
 
     Raises:
         ValueError: a chunk is not there, or `out` has another ending.

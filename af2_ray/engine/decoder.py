@@ -24,7 +24,7 @@ class Decoder:
     """A model's running rows.
 
     Args:
-        num_slots: how many rows can run at one time.
+        num_slots: number of rows that can run at one time.
         room: text tokens, prompt and answer, that a row has room for at first.
     """
 
@@ -41,7 +41,7 @@ class Decoder:
         prefix = max_windows * projection.tokens_per_window if projection.is_prefix else 0
         num_layers = model.config.text_config.num_hidden_layers
         self._cache = SlotCache(num_layers, num_slots, prefix + room, model.device)
-        self._heard: list[ClipsKV | None] = []
+        self._rows_kv: list[ClipsKV | None] = []
         self._hearing: RowsAudio | None = None
         self._changed = True
         on_gpu = model.device.type == "cuda"
@@ -58,7 +58,7 @@ class Decoder:
         Args:
             prompts: token ids of each.
             max_new: tokens that each answer may take.
-            clips: of each, in the order of its `<audio>` markers: pairs of a key and what the LM hears of that clip.
+            clips: pairs of a clip's key and what the LM hears of it, for each prompt, in the order of its markers.
 
         Returns:
             Logits [R, V] of the first token of each answer.
@@ -66,7 +66,7 @@ class Decoder:
         device = self._model.device
         ids = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)  # [R, T]
         embeds, lengths, audio = self._model.embed_tokens(ids), [len(prompt) for prompt in prompts], None
-        heard: list[ClipsKV | None] = [None] * len(prompts)
+        rows_kv: list[ClipsKV | None] = [None] * len(prompts)
         if self._projection.is_prefix:
             whole = [
                 torch.cat([*(part for _, part in pairs), row[:length]])
@@ -74,18 +74,18 @@ class Decoder:
             ]
             lengths, embeds = [len(row) for row in whole], pad_sequence(whole, batch_first=True)
         else:
-            heard = [
+            rows_kv = [
                 ClipsKV.of([k for k, _ in pairs], [part for _, part in pairs]) if pairs else None for pairs in clips
             ]
             markers = (ids == self._model.config.audio_token_id).cumsum(dim=1)
-            audio = RowsAudio.of_prompts(heard, markers, lengths, self._projection.places)
+            audio = RowsAudio.of_prompts(rows_kv, markers, lengths, self._projection.places)
         self._cache.make_room(max(length + new for length, new in zip(lengths, max_new, strict=True)))
         mask = self._cache.before_prefill(lengths, embeds.dtype)
         hidden = self._forward(embeds, mask, torch.arange(embeds.shape[1], device=device)[None], audio)
         last = torch.tensor(lengths, device=device) - 1
         logits = self._model.compute_logits(hidden[torch.arange(len(lengths), device=device), last])
         self._cache.after_prefill(lengths)
-        self._heard += heard
+        self._rows_kv += rows_kv
         self._changed = True
         return logits
 
@@ -93,7 +93,7 @@ class Decoder:
         """Add a token to every running row; logits [B, V] of the next."""
         device, lengths = self._model.device, self._cache.lengths
         if self._changed:
-            self._hearing = RowsAudio.of_running(self._heard, self._projection.places, device)
+            self._hearing = RowsAudio.of_running(self._rows_kv, self._projection.places, device)
             self._changed = False
             if self._graph is not None:
                 self._graph.forget()
@@ -114,9 +114,9 @@ class Decoder:
     def remove(self, row: int) -> None:
         """End a row; the last row takes its number."""
         self._cache.remove(row)
-        last = self._heard.pop()
-        if row < len(self._heard):
-            self._heard[row] = last
+        last = self._rows_kv.pop()
+        if row < len(self._rows_kv):
+            self._rows_kv[row] = last
         self._changed = True
 
     def _forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, audio: RowsAudio | None) -> Tensor:

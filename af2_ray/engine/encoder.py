@@ -38,7 +38,7 @@ class Encoder:
     """The clips that wait to be encoded.
 
     Args:
-        budget: windows a turn.
+        budget: number of windows a turn.
     """
 
     def __init__(self, model: AudioFlamingo2ForConditionalGeneration, budget: int) -> None:
@@ -61,7 +61,7 @@ class Encoder:
         self._clips.setdefault(key, _Coming(windows))
 
     def drop(self, key: str) -> None:
-        """Nobody waits for this clip any more."""
+        """Drop a clip that nobody waits for any more."""
         self._clips.pop(key, None)
 
     def step(self) -> dict[str, Tensor | None]:
@@ -69,7 +69,7 @@ class Encoder:
         taken = self._take()
         try:
             return dict(self._finish(self._encode(taken)))
-        except Exception:  # whatever the model raises: logged here, told to those who wait for these clips
+        except Exception:  # whatever the model raises: logged here, and those who wait for these clips learn of it
             logger.exception("encoding failed")
             for key in taken:
                 self.drop(key)
@@ -92,7 +92,7 @@ class Encoder:
         return taken
 
     def _encode(self, taken: dict[str, int]) -> dict[str, _Coming]:
-        """Send windows through the tower; the clips that have none left."""
+        """Send windows through the tower; return the clips that have none left."""
         parts = []
         for key, num in taken.items():
             clip = self._clips[key]

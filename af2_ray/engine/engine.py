@@ -68,17 +68,17 @@ class Engine:
         *,
         max_windows: int | None = None,
     ) -> None:
-        """Get ready.
+        """Make the caches and slots of a model.
 
         Args:
-            max_windows: the longest clip; none: the longest that the model was trained on.
+            max_windows: windows of the longest clip; none: those of the longest that the model was trained on.
         """
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
         self.max_windows = max_windows or int(model.config.max_windows)
         self.counts = Counts()
         self._projection = project = Projection(model)
         memory_bytes, budget = self.settings.audio_memory_mb * 2**20, self.settings.encode_windows
-        self.memory = AudioMemory(project, project.states_bytes, project.heard_bytes, memory_bytes)
+        self.memory = AudioMemory(project, project.states_bytes, project.projected_bytes, memory_bytes)
         self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
         room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens
         self._decoder = Decoder(
@@ -288,10 +288,10 @@ class Engine:
     def _prefill(self, batch: list[Ticket]) -> None:
         """Prefill together; if that fails, each alone, so that the one at fault fails alone (memory, for instance)."""
         try:
-            clips = [[(clip.key, self.memory.heard(clip.key)) for clip in t.request.clips] for t in batch]
+            clips = [[(clip.key, self.memory.projected(clip.key)) for clip in t.request.clips] for t in batch]
             max_new = [ticket.request.max_new_tokens for ticket in batch]
             logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
-        except Exception:  # the model may raise anything; it is logged, and the caller is told
+        except Exception:  # the model may raise anything; it is logged, and the caller gets an answer
             logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])
             if len(batch) == 1:
                 self._leave(batch[0], _FAILED)

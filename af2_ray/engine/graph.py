@@ -28,8 +28,8 @@ class StepGraph:
     """Plays a step for unchanged rows; records it anew when their text outgrows the recording.
 
     Args:
-        step: launches a step on `device`, with everything that it reads at fixed addresses.
-        longest: tells the text tokens that a row may have.
+        step: function that launches a step on `device`; everything that it reads is at fixed addresses.
+        longest: function that gives the text tokens that a row may have.
     """
 
     def __init__(self, step: Step, device: torch.device, longest: Callable[[], int]) -> None:
@@ -41,7 +41,7 @@ class StepGraph:
         self._works = True
 
     def forget(self) -> None:
-        """The rows, or what they hear, are others from now on."""
+        """Drop the recording: the rows, or the clips that they hear, have changed."""
         self._room = self._steps = 0
 
     def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:

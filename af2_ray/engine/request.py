@@ -18,9 +18,9 @@ class Clip:
 
     Attributes:
         key: SHA-256 of the bytes it came in; the engine keeps what it has heard under it.
-        num_windows: its length in windows of 10 s.
+        num_windows: length in windows of 10 s.
         windows: int16 [W, 160000] (`audio.windows.to_windows`); none: the engine is believed to have heard it.
-        duration_s: its length in seconds.
+        duration_s: length in seconds.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
-    """How many likely tokens are told at each place, besides the chosen one's probability; none: neither."""
+    """Number of likely tokens that an answer lists at each place, beside the chosen one; none: no probabilities."""
     id: str = ""
 
     @property

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SlotLayer(CacheLayerMixin):
-    """One LM layer's text keys and values, [S, H, L, d]; what an update does is said by the cache."""
+    """One LM layer's text keys and values, [S, H, L, d]; the cache says what an update does."""
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class SlotLayer(CacheLayerMixin):
         self.values[target, :, :length] = self.values[source, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Not asked for: masks are given in full."""
+        """Never called by the engine, which gives masks in full."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -82,7 +82,7 @@ class SlotCache(Cache):
     Attributes:
         lengths: text tokens of each running row, without gaps from row 0 on.
         prefilling: whether the next forward pass begins rows or goes on with all running ones.
-        rows, places, longest: of the decoding step at hand (`before_decode`).
+        rows, places, longest: those of the decoding step at hand (`before_decode`).
     """
 
     def __init__(self, num_layers: int, num_slots: int, length: int, device: torch.device) -> None:
@@ -124,8 +124,9 @@ class SlotCache(Cache):
         """Get ready for one more token of every row; positions [B, 1] and the additive mask [B, 1, 1, longest].
 
         Args:
-            places: [B], where each row's token goes: `lengths`, on the device.
-            longest: places that are attended to, more than any row has tokens; those behind a row's own are masked.
+            places: place of each row's token, [B]: `lengths`, on the device.
+            longest: number of places that are attended to, more than any row has tokens; those behind a row's own are
+                masked.
         """
         self.prefilling = False
         self.rows = torch.arange(self.num_rows, device=self.device)
@@ -135,7 +136,7 @@ class SlotCache(Cache):
         return self.places[:, None], mask[:, None, None]
 
     def after_decode(self) -> None:
-        """Every row has one token more."""
+        """Count one more token of every row."""
         self.lengths = [length + 1 for length in self.lengths]
 
     def remove(self, row: int) -> None:

@@ -22,7 +22,7 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string was written; it and all behind it are left out."""
-        return self._cutter.found
+        return self._cutter.stopped
 
     def add(self, token: int) -> str:
         """The text that is safe to pass on after one more token."""
@@ -56,16 +56,16 @@ class StopCutter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.found = False
+        self.stopped = False
 
     def feed(self, piece: str) -> str:
         """The text that is safe to pass on now."""
-        if self.found:
+        if self.stopped:
             return ""
         text = self._held + piece
         starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
         if starts:
-            self.found, self._held = True, ""
+            self.stopped, self._held = True, ""
             return text[: min(starts)]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]

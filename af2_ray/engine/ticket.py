@@ -25,9 +25,9 @@ class Ticket:
     Attributes:
         ids: tokens of the prompt.
         clips: windows of each distinct clip, by its key.
-        since: when it came (monotonic seconds).
-        token: the last one written.
-        encoded_windows: of its clips, those that had to be encoded.
+        since: second at which it came (monotonic clock).
+        token: last token written.
+        encoded_windows: number of its clips' windows that had to be encoded.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Ticket:
         )
 
     def tell(self, event: Event) -> None:
-        """Pass on; a listener that fails is its owner's trouble, not the batch's."""
+        """Pass an event on; a listener that fails is its owner's trouble, not the batch's."""
         try:
             self._emit(event)
         except Exception:

@@ -16,7 +16,7 @@ from af2_ray.cluster import Actors
 from af2_ray.config import Cluster, Evaluation, Serve
 from af2_ray.data.quarantine import Failure
 from af2_ray.data.samples import Sample, check_samples
-from af2_ray.engine.batch import Limits, Question, Result, answer_all, answer_on_ray, offline, plan_chunks
+from af2_ray.engine.batch import AnswerLimits, Question, Result, answer_all, answer_on_ray, offline, plan_chunks
 from af2_ray.engine.engine import Engine
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.storage.places import is_remote, shown
@@ -91,7 +91,7 @@ def answer_one(
     """
     if not question.strip():
         raise ValueError("the question is empty: ask something")
-    limits = Limits(max_windows, max_new_tokens)
+    limits = AnswerLimits(max_windows, max_new_tokens)
     engine = Engine.from_pretrained(str(model_dir), settings=offline(Serve(), limits), max_windows=max_windows)
     try:
         stretch = Stretch(uri, 0.0, probe(uri))
@@ -106,7 +106,7 @@ def answer_one(
 def _answered(
     model_dir: str | Path, questions: Sequence[Question], evaluation: Evaluation, cluster: Cluster | None
 ) -> list[Result]:
-    limits = Limits(evaluation.max_windows, evaluation.max_new_tokens, allow_silent=False)
+    limits = AnswerLimits(evaluation.max_windows, evaluation.max_new_tokens, allow_silent=False)
     chunks = plan_chunks(questions, _CHUNK, limits.max_windows)
     settings = Serve(num_slots=_SLOTS, encode_windows=evaluation.batch_windows, prefill_tokens=2**20)
     model = str(model_dir if is_remote(model_dir) else Path(model_dir).absolute())

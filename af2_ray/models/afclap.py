@@ -1,6 +1,6 @@
-"""AF-CLAP: an audio tower and a text tower that meet in one space, trained by contrast (GOLDEN: AF-CLAP two towers).
+"""AF-CLAP: an audio tower and a text tower that meet in one space, trained by contrast (docs/paper.md, "AF-CLAP").
 
-Its audio tower, trained here, is the one Audio Flamingo 2 hears with. Used as transformers' CLAP is:
+Its audio tower, trained here, is the one Audio Flamingo 2 hears with. It is used as transformers' CLAP is:
 `get_audio_features`, `get_text_features`, `logits_per_audio`, the pipeline `zero-shot-audio-classification`. Shapes: S
 windows of C clips, N captions, T text tokens, J joint width.
 
@@ -36,13 +36,13 @@ class AfClapConfig(PreTrainedConfig):
 
     Attributes:
         text_config: an encoder's configuration; of a T5 only the encoder is built.
-        text_pooling: `masked_mean` over real tokens (our training), or `mean` over all positions, padding included,
-            which converted weights need (with texts padded to `text_length`; `AfClapProcessor` does).
+        text_pooling: kind of mean: `masked_mean` over real tokens (our training), or `mean` over all positions, padding
+            included, which converted weights need (with texts padded to `text_length`; `AfClapProcessor` does).
         text_length: tokens of a text at most; with pooling `mean`, always.
         short_clips: what fills a clip's window after its end: `silence`, or the clip again (`repeat`, as often as it
             fits whole: the reference's way).
-        initial_temperature: the similarity's divisor at the start of training.
-        moments: how many moments of time the heads see beside the mean (`pool`); 0, as in the paper, for none.
+        initial_temperature: divisor of the similarity at the start of training.
+        moments: number of moments of time that the heads see beside the mean (`pool`); 0, as in the paper, for none.
     """
 
     model_type = "af_clap"
@@ -154,7 +154,7 @@ class AfClapModel(PreTrainedModel):
     def _pool_windows(self, waveforms: Tensor, share: Tensor) -> Tensor:
         """Mean and moments [S, P * D]. The tower learns from the mean alone, the head reads the moments as they are.
 
-        Heads on a frozen tower tell order as well (0.95 of mirrored pairs), and a tower that learned from moments gave
+        Heads on a frozen tower learn order as well (0.95 of mirrored pairs), and a tower that learned from moments gave
         the language model worse features (identification 0.50 against 0.63).
         """
         features = self.audio_tower(waveforms)  # [S, F, D]
@@ -205,7 +205,7 @@ def pool(x: Tensor, weights: Tensor, share: Tensor, moments: int) -> Tensor:
     """The weighted mean of tokens [N, T, D], and their moments of time (`time_moments`): [N, (1 + moments) * D].
 
     Args:
-        weights, share: [N, T], a token's weight in the mean, and where it lies from beginning (0) to end (1).
+        weights, share: weight of each token in the mean, and its place from beginning (0) to end (1), [N, T].
     """
     cosines = torch.cat([torch.ones_like(share)[..., None], time_moments(share, moments)], dim=-1)  # [N, T, 1 + P]
     return torch.einsum("ntp,ntd->npd", (weights[..., None] * cosines).to(x.dtype), x).flatten(1)

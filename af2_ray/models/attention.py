@@ -17,8 +17,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     """Values [..., T, d] for queries [..., T, d], keys and values [..., A, d]; heads and batch come before.
 
     Args:
-        mask: added to scores, broadcast to [..., T, A]; no row may be shut by -inf alone.
-        dropout: of attention weights.
+        mask: numbers to add to the scores, broadcast to [..., T, A]; no row may be -inf alone.
+        dropout: share of the attention weights that is dropped.
     """
     on_cpu = q.device.type == "cpu" and torch.is_grad_enabled()
     by_hand = on_cpu and (torch.is_autocast_enabled("cpu") or (mask is not None and mask.requires_grad))

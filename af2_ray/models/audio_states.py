@@ -27,7 +27,7 @@ class AudioStates:
 
     @classmethod
     def of_packed(cls, packed: Tensor, lengths: Sequence[int]) -> AudioStates:
-        """From the tokens of all clips end to end, [N, D], `lengths` of them a clip."""
+        """States from the tokens of all clips end to end, [N, D], `lengths` of them a clip."""
         counts = torch.tensor(lengths, device=packed.device)
         mask = torch.arange(max(lengths), device=packed.device) < counts[:, None]
         return cls(to_rectangle(packed, lengths), mask)
@@ -64,9 +64,9 @@ class Heard:
 
     Attributes:
         states: the clips; none when the cache holds what is made of them already.
-        audio_index: [B, K], the clip of each audio of each row (-1: none); none means row b hears clip b.
-        tokens: bool [B, K, A], which audio tokens are real.
-        markers: [B, T], how many `<audio>` markers stand at or before each text token.
+        audio_index: clip of each audio of each row, [B, K] (-1: none); none: row b hears clip b.
+        tokens: mask of the real audio tokens, bool [B, K, A].
+        markers: number of `<audio>` markers at or before each text token, [B, T].
         first: whether the cache, if any, has seen none of this text yet.
     """
 

@@ -14,19 +14,19 @@ TESTED_FAMILIES = ("qwen2", "llama")
 
 
 class AudioFlamingo2Config(PreTrainedConfig):
-    """Sizes and ids; the defaults are the paper's 3B model (PAPER 2).
+    """Sizes and ids; the defaults are the paper's 3B model (docs/paper.md, "Cross-attention").
 
     Attributes:
         text_config: the LM's configuration (`model_type` qwen2 or llama).
-        audio_config: the tower's, as transformers' `ClapAudioConfig`.
+        audio_config: the tower's configuration, as transformers' `ClapAudioConfig`.
         audio_token_id: id of `<audio>`, the tokenizer's length before the four tokens were added. Ids below it are the
             LM's own; LM rows from there on are padding of its matrix and are never used.
-        fusion: gated cross-attention, or the audio as a prefix of the text (PAPER 2, ablations).
+        fusion: gated cross-attention, or the audio as a prefix of the text (docs/paper.md, "Prefix").
         audio_features: all 64 features of a window, or their mean alone.
-        cross_attn_every: cross-attention stands before LM layer i where (i + 1) % cross_attn_every == 0.
-        transform_rope_base: none leaves positions out of the audio transformer.
+        cross_attn_every: interval of cross-attention: before LM layer i where (i + 1) % cross_attn_every == 0.
+        transform_rope_base: base of the audio transformer's rotary positions; none: no positions.
         transform_time_features: size of an embedding of each audio token's time; 0, as in the paper, for none.
-        transform_moments: moments of time of the clip that each audio token is told; 0, as in the paper, for none.
+        transform_moments: moments of time of the clip that are added to each audio token; 0, as in the paper, for none.
         max_windows: the longest audio, in windows of 10 s, that the model accepts.
         max_text_tokens: the longest question with its answer that the model was trained on; none: not known.
     """

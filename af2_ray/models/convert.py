@@ -152,7 +152,7 @@ def infer_af2_config(
 
     Args:
         text_config: the LM's own configuration; its number of rows is set to what the checkpoint keeps.
-        transform_heads: the weights do not tell it (the reference has 8).
+        transform_heads: number of heads, which the weights do not show (the reference has 8).
     """
     rows, width = weights[EMBED].shape
     layers = "lang_encoder.model.layers."

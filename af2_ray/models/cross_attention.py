@@ -28,9 +28,9 @@ class AudioCache(DynamicCache):
     Reordering, selecting and repeating rows take the audio along; cropping the text leaves it alone; a reset drops it.
 
     Attributes:
-        audio: layer index -> keys and values, each [B, H, K * A, d].
-        tokens_heard: bool [B, K, A], which audio tokens are real; none before prefill or without audio.
-        markers: int [B], how many `<audio>` markers each row has had so far.
+        audio: keys and values, each [B, H, K * A, d], by layer index.
+        tokens_heard: mask of the real audio tokens, bool [B, K, A]; none before prefill or without audio.
+        markers: number of `<audio>` markers of each row so far, int [B].
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,13 +81,13 @@ class AudioContext:
     """`Audio` of whole batches, as in training and `generate`.
 
     Attributes:
-        heard: the clips and who hears which.
+        heard: the clips, and which row hears which.
         packed: the real tokens of all clips end to end, [N, D]; none when the cache holds the keys and values.
-        lengths: how many of them each clip has.
-        mask: float [B, 1, T, K * A], added to scores: which audio tokens each text token attends to. Rows that hear
-            nothing are all shut alike here (an empty softmax is NaN) and blanked by `hears`.
-        hears: bool [B, T, 1], false where a text token hears nothing: there the layer changes nothing.
-        cache: where keys and values are kept; none when training.
+        lengths: number of them of each clip.
+        mask: numbers to add to scores, float [B, 1, T, K * A]: which audio tokens each text token attends to. Rows
+            that hear nothing are all shut alike here (an empty softmax is NaN) and blanked by `hears`.
+        hears: mask of text tokens that hear something, bool [B, T, 1]; elsewhere the layer changes nothing.
+        cache: cache that keeps keys and values; none when training.
     """
 
     heard: Heard

@@ -40,7 +40,7 @@ def small_lm_config(settings: LanguageModelSettings, max_text_tokens: int, **tok
 
     Args:
         max_text_tokens: tokens of a question with its answer.
-        token_ids: of its tokenizer: `vocab_size`, `eos_token_id`, `pad_token_id`.
+        token_ids: sizes and ids of its tokenizer: `vocab_size`, `eos_token_id`, `pad_token_id`.
     """
     sizes = settings.hidden_size, settings.num_layers, settings.num_heads, settings.num_kv_heads
     return _qwen(

@@ -100,7 +100,7 @@ class AudioTower(nn.Module):
         """Dense features [S, 64, D] of windows, int16 or float in [-1, 1], [S, 160000].
 
         `anchor` is a zero that is added to the spectrograms: whoever must know when the whole backward pass is over
-        sees it in the gradient of an input, and waveforms have none (`train.engine`).
+        sees it in the gradient of an input, and waveforms have none (`train.deepspeed`).
         """
         if self.training and not self.trains:
             self.eval()

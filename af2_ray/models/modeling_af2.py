@@ -151,7 +151,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Features [S, F, D] of windows [S, 160000], each window by itself: the first half of encoding a clip.
 
         Args:
-            tower_features: [S, F, D], what the tower made of the windows before; it is not run then.
+            tower_features: features [S, F, D] that the tower made of the windows before; it is not run then.
         """
         features: Tensor = self.audio_tower(waveforms) if tower_features is None else tower_features.to(self.dtype)
         return features.mean(dim=1, keepdim=True) if self.config.audio_features == "pooled" else features
@@ -166,7 +166,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Encode clips once, for any number of questions: windows [S, 160000] of C clips -> `AudioStates`.
 
         Args:
-            tower_features: [S, F, D], what the tower made of the windows before; it is not run then.
+            tower_features: features [S, F, D] that the tower made of the windows before; it is not run then.
         """
         windows = waveforms if tower_features is None else tower_features
         counts = windows_per_clip.tolist() if isinstance(windows_per_clip, Tensor) else list(windows_per_clip)
@@ -248,17 +248,19 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """One pass over text, hearing clips given as waveforms or as states encoded before, or none.
 
         Args:
-            input_ids: [B, T], each row with one `<audio>` marker an audio, in order.
-            attention_mask: [B, T], 1 where text is real; padding may be on either side. Several texts end to end in a
-                row are numbered 1, 2 ...: each hears the row's one audio and sees itself alone, as in a row of its own.
+            input_ids: ids of the text, [B, T], each row with one `<audio>` marker an audio, in order.
+            attention_mask: mask of the text, [B, T], 1 where it is real; padding may be on either side. Several texts
+                end to end in a row are numbered 1, 2 ...: each hears the row's one audio and sees itself alone, as in
+                a row of its own.
             waveforms: windows of all clips, int16 or float in [-1, 1], [S, 160000].
-            windows_per_clip: [C], adding up to S.
-            audio_index: [B, K], the clips of each row's audios, -1 for none; left out, row b hears clip b.
-            labels: [B, T], -100 where nothing is learned; gives `loss`, the mean over answer tokens.
-            logits_to_keep: only the last so many positions, or the positions in a tensor; 0 for all.
-            answers_only: with `labels`, compute logits [N, V] only where the next token is an answer token, in the
-                order of `labels[:, 1:][labels[:, 1:] != -100]`: a fraction of the memory with a large vocabulary.
-            tower_features: [S, F, D], in place of waveforms: what the tower made of them before.
+            windows_per_clip: windows of each clip, [C], S in all.
+            audio_index: clips of each row's audios, [B, K], -1 for none; left out, row b hears clip b.
+            labels: ids to learn, [B, T], -100 where there are none; they give `loss`, the mean over answer tokens.
+            logits_to_keep: number of last positions that get logits, or those positions in a tensor; 0 for all.
+            answers_only: whether, with `labels`, logits [N, V] are computed only where the next token is an answer
+                token, in the order of `labels[:, 1:][labels[:, 1:] != -100]`: a fraction of the memory with a large
+                vocabulary.
+            tower_features: features [S, F, D] in place of waveforms: what the tower made of them before.
         """
         cache = past_key_values
         if cache is None and use_cache:

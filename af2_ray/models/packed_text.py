@@ -30,7 +30,7 @@ def see_themselves(numbers: Tensor, num_prefix: int, dtype: torch.dtype) -> tupl
     """What each position attends to: the row's prefix and its own text up to here.
 
     Args:
-        numbers: [B, N], of the text at each position, 0 at padding.
+        numbers: number of the text at each position, [B, N], 0 at padding.
         num_prefix: leading positions that every text sees, where they are not 0.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From audio arrays and prompts to what the model takes: windows, token ids, and who hears what.
+"""From audio arrays and prompts to what the model takes: windows, token ids, and which text hears which clip.
 
 Decoding files is done before (`af2_ray.audio.decode`): here audio is mono float arrays at 16 kHz.
 """
@@ -130,10 +130,10 @@ class AudioFlamingo2Processor(ProcessorMixin):
         `apply_chat_template` has written (it ends in `<SEP>`) is taken as it is, audio as one list over all prompts.
 
         Args:
-            max_tokens: the longest text: one with its answer is cut there, a prompt alone is an error; none: texts with
-                answers are cut at `max_text_tokens`, and prompts are as long as they are.
-            return_tensors, padding: always `pt` and true; there for those who pass them.
-            images, videos: the model takes none; there for `apply_chat_template(tokenize=True)`.
+            max_tokens: tokens of the longest text: one with its answer is cut there, a prompt alone is an error; none:
+                texts with answers are cut at `max_text_tokens`, and prompts are as long as they are.
+            return_tensors, padding: `pt` and true, always; there for those who pass them.
+            images, videos: none, always; there for `apply_chat_template(tokenize=True)`.
         """
         if images or videos or return_tensors not in (None, "pt") or not padding:
             raise ValueError("the model takes text and audio, and gives padded torch tensors: leave the others out")

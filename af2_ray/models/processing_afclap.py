@@ -23,7 +23,7 @@ class AfClapFeatureExtractor(AudioFlamingo2FeatureExtractor):
     """Cuts clips into windows; of a clip longer than `max_windows` its beginning is heard.
 
     Args:
-        short_clips: what follows the end of a clip of less than 10 s (`AfClapConfig.short_clips`).
+        short_clips: filling after the end of a clip of less than 10 s (`AfClapConfig.short_clips`).
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AfClapProcessor(ProcessorMixin):
 
     Args:
         text_length: tokens of a text at most.
-        pad_to_length: pad every text to `text_length` (the config's pooling `mean`), not only to the longest.
+        pad_to_length: whether texts are padded to `text_length` (the config's pooling `mean`), not to the longest.
     """
 
     def __init__(

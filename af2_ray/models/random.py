@@ -14,8 +14,8 @@ def random_model(
     """A model of random weights in evaluation mode, whose text hears the audio.
 
     Args:
-        gate: value of the gates of cross-attention. Training begins with 0, where the audio changes nothing, and so
-            would any fault in how it is heard.
+        gate: value of the gates of cross-attention. Training begins with 0, where neither the audio nor any fault in
+            how it is heard changes anything.
     """
     torch.manual_seed(seed)
     model = AudioFlamingo2ForConditionalGeneration(config).eval()

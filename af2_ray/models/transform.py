@@ -1,7 +1,7 @@
-"""The audio transformer: self-attention over all dense features of a clip (GOLDEN: Audio transformer).
+"""The audio transformer: self-attention over all dense features of a clip (docs/paper.md, "Audio transformer").
 
 Post-norm layers with rotary positions over the whole clip, so a window knows where in the clip it lies. Without it the
-paper loses 10 MMAU points (PAPER 2).
+paper loses 10 MMAU points.
 
 Clips are ragged all the way through: one call of every linear layer and norm over the tokens of all clips, end to end,
 and only attention, which has no parameters, clip by clip. Of clips of 10, 30, 60 and 300 s a rectangle would be two
@@ -74,7 +74,7 @@ def time_table(times: Tensor, length: Tensor, num_features: int) -> Tensor:
     rotary positions alone has to infer from what lies on either side.
 
     Args:
-        times, length: [N], the token's time and its clip's length, in windows.
+        times, length: time of each token and length of its clip, in windows, [N].
     """
     number = torch.arange(num_features, device=times.device)
     share = math.pi * (times / length)[:, None] * (number + 1)
@@ -125,8 +125,8 @@ class AudioTransform(nn.Module):
     token's clip (`time_moments`).
 
     Args:
-        config: its keys `transform_*`.
-        width: of the audio features, D.
+        config: configuration, of which the keys `transform_*` are read.
+        width: width of the audio features, D.
         window_shape: frequency bands and time steps of a window's tokens, bands first.
     """
 

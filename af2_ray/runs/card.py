@@ -69,14 +69,14 @@ def code_version() -> str:
     version = f"af2_ray {af2_ray.__version__}"
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty=, changed", "--exclude=*"]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return version  # no git on a cluster's image: the version has to do
-    return f"{version} (commit {told.stdout.strip()})" if told.returncode == 0 else version
+    return f"{version} (commit {described.stdout.strip()})" if described.returncode == 0 else version
 
 
 def _head(recipe: Recipe) -> str:
-    told: dict[str, Any] = {
+    head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "audio-text-to-text",
         "license": "other",
@@ -84,8 +84,8 @@ def _head(recipe: Recipe) -> str:
         "tags": ["audio", "audio-question-answering", "af2_ray"],
     }
     if recipe.model.lm.path:
-        told["base_model"] = recipe.model.lm.path
-    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---"
+        head["base_model"] = recipe.model.lm.path
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
 
 
 def _parts(recipe: Recipe) -> Iterable[Sequence[str]]:
@@ -148,8 +148,8 @@ def _recordings(recipe: Recipe) -> Iterable[str]:
     fs, folder = locate(recipe.corpus.dir)
     if fs.isfile(f"{folder}/corpus.json"):
         report = json.loads(fs.cat_file(f"{folder}/corpus.json"))["report"]
-        told = f"{report['hours']:.1f} hours composed from {report['num_source_clips']} recordings"
-        yield f"The corpus `{recipe.corpus.dir}`: {told} (SHA-256 `{report['sha256'][:16]}`). Those of its training:"
+        size = f"{report['hours']:.1f} hours composed from {report['num_source_clips']} recordings"
+        yield f"The corpus `{recipe.corpus.dir}`: {size} (SHA-256 `{report['sha256'][:16]}`). Those of its training:"
     if fs.isfile(f"{folder}/sources.csv"):
         with fs.open(f"{folder}/sources.csv", "rt", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]

@@ -43,29 +43,29 @@ def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, lis
         _link(old.root / folder, target / folder)
         taken.append(name)
     run = Run.open(recipe, target)
-    told = f"{old.root} {old.recipe.fingerprint()}: {', '.join(taken) or 'nothing'}\n"
-    write_whole(target / "forked_from.txt", told)
+    origin = f"{old.root} {old.recipe.fingerprint()}: {', '.join(taken) or 'nothing'}\n"
+    write_whole(target / "forked_from.txt", origin)
     return run, taken
 
 
 def _steps(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Name, fingerprint of all that decides it (what came before included) and folder of each step in order."""
-    told = recipe.model_dump(mode="json")
-    texts = {(data["manifest"], data["root"]): None for stage in told["stages"] for data in stage["data"]}
-    model = told["model"]
-    precision = told["deepspeed"]["precision"]
+    settings = recipe.model_dump(mode="json")
+    texts = {(data["manifest"], data["root"]): None for stage in settings["stages"] for data in stage["data"]}
+    model = settings["model"]
+    precision = settings["deepspeed"]["precision"]
     # A small LM is trained on the text of all stages, whatever their weights; one that is given has read what it has.
-    learned = (told["corpus"], model["max_text_tokens"], list(texts), precision)
-    reads = (told["seed"], model["lm"], learned if model["lm"]["pretrain"] else None)
+    learned = (settings["corpus"], model["max_text_tokens"], list(texts), precision)
+    reads = (settings["seed"], model["lm"], learned if model["lm"]["pretrain"] else None)
     steps: list[tuple[str, Any, str]] = [("lm", reads, "lm")]
     if recipe.clap is not None:
-        steps.append(("clap", (told["corpus"], told["clap"], model["audio"], told["deepspeed"]), "clap"))
+        steps.append(("clap", (settings["corpus"], settings["clap"], model["audio"], settings["deepspeed"]), "clap"))
     longest = max((stage.max_windows for stage in recipe.stages), default=0)
-    steps.append(("start", (told["corpus"], model, longest), "start"))
-    caches = {key: value for key, value in told["feature_cache"].items() if key != "dir"}
-    for stage in told["stages"]:
+    steps.append(("start", (settings["corpus"], model, longest), "start"))
+    caches = {key: value for key, value in settings["feature_cache"].items() if key != "dir"}
+    for stage in settings["stages"]:
         kept = {key: value for key, value in stage.items() if key not in ("validation", "checkpoint_every")}
-        steps.append((stage["name"], (kept, told["deepspeed"], caches), f"stages/{stage['name']}"))
+        steps.append((stage["name"], (kept, settings["deepspeed"], caches), f"stages/{stage['name']}"))
     digest = hashlib.sha256()
     marked = []
     for name, decides, folder in steps:

@@ -67,7 +67,7 @@ class Run:
 
     Attributes:
         root: the directory, on this machine.
-        uri: where object storage keeps it; none: it is in `root` and nowhere else.
+        uri: address in object storage; none: it is in `root` and nowhere else.
     """
 
     root: Path
@@ -131,12 +131,12 @@ class Run:
         return self.stage_dir(self.recipe.stages[-1].name) / "model"
 
     def quarantine(self) -> Quarantine:
-        """The run's list of what is set aside, as far as it goes; for one process at a time."""
+        """The run's list of what is set aside so far; for one process at a time."""
         path = self.root / "quarantine.jsonl"
         return Quarantine(str(path), self.recipe.faults.max_bad_share, name=self.address(path))
 
     def address(self, folder: Path) -> str:
-        """What every machine may call a folder (or file) of this run."""
+        """The address under which every machine finds a folder (or file) of this run."""
         return str(folder) if self.uri is None else f"{self.uri}/{folder.relative_to(self.root)}"
 
     def fetched(self, folder: Path) -> Path:
@@ -260,8 +260,8 @@ def _names(root: Path) -> list[str]:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    told = path.stat()
-    return told.st_size, told.st_mtime_ns
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

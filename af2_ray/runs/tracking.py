@@ -99,7 +99,7 @@ class Tracker:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Around all of a run's work: what ends it early leaves none of its MLflow runs as if it still ran."""
+        """A context around all of a run's work: if that ends early, none of its MLflow runs is left as running."""
         try:
             yield
         except BaseException as error:
@@ -146,10 +146,10 @@ class ReportCallback(UserCallback):
             self._keep()
 
     def catch_up(self, step: int, accounts: Mapping[str, Any]) -> None:
-        """Write what a checkpoint has been told of and the files lack: the driver was killed between the two.
+        """Write what a checkpoint reports and the files lack: the driver was killed between the two.
 
         Args:
-            step: of the checkpoint.
+            step: step of the checkpoint.
             accounts: `history`, `failures` and `validation` since the one before; empty: it is of an older version.
         """
         tracker = Tracker(self._run)

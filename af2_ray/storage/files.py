@@ -224,8 +224,8 @@ def digest(path: Path) -> str:
 def write_digests(folder: Path) -> None:
     """Write the digests of a folder's files into it, except of texts that people edit (`.md`)."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
-    told = {str(path.relative_to(folder)): digest(path) for path in paths if path.name != DIGESTS}
-    (folder / DIGESTS).write_text(sealed_json({"files": told}))
+    digests = {str(path.relative_to(folder)): digest(path) for path in paths if path.name != DIGESTS}
+    (folder / DIGESTS).write_text(sealed_json({"files": digests}))
 
 
 def check_digests(folder: Path) -> None:

@@ -47,10 +47,10 @@ class NameRefused(ValueError):
     """A name that is not opened.
 
     Attributes:
-        name: the name.
-        reason: short and stable, for counting: `empty name`, `name too long`, `control characters in name`, `chained
+        name: the name, in full.
+        reason: short stable text, for counting: `empty name`, `name too long`, `control characters in name`, `chained
             name`, `template in name`, `scheme not allowed`, `name leads outside`, `not a regular file`.
-        detail: what mends it.
+        detail: advice on what mends it.
     """
 
     def __init__(self, name: str, reason: str, detail: str) -> None:
@@ -74,7 +74,7 @@ def allow(schemes: tuple[str, ...] | list[str], *, parents: bool = False) -> Non
     """Let this process and the Ray workers it starts open addresses of more schemes.
 
     Args:
-        schemes: beside those of `SCHEMES`; fsspec must know them.
+        schemes: schemes beside those of `SCHEMES`; fsspec must know them.
         parents: whether names in local manifests may lead out of the folder of the recordings by `..`.
     """
     added = {*_added_schemes(), *schemes} - {*SCHEMES}
@@ -184,7 +184,7 @@ def open_local(name: str) -> IO[bytes]:
 
     Raises:
         NameRefused: the name is not allowed, or not that of a regular file.
-        OSError: as of `open`.
+        OSError: as in `open`.
     """
     check_name(name)
     path = name.removeprefix("file://")
@@ -256,7 +256,7 @@ def within(seconds: float, call: Callable[[], ResultT]) -> ResultT:
     """What `call` returns or raises.
 
     Raises:
-        Late: it takes longer. What hangs goes on in a thread of its own and is heard no more.
+        Late: it takes longer. The call then goes on in a thread of its own, and its result is dropped.
     """
     outcome: list[Any] = []
     done = threading.Event()

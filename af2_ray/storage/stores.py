@@ -146,7 +146,7 @@ def local_model(folder: str | Path) -> Path:
 
 
 def model_folder(folder: str | Path) -> Path:
-    """`local_model` without the comparison, for who wants its small files alone."""
+    """`local_model` without the comparison with its digests: enough for who reads its small files alone."""
     check_name(str(folder))
     path = _shared_copy(str(folder).rstrip("/")) if is_remote(folder) else Path(folder)
     if not (path / "config.json").is_file():
@@ -165,8 +165,8 @@ def _check_once(folder: Path) -> None:
 def _check_unseen(folder: Path) -> None:
     found = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
     states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
-    told = json.dumps([str(folder.absolute()), states])
-    seen = scratch("checked") / hashlib.sha256(told.encode()).hexdigest()[:32]
+    state = json.dumps([str(folder.absolute()), states])
+    seen = scratch("checked") / hashlib.sha256(state.encode()).hexdigest()[:32]
     if seen.exists() and time.time() - seen.stat().st_mtime < _UNUSED_S:
         return
     check_digests(folder)
@@ -275,9 +275,9 @@ def version_of(facts: Mapping[str, Any]) -> str:
 def _shared_copy(uri: str, *, anew: bool = False) -> Path:
     """This machine's copy of a folder; the first process that asks for it fetches it, and the others wait."""
     fs, root, found = _listed(uri)
-    told = json.dumps([uri, sorted((name, version_of(facts)) for name, facts in found.items())])
+    version = json.dumps([uri, sorted((name, version_of(facts)) for name, facts in found.items())])
     copies = scratch("copies")
-    copy = copies / hashlib.sha256(told.encode()).hexdigest()[:16]
+    copy = copies / hashlib.sha256(version.encode()).hexdigest()[:16]
     with locked(copies / f".{copy.name}.lock"):
         if anew or not copy.is_dir():
             shutil.rmtree(copy, ignore_errors=True)

@@ -34,7 +34,16 @@ from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.cluster import Actors, map_on_ray, uses_gpu
 from af2_ray.config import Cluster, DeepSpeedSettings, FeatureCache
 from af2_ray.data.batching import Plan
-from af2_ray.data.feature_store import Entry, FeatureStore, from_json, key_of, open_folder, stamps, to_json, write_shard
+from af2_ray.data.feature_store import (
+    CacheEntry,
+    FeatureStore,
+    entries_from_json,
+    entries_to_json,
+    key_of,
+    open_folder,
+    stamps,
+    write_shard,
+)
 from af2_ray.data.samples import Sample
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import AudioTower
@@ -68,12 +77,12 @@ def cache_features(
     cluster: Cluster,
     deepspeed: DeepSpeedSettings,
 ) -> FeatureStore:
-    """The features of all clips that a plan draws on, made as far as they are lacking.
+    """The features of all clips that a plan draws on; those that are lacking are made.
 
     Args:
-        start: Hugging Face folder (or its address in object storage) whose tower it is.
-        root: of all caches, where `settings.dir` names no other.
-        max_windows: of a clip.
+        start: Hugging Face folder (or its address in object storage) that has the tower.
+        root: folder of all caches, where `settings.dir` names no other.
+        max_windows: windows of a clip that are encoded at most.
 
     Raises:
         ValueError: a cache folder of another tower, or a broken shard.
@@ -117,16 +126,16 @@ def make_encoding(
     return Encoding(start, folder, cast(Precision, dtype), max_windows, threads, on_gpu)
 
 
-def entries_of(plan: Plan[Sample], max_windows: int) -> list[Entry]:
+def entries_of(plan: Plan[Sample], max_windows: int) -> list[CacheEntry]:
     """The distinct stretches that a plan hears, with the present stamps of their files."""
     places = np.unique(plan.entries[plan.clip_starts[:-1]])
     heard = list(dict.fromkeys(plan.items[place].stretch.first(max_windows) for place in places.tolist()))
     uris = list(dict.fromkeys(stretch.uri for stretch in heard))
     stamp = dict(zip(uris, stamps(uris), strict=True))
-    return [Entry(stretch, stamp[stretch.uri]) for stretch in heard]
+    return [CacheEntry(stretch, stamp[stretch.uri]) for stretch in heard]
 
 
-def shards_of(entries: Sequence[Entry], max_windows: int, windows_per_shard: int) -> list[list[Entry]]:
+def shards_of(entries: Sequence[CacheEntry], max_windows: int, windows_per_shard: int) -> list[list[CacheEntry]]:
     """Clips by length, long ones first, in groups of about so many windows."""
     counts = {entry: entry.stretch.num_windows(max_windows) for entry in entries}
     ordered = sorted(entries, key=lambda entry: (-counts[entry], entry))
@@ -173,7 +182,7 @@ def _tower_tensors(start: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def decode_clips(
-    entries: Sequence[Entry], max_windows: int
+    entries: Sequence[CacheEntry], max_windows: int
 ) -> tuple[list[NDArray[np.int16]], dict[int, tuple[str, str]]]:
     """Windows int16 [W, 160000] of each clip (W = 0 where it failed), and why clips failed, by key."""
     windows, failures = [], {}
@@ -197,7 +206,7 @@ class FeatureEncoder:
         self._tower = load_tower(encoding.start).to(self._device, dtype)
 
     @torch.inference_mode()
-    def encode(self, entries: Sequence[Entry], windows: Sequence[NDArray[np.int16]]) -> None:
+    def encode(self, entries: Sequence[CacheEntry], windows: Sequence[NDArray[np.int16]]) -> None:
         """Write the shard of the clips that have windows."""
         good = [(entry, part) for entry, part in zip(entries, windows, strict=True) if len(part)]
         if not good:
@@ -214,12 +223,12 @@ class FeatureEncoder:
         """A row of the job (`_decode_row`) to its failures."""
         counts = np.asarray(row["counts"])
         joined = np.asarray(row["waveforms"]).reshape(-1, WINDOW_SAMPLES)[: int(counts.sum())]
-        self.encode(from_json(row["clips"]), np.split(joined, np.cumsum(counts)[:-1]))
+        self.encode(entries_from_json(row["clips"]), np.split(joined, np.cumsum(counts)[:-1]))
         return {"failures": row["failures"]}
 
 
 def _decode_row(row: dict[str, Any], max_windows: int) -> dict[str, Any]:
-    windows, failures = decode_clips(from_json(row["clips"]), max_windows)
+    windows, failures = decode_clips(entries_from_json(row["clips"]), max_windows)
     flat = np.concatenate(windows).reshape(-1)
     return {
         "clips": row["clips"],
@@ -230,10 +239,10 @@ def _decode_row(row: dict[str, Any], max_windows: int) -> dict[str, Any]:
 
 
 def _encode_on_ray(
-    encoding: Encoding, shards: Sequence[Sequence[Entry]], cluster: Cluster
+    encoding: Encoding, shards: Sequence[Sequence[CacheEntry]], cluster: Cluster
 ) -> dict[int, tuple[str, str]]:
     """Encode shards on the cluster; why clips failed, by key."""
-    rows = [{"clips": to_json(entries)} for entries in shards]
+    rows = [{"clips": entries_to_json(entries)} for entries in shards]
     decode = partial(_decode_row, max_windows=encoding.max_windows)
     done = map_on_ray(
         rows, FeatureEncoder, [encoding], Actors.of(cluster), prepare=decode, prepare_cpus=cluster.decode_cpus

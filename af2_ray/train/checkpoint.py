@@ -3,7 +3,7 @@
 Engine state (what trains, optimiser, schedule) through DeepSpeed without the frozen parameters, which come from the
 stage's start; each rank's random state; the step; in `checkpoint.json` how many workers and which recipe made it and
 what was reported since the checkpoint before; and in `part_RANK.json` a digest of every file of that rank, written by
-the thread that uploads them. A 3B model with a frozen LM so saves only what trains. Ray Train registers a checkpoint
+the thread that uploads them. So a 3B model with a frozen LM saves only what trains. Ray Train registers a checkpoint
 once all of it has reached storage, so a half-written one is never gone on from; one that was damaged since is found by
 its digests (`mend`). DeepSpeed unpickles what it loads, which can run any code: digests show damage, not who wrote a
 file (docs/security.md).
@@ -38,7 +38,7 @@ from torch import nn
 from af2_ray.storage.files import Damaged, digest, sealed_json
 from af2_ray.storage.places import locate
 from af2_ray.storage.stores import scratch
-from af2_ray.train.mend import CHECKPOINT, check_files, part_name, read_told
+from af2_ray.train.mend import CHECKPOINT, check_files, part_name, read_facts
 
 TAG = "engine"
 BEST = 10**12  # added to the step that a checkpoint is kept by: any that was best outlasts any that was not
@@ -79,9 +79,9 @@ def save(
 
     Args:
         report: metrics that travel along.
-        accounts: what this rank has reported since the checkpoint before: `history`, `failures`, `validation`.
+        accounts: reports of this rank since the checkpoint before: `history`, `failures`, `validation`.
         recipe: fingerprint of the recipe.
-        last: wait until it has reached storage; others upload while training goes on.
+        last: whether to wait until it has reached storage; others upload while training goes on.
         is_best: whether validation was never better; such checkpoints are kept before others.
     """
     context = ray.train.get_context()
@@ -91,7 +91,7 @@ def save(
     torch.save(_random_state(), folder / f"random_{context.get_world_rank()}.pt")
     keep = state.step + (BEST if is_best else 0)
     if context.get_world_rank() == 0:
-        told = {
+        facts = {
             "recipe": recipe,
             "world_size": context.get_world_size(),
             "parts": context.get_world_size(),
@@ -99,7 +99,7 @@ def save(
             "keep": keep,
             "accounts": accounts | {"failures": []},  # each rank's are in its part
         }
-        (folder / CHECKPOINT).write_text(sealed_json(told))
+        (folder / CHECKPOINT).write_text(sealed_json(facts))
     ray.train.report(
         report | asdict(state) | {"keep": keep},
         checkpoint=Checkpoint.from_directory(folder),
@@ -158,25 +158,25 @@ def latest(recipe: str) -> Iterator[Saved | None]:
 
 
 def read_saved(folder: Path, recipe: str, *, checked: bool = False) -> Saved:
-    """What a checkpoint folder says of itself, once its files are as they were written.
+    """Check the files of a checkpoint folder, and return what it says of itself.
 
     Args:
-        checked: another process of this node has checked the files.
+        checked: whether another process of this node has checked the files.
 
     Raises:
         RuntimeError: it is damaged, or not of this recipe.
     """
     fs, path = locate(folder)
     try:
-        told = read_told(fs, path) if checked else check_files(fs, path)
+        facts = read_facts(fs, path) if checked else check_files(fs, path)
     except Damaged as error:
         raise RuntimeError(f"{error}; the same command goes on from the newest checkpoint that is whole") from error
-    if told["recipe"] != recipe:
+    if facts["recipe"] != recipe:
         raise RuntimeError(
-            f"{folder} was saved by recipe {told['recipe']}, not {recipe}: go on with that one, or fork the run "
+            f"{folder} was saved by recipe {facts['recipe']}, not {recipe}: go on with that one, or fork the run "
             "(jobs/train.py --fork)"
         )
-    return Saved(folder, int(told["world_size"]))
+    return Saved(folder, int(facts["world_size"]))
 
 
 def restore(engine: Any, saved: Saved | None) -> State:

@@ -38,11 +38,11 @@ class Work:
     """What one step, or one row, holds, without padding.
 
     Attributes:
-        windows: of all clips, each heard once.
-        text_tokens: prompts and answers.
-        clip_windows: of one clip, on average.
+        windows: windows of all clips, each heard once.
+        text_tokens: tokens of prompts and answers.
+        clip_windows: windows of one clip, on average.
         text_length: tokens of one question, on average.
-        answer_tokens: those that the logits are computed for.
+        answer_tokens: tokens that the logits are computed for.
     """
 
     windows: float
@@ -53,7 +53,7 @@ class Work:
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of each trainable group (`engine.group_of`), `mel` among them."""
+    """Parameters of each trainable group (`optim.group_of`), `mel` among them."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[group_of(name)] += parameter.numel()
@@ -169,7 +169,7 @@ def activation_gib(
     """GiB of what one row keeps for its backward pass (bf16), by part; estimates.
 
     Args:
-        checkpointing: of the tower: only each block's input is kept, and one block's values while it is recomputed.
+        checkpointing: whether the tower keeps only each block's input, and one block's values while it is recomputed.
     """
     channels = [
         tokens * stage.blocks[0].layernorm_before.weight.shape[0] * len(stage.blocks)

@@ -56,7 +56,7 @@ def start_engine(
     """Wrap a model whose `requires_grad` flags are set in a DeepSpeed engine, on this worker's device.
 
     Args:
-        universal: it will be given a checkpoint in DeepSpeed's universal form, of another number of workers.
+        universal: whether a checkpoint of another number of workers follows, in DeepSpeed's universal form.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:

@@ -1,4 +1,4 @@
-"""The disk that a run takes: a forecast before it starts, and what of a run may go once it is done.
+"""Disk space of a run: a forecast before it starts, and what can be removed once it is done.
 
 The forecast is arithmetic: four bytes a parameter of an export, twelve or fourteen a trained one of a checkpoint, one
 checkpoint more than are kept (the next is written before the oldest goes), 70 MB an hour of a corpus. It is an upper
@@ -42,8 +42,8 @@ def forecast(recipe: Recipe, place: str) -> list[Need]:
     """What a run takes from its first step to its last, if nothing of it is there yet.
 
     Args:
-        recipe: the run's.
-        place: its directory or address.
+        recipe: recipe of the run.
+        place: directory or address of the run.
 
     Raises:
         ValueError: the LM comes from a package, whose sizes are not known before it is fetched.
@@ -115,12 +115,12 @@ def shortages(needs: list[Need]) -> list[str]:
         disk = folder.stat().st_dev
         lacking = max(0, size - (_size(place) or 0))
         wanted[disk] = (str(folder), wanted.get(disk, ("", 0))[1] + lacking)
-    told = []
+    lines = []
     for folder_name, size in wanted.values():
         free = shutil.disk_usage(folder_name).free
         if size > free:
-            told.append(f"{folder_name} has {amount(free)} free, and about {amount(size)} are wanted")
-    return told
+            lines.append(f"{folder_name} has {amount(free)} free, and about {amount(size)} are wanted")
+    return lines
 
 
 def _nearest(folder: Path) -> Path:

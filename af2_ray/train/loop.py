@@ -84,14 +84,14 @@ def train_loop(loop: LoopConfig) -> None:
 
 
 class _Stage:
-    """A stage under way: steps, and what is told of them."""
+    """A stage under way: its steps, and the reports of them."""
 
     def __init__(self, engine: Any, loop: LoopConfig, state: State, meter: Meter) -> None:
         self._engine, self._loop, self._state, self._meter = engine, loop, state, meter
         self._history: list[dict[str, float]] = []  # since the report before
         self._failures: list[Failure] = []
         self._accounts: dict[str, list[Any]] = {"history": [], "failures": []}  # since the checkpoint before
-        self._told_preemption = False
+        self._knows_of_preemption = False
 
     def train(self, batches: Iterator[Any], accumulation: int) -> None:
         """All steps from the state's on."""
@@ -132,7 +132,7 @@ class _Stage:
         if is_last or leaving or state.step % loop.checkpoint_every == 0:
             self._checkpoint(last=is_last or leaving, validates=not leaving)
         elif state.step % REPORT_EVERY == 0:
-            ray.train.report(self._told())
+            ray.train.report(self._report_of_steps())
         else:
             return
         self._history, self._failures = [], []
@@ -144,12 +144,12 @@ class _Stage:
         is_best = loss is not None and (state.best is None or loss < state.best)
         if is_best:
             state.best = loss
-        told = self._told() | {"validation": found, "is_best": is_best}
+        report = self._report_of_steps() | {"validation": found, "is_best": is_best}
         accounts = {**self._accounts, "validation": found, "is_best": is_best}
-        checkpoint.save(self._engine, state, told, accounts=accounts, recipe=loop.recipe, last=last, is_best=is_best)
+        checkpoint.save(self._engine, state, report, accounts=accounts, recipe=loop.recipe, last=last, is_best=is_best)
         self._accounts = {"history": [], "failures": []}
 
-    def _told(self) -> dict[str, Any]:
+    def _report_of_steps(self) -> dict[str, Any]:
         self._history[-1] |= {"memory_gib": memory_gib(), **gates(self._engine)}
         self._accounts["history"] += self._history
         self._accounts["failures"] += [asdict(failure) for failure in self._failures]
@@ -157,9 +157,9 @@ class _Stage:
 
     def _is_preempted(self) -> bool:
         """Whether a node has just been given notice; said once, on all ranks alike (a barrier)."""
-        if self._told_preemption or ray.train.get_preemption_info() is None:
+        if self._knows_of_preemption or ray.train.get_preemption_info() is None:
             return False
-        self._told_preemption = True
+        self._knows_of_preemption = True
         logger.warning("a node is about to be preempted: saving a checkpoint at step %d", self._state.step)
         return True
 

@@ -12,7 +12,7 @@ from af2_ray.config import Lora
 
 
 def add_lora(lm: nn.Module, settings: Lora) -> None:
-    """Put adapters beside the LM's linear layers named in `settings.targets`; a name that is none is a `ValueError`."""
+    """Put adapters beside the LM's linear layers named in `settings.targets`; `ValueError` for a name no layer has."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets))

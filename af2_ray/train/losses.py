@@ -34,8 +34,8 @@ def token_loss_sum(
     answer token weighs the same.
 
     Args:
-        logits: [N, V] of the positions before the answer tokens (N may be 0).
-        targets: [N], those tokens.
+        logits: logits [N, V] of the positions before the answer tokens (N may be 0).
+        targets: ids of those tokens, [N].
         label_smoothing: share of a target that goes to all tokens alike.
         z_loss: factor on the square of log-sum-exp, which keeps logits from drifting (a bf16 remedy).
     """
@@ -57,7 +57,7 @@ def afclap_loss(
     every_positive: bool = False,
     symmetric: bool = False,
 ) -> Tensor:
-    """AF-CLAP's loss (PAPER 1) of one batch: `afclap_loss_sum` over the number of clips that count."""
+    """AF-CLAP's loss (docs/paper.md, "AF-CLAP") of one batch: `afclap_loss_sum` over the number of clips that count."""
     options = {"every_positive": every_positive, "symmetric": symmetric}
     loss, count = afclap_loss_sum(audio, positives, negatives, positive_mask, negative_mask, scale, **options)
     return loss / count.clamp(min=1)
@@ -75,24 +75,25 @@ def afclap_loss_sum(
     symmetric: bool = False,
     gather: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """AF-CLAP's loss (PAPER 1), from audio to text, in log-sum-exp form: the sum over clips, and how many count.
+    """AF-CLAP's loss (docs/paper.md), from audio to text, in log-sum-exp form: its sum over clips, and their number.
 
     With s(u, v) = exp(scale * u.v): numerator of clip i is the sum of s over its own positives; the denominator adds
     the positives of every other clip and clip i's own negatives. M = 1 with N = 0 is the plain contrastive loss.
 
     Args:
-        audio: [C, J] unit vectors.
-        positives: [C, M, J] unit vectors: the caption and its paraphrases.
-        negatives: [C, M, N, J] unit vectors: for each positive, captions with another order or binding.
-        positive_mask: bool [C, M]; negative_mask: bool [C, M, N]: which captions exist.
+        audio: unit vectors [C, J] of the clips.
+        positives: unit vectors [C, M, J] of each caption and its paraphrases.
+        negatives: unit vectors [C, M, N, J] of captions with another order or binding, for each positive.
+        positive_mask, negative_mask: masks of the captions that exist, bool [C, M] and [C, M, N].
         scale: the factor on dot products (`clamp_scale`), one element.
-        every_positive: the mean of log s over a clip's positives in place of the log of their sum (L_out and L_in of
-            supervised contrastive learning, Khosla et al. 2020). The paper's sum is as large as its largest term: one
-            caption near its clip is enough, and where paraphrases end up is hardly asked. Here each must be near.
-        symmetric: half of this loss and half of the same from text to audio: each positive must find its clip among
-            all clips; the positives of a clip share its weight.
-        gather: the clips are this rank's of a process group: they meet the captions of all ranks, and gradients go
-            back to the rank that owns each. Every rank must call; ranks may hold different numbers of clips.
+        every_positive: whether the mean of log s over a clip's positives stands for the log of their sum (L_out and
+            L_in of supervised contrastive learning, arXiv 2004.11362). The paper's sum is as large as its largest term:
+            one caption near its clip is enough, and where paraphrases end up hardly counts. Here each must be near.
+        symmetric: whether half of the loss is from text to audio, where each positive must find its clip among all
+            clips; the positives of a clip share its weight.
+        gather: whether the clips are one rank's of a process group: they meet the captions of all ranks, and
+            gradients go back to the rank that owns each. Every rank must call; ranks may hold different numbers of
+            clips.
 
     Returns:
         This rank's sum and its number of clips; clips without any positive take no part. If none has one, the loss is
@@ -145,11 +146,11 @@ def sum_logsumexp(
     """sum_r weight_r log(exp(extra_r) + sum_k exp(scale rows_r . columns_k)), in memory linear in rows and columns.
 
     Args:
-        rows: [R, J]; columns: [K, J].
-        column_mask: bool [K]: which columns exist.
-        extra: [R] one more logarithm for each row; the lowest finite value stands for none.
-        weight: [R], without gradient; 0 for a row that has nothing to be compared with.
-        scale: one element.
+        rows, columns: vectors [R, J] and [K, J].
+        column_mask: mask of the columns that exist, bool [K].
+        extra: one more logarithm for each row, [R]; the lowest finite value stands for none.
+        weight: weight of each row, [R], without gradient; 0 for a row that has nothing to be compared with.
+        scale: factor on the products, one element.
 
     Returns:
         A float64 scalar: what is subtracted from it is about as large.

@@ -1,9 +1,9 @@
-"""Trial steps: how much memory a row takes, tried on the recipe's own model in a process that may die of it.
+"""Trial steps: the memory of a row, measured on the recipe's own model, in a process that may run out of it.
 
 A trial builds the model with random weights, sets what trains, and does forward and backward of one made-up row, twice
 (the second with the gradients' place taken). Two rows bound a budget: the longest (few clips of as many windows as the
 stage takes, few questions) and the most crowded (clips of one window, each with all its questions, texts filling their
-side of the budget). Optimiser state is not made but reckoned, for the ZeRO stage and the number of workers at hand.
+side of the budget). Optimiser state is not made but computed, for the ZeRO stage and the number of workers at hand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES: tuple[Shape, ...] = ("longest", "crowded")
 
 
 @dataclass(frozen=True)
-class Trial:
+class RowCost:
     """What a row of a shape took: peak GiB on the device, optimiser share included, and seconds of the second step.
 
     `peak_gib` is infinite where it did not fit.
@@ -50,18 +50,18 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
+class LargestBudget:
     """The largest budget of a stage within a limit, and the trials that say so."""
 
     stage: str
     windows_per_row: int
     text_tokens_per_row: int
-    trials: tuple[Trial, ...]
+    trials: tuple[RowCost, ...]
 
 
 def largest_budget(
-    stage: Stage, limit_gib: float, trial: Callable[[Shape, int, int], Trial], *, max_windows: int = 4096
-) -> Found:
+    stage: Stage, limit_gib: float, trial: Callable[[Shape, int, int], RowCost], *, max_windows: int = 4096
+) -> LargestBudget:
     """Search the largest budget whose two worst rows stay within `limit_gib`.
 
     The two sides grow together, in the stage's own proportion: doubled while it fits, then halved in to an eighth.
@@ -70,7 +70,7 @@ def largest_budget(
         ValueError: not even one clip of the stage's longest fits.
     """
     ratio = stage.budget.text_tokens_per_row / stage.budget.windows_per_row
-    trials: list[Trial] = []
+    trials: list[RowCost] = []
 
     def fits(windows: int) -> bool:
         for shape in SHAPES:
@@ -92,24 +92,24 @@ def largest_budget(
     while bad <= max_windows and bad - good > max(1, good // 8):
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return Found(stage.name, good, max(16, round(ratio * good)), tuple(trials))
+    return LargestBudget(stage.name, good, max(16, round(ratio * good)), tuple(trials))
 
 
-def try_row(recipe: Recipe, stage: Stage, shape: Shape, windows: int, text_tokens: int) -> Trial:
+def try_row(recipe: Recipe, stage: Stage, shape: Shape, windows: int, text_tokens: int) -> RowCost:
     """One trial in a process of its own: running out of memory ends that process, not this one."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             peak_gib, seconds = pool.submit(_measure, recipe, stage, shape, windows, text_tokens).result()
         except BrokenProcessPool:
             peak_gib, seconds = float("inf"), float("nan")
-    return Trial(shape, windows, text_tokens, peak_gib, seconds)
+    return RowCost(shape, windows, text_tokens, peak_gib, seconds)
 
 
 def made_up_row(stage: Stage, shape: Shape, windows: int, text_tokens: int, max_text_tokens: int, ids: int) -> LmBatch:
     """A row of noise that fills a budget.
 
     Args:
-        ids: `<audio>`'s id, the first that is not the LM's own.
+        ids: number of the LM's own ids, and id of `<audio>`, the first after them.
     """
     if shape == "longest":
         per_clip, num_clips = stage.max_windows, windows // stage.max_windows

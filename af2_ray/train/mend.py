@@ -1,4 +1,4 @@
-"""The checkpoints of a job, looked through before it goes on from them.
+"""Check the checkpoints of a job before it goes on from one, and set the damaged ones aside.
 
 Ray Train lists a job's checkpoints in a snapshot and takes the last one as it is; a damaged file, or a listed folder
 that is gone, ends the job at every start. Here the newest checkpoint whose files are all as they were written is found,
@@ -87,39 +87,39 @@ def part_name(rank: int) -> str:
     return f"part_{rank}.json"
 
 
-def read_told(fs: Any, folder: str) -> dict[str, Any]:
-    """What a checkpoint says of itself: `recipe`, `world_size`, `step`, `best`; `parts`, the number of ranks' parts.
+def read_facts(fs: Any, folder: str) -> dict[str, Any]:
+    """The facts of a checkpoint: `recipe`, `world_size`, `step`, `best`; `parts`, the number of ranks' parts.
 
     Raises:
-        Damaged: it does not, or not as it was written.
+        Damaged: there are none, or not as they were written.
     """
-    told, has_digest = _read_sealed(fs, folder, CHECKPOINT)
+    facts, has_digest = _read_sealed(fs, folder, CHECKPOINT)
     if not has_digest:
         logger.warning("%s: written by a version without digests; damage would not be found", folder)
-    if lacking := [key for key in ("recipe", "world_size", "step", "best") if key not in told]:
+    if lacking := [key for key in ("recipe", "world_size", "step", "best") if key not in facts]:
         raise Damaged(f"{folder}/{CHECKPOINT} is damaged: it has no {', '.join(lacking)}")
-    return told
+    return facts
 
 
 def check_files(fs: Any, folder: str, *, needs_digests: bool = False) -> dict[str, Any]:
-    """`read_told` with the failures of all ranks, and every file of the checkpoint compared with its digest.
+    """`read_facts` with the failures of all ranks, and every file of the checkpoint compared with its digest.
 
     Args:
-        needs_digests: take none without, of which nobody knows whether it is whole.
+        needs_digests: whether a checkpoint without digests, which may not be whole, is refused.
 
     Raises:
         Damaged: a file is missing or not as it was written; the message names it.
     """
-    told = read_told(fs, folder)
-    if needs_digests and not {"parts", "files"} & {*told}:
+    facts = read_facts(fs, folder)
+    if needs_digests and not {"parts", "files"} & {*facts}:
         raise Damaged(f"{folder} has no digests")
-    files = dict(told.get("files", {}))  # an earlier version had those of all ranks here
-    for rank in range(int(told.get("parts", 0))):
+    files = dict(facts.get("files", {}))  # an earlier version had those of all ranks here
+    for rank in range(int(facts.get("parts", 0))):
         part, has_digest = _read_sealed(fs, folder, part_name(rank))
         if not has_digest:
             raise Damaged(f"{folder}/{part_name(rank)} is damaged: it has no digest of its own")
         files |= part["files"]
-        told["accounts"]["failures"] += part["failures"]
+        facts["accounts"]["failures"] += part["failures"]
     for name, mark in files.items():
         path = f"{folder}/{inner_name(name)}"
         try:
@@ -132,7 +132,7 @@ def check_files(fs: Any, folder: str, *, needs_digests: bool = False) -> dict[st
             raise
         if found != mark:
             raise Damaged(f"{path} is damaged: it is not as it was written (by its SHA-256)")
-    return told
+    return facts
 
 
 def _read_sealed(fs: Any, folder: str, name: str) -> tuple[dict[str, Any], bool]:
@@ -175,14 +175,14 @@ def _write_snapshot(fs: Any, root: str, names: list[str], listed: Mapping[str, d
     results = []
     for name in names:
         try:
-            told = read_told(fs, f"{root}/{name}")
+            facts = read_facts(fs, f"{root}/{name}")
         except Damaged as error:
             logger.warning("%s; it is set aside", error)
             _set_aside(fs, root, name)
             continue
         known = listed.get(name, {})
-        keep = told.get("keep", known.get("keep", told["step"]))  # older ones have it in Ray's list alone
-        metrics = {**known, "step": told["step"], "best": told["best"], "keep": keep}
+        keep = facts.get("keep", known.get("keep", facts["step"]))  # older ones have it in Ray's list alone
+        metrics = {**known, "step": facts["step"], "best": facts["best"], "keep": keep}
         state = _TrainingResultState(checkpoint_dir_name=name, metrics=metrics)
         results.append(state)
     path = f"{root}/{SNAPSHOT}"

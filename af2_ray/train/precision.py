@@ -16,7 +16,7 @@ Precision = Literal["fp32", "bf16", "mixed"]
 
 
 def resolve(wanted: Literal["auto", "fp32", "bf16", "mixed"], *, on_gpu: bool | None = None) -> Precision:
-    """What a setting means here. `on_gpu`: whether the training will be; none: whether this process could."""
+    """The numbers that a setting stands for. `on_gpu`: whether training is on a GPU; none: if this process has one."""
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     if wanted == "auto":
         return "bf16" if on_gpu else "fp32"
@@ -30,5 +30,5 @@ def multiplies_bf16() -> bool:
 
 
 def autocast(device: str, precision: Precision) -> AbstractContextManager[object]:
-    """Products in bf16 inside it, if the precision is mixed."""
+    """A context with matrix products in bf16, if the precision is `mixed`."""
     return torch.autocast(device, torch.bfloat16, enabled=precision == "mixed")

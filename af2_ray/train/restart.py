@@ -1,4 +1,4 @@
-"""Where a job begins again, and the feed from there.
+"""The step at which a job goes on, and the feed from there.
 
 Ray Train's controller needs no more of a job than this module: it loads neither models nor the training loop, which
 took three of its nine seconds at the start of every stage.

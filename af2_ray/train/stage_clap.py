@@ -1,4 +1,4 @@
-"""AF-CLAP training (PAPER 1): the towers at their start, the mel statistics, and the Ray Train run.
+"""AF-CLAP training (docs/paper.md, "AF-CLAP"): the towers at their start, the mel statistics, and the Ray Train run.
 
 Batches are contrastive batches: `clap.batch_size` clips over all workers, so the plan gives each worker
 `batch_size / num_workers` of them a row and every step one row a worker.

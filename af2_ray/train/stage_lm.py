@@ -58,11 +58,11 @@ def prepare_lm(
     """Put the recipe's LM and its tokenizer into `folder` (Hugging Face layout).
 
     Args:
-        settings: which LM.
+        settings: source and size of the LM.
         pairs: (prompt, answer) of the training split; used only by a small LM that is trained here.
         folder: an empty folder.
-        precision: `mixed` for products in bf16; a small LM is trained in fp32 otherwise.
-        log: called with (step, loss) of the pre-training.
+        precision: numbers that a small LM is trained in: `mixed` for products in bf16, else fp32.
+        log: function of (step, loss), called in the pre-training.
 
     Returns:
         Facts of the step: `steps`, `loss_first`, `loss_last`, `parameters`.
@@ -129,8 +129,8 @@ def _pretrain(
     if precision == "mixed":
         model.set_attn_implementation("eager")  # by products, as `models.attention` does
     texts = [_encoded(tokenizer, found, max_text_tokens) if found else () for found in (pairs, readings, drills)]
-    told, drilled = recipe.reading_share if readings else 0.0, recipe.drill_share if drills else 0.0
-    shares = [1 - told - drilled, told, drilled]
+    reading_share, drill_share = (recipe.reading_share if readings else 0.0), (recipe.drill_share if drills else 0.0)
+    shares = [1 - reading_share - drill_share, reading_share, drill_share]
     optimizer = _optimizer(model, recipe)
     rates = [group["lr"] for group in optimizer.param_groups]
     warm = Optimizer(lr=recipe.lr, warmup_steps=recipe.warmup_steps, schedule="cosine")
@@ -225,7 +225,8 @@ def text_loss(logits: Tensor, ids: Tensor, real: Tensor, answers: Tensor, prompt
     share of probability on listed options was 0.47 after 900 steps (270 s) with that mean, 0.86 after 600 with this.
 
     Args:
-        logits: [B, T, V]. ids, real, answers: [B, T]; `real` is 0 at padding, `answers` true in what follows `<SEP>`.
+        logits: logits of the text, [B, T, V].
+        ids, real, answers: ids and masks of the text, [B, T]; `real` is 0 at padding, `answers` true after `<SEP>`.
     """
     loss = nnf.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # [B, T - 1]
     answer = (answers & (real > 0))[:, 1:].to(loss.dtype)

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from af2_ray.config import Dataset, Stage
-from af2_ray.data.batching import Plan, plan, plan_steps, text_lengths, window_counts
-from af2_ray.data.collate import Audio, LmCollator
+from af2_ray.data.batching import Plan, plan_epoch, plan_steps, text_lengths, window_counts
+from af2_ray.data.collate import AudioSource, LmCollator
 from af2_ray.data.durations import fill_durations
 from af2_ray.data.feature_store import FeatureStore
 from af2_ray.data.manifest import read_samples
@@ -90,7 +90,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     max_tokens = run.recipe.model.max_text_tokens
     made = plan_stage(run, stage, tokenizer)
     began = time.perf_counter()
-    source = _features(run, stage, start, made) if stage.features == "cached" else Audio()
+    source = _features(run, stage, start, made) if stage.features == "cached" else AudioSource()
     job = Job(
         name=stage.name,
         folder=folder,
@@ -116,11 +116,11 @@ def cache_stages(run: Run) -> None:
             _features(run, stage, start, plan_stage(run, stage, tokenizer))
 
 
-def _features(run: Run, stage: Stage, start: Path, made: Plan[Sample]) -> FeatureStore:
+def _features(run: Run, stage: Stage, start: Path, plan: Plan[Sample]) -> FeatureStore:
     """What the tower that a stage starts from makes of the stage's clips, kept in the run."""
     recipe = run.recipe
     return cache_features(
-        made,
+        plan,
         run.address(start),
         run.root / "features",
         settings=recipe.feature_cache,
@@ -139,7 +139,7 @@ def validation_bands(run: Run, stage: Stage, tokenizer: Any) -> tuple[Band, ...]
         samples = [sample for dataset in band.validation for sample in usable_samples(run, dataset)]
         if not samples:
             continue
-        made = plan(
+        made = plan_epoch(
             samples,
             windows=window_counts(samples, band.max_windows),
             text_lengths=text_lengths(tokenizer, samples, max_tokens=max_tokens),

@@ -22,8 +22,8 @@ class Step:
     """One optimiser step over this rank's rows of a group.
 
     Args:
-        engine: DeepSpeed's, or anything with its `backward`, `step`, `get_lr`, `get_global_grad_norm` and `device` that
-            averages gradients over ranks and micro-batches. The default process group must exist.
+        engine: DeepSpeed's engine, or anything with its `backward`, `step`, `get_lr`, `get_global_grad_norm` and
+            `device` that averages gradients over ranks and micro-batches. The default process group must exist.
         task: model call, loss and count of a batch.
     """
 
@@ -35,7 +35,7 @@ class Step:
         """Train on the rows; loss (a mean over the step's global count), rate, gradient norm and global counts.
 
         Args:
-            with_norms: also the gradient norm of each group (`accounts.gradient_norms`).
+            with_norms: whether to add the gradient norm of each group (`telemetry.gradient_norms`).
 
         Raises:
             FloatingPointError: the loss is not finite. It is found before the update: the weights are still good.
@@ -51,8 +51,8 @@ class Step:
         }
         counts = torch.tensor(list(mine.values()), device=device)
         dist.all_reduce(counts)
-        told = dict(zip(mine, counts.tolist(), strict=True))
-        total = told["labels"]
+        totals = dict(zip(mine, counts.tolist(), strict=True))
+        total = totals["labels"]
         norms: dict[str, float] = {}
         whole = 0.0
         undo = dist.get_world_size() * len(rows)  # the engine averages over both
@@ -81,5 +81,5 @@ class Step:
             "lr": float(lr),
             "grad_norm": whole if norm is None else float(norm),
             **norms,
-            **told,
+            **totals,
         }

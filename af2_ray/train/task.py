@@ -89,7 +89,7 @@ class LmTask:
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            **_heard(batch.waveforms),
+            **_audio_argument(batch.waveforms),
             windows_per_clip=batch.windows_per_clip,
             audio_index=batch.audio_index,
             labels=batch.labels,
@@ -112,7 +112,7 @@ def plain(task: Any) -> Any:
     return replace(task, stage=task.stage.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}))
 
 
-def _heard(windows: Tensor) -> dict[str, Tensor]:
+def _audio_argument(windows: Tensor) -> dict[str, Tensor]:
     """The model's argument for windows [S, 160000], or for the tower's features [S, F, D] (int16: bits of bf16)."""
     if windows.dim() == 2:
         return {"waveforms": windows}
@@ -121,7 +121,7 @@ def _heard(windows: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ClapTask:
-    """AF-CLAP's composition-aware contrastive loss over the clips of all ranks (PAPER 1)."""
+    """AF-CLAP's composition-aware contrastive loss over the clips of all ranks (docs/paper.md, "AF-CLAP")."""
 
     start: str | Path
     clap: Clap

@@ -1,6 +1,6 @@
-"""What is told of a run beside its loss: speed, MFU, memory, open gates, gradient norms by group.
+"""Figures of a run beside its loss: speed, MFU, memory, open gates, gradient norms by group.
 
-Cheap things at every step; what needs collectives or a pass over the parameters only with a report.
+Cheap figures are taken at every step; those that need collectives or a pass over the parameters, only with a report.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def gradient_norms(engine: Any) -> dict[str, float]:
 
 
 def whole_norm(engine: Any) -> float:
-    """Norm of the gradients that an engine without ZeRO keeps whole: DeepSpeed clips by it there, but does not tell it.
+    """Norm of the gradients that an engine without ZeRO keeps whole: DeepSpeed clips by it, but does not return it.
 
     To be called between the last backward of a step and its update; 0 where ZeRO has taken the gradients away.
     """

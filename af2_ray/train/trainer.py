@@ -52,7 +52,7 @@ class Job:
     num_steps: int
     checkpoint_every: int
     bands: tuple[Band, ...] = ()
-    facts: Mapping[str, float] = field(default_factory=dict)  # of its preparation, told with the others
+    facts: Mapping[str, float] = field(default_factory=dict)  # of its preparation, reported with the others
 
 
 def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     _check_plan(job)
     if not is_remote(job.task.start):
-        local_model(job.task.start)  # damage is told here, before workers are waited for
+        local_model(job.task.start)  # damage ends the job here, before workers are waited for
     mlflow_id = tracker.child(job.name, {"steps": job.num_steps, "plan": job.plan.fingerprint})
     loop = LoopConfig(
         task=job.task,

@@ -29,7 +29,7 @@ class Band:
     """The validation samples of one stage, planned for the workers there are.
 
     Attributes:
-        name: of the stage whose band it is.
+        name: name of the stage whose band it is.
         is_own: whether it is the present stage's, and so decides which checkpoint is best.
     """
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from af2_ray.config import Budget
-from af2_ray.data.batching import Plan, plan, plan_captions, plan_steps, text_lengths, window_counts
+from af2_ray.data.batching import Plan, plan_captions, plan_epoch, plan_steps, text_lengths, window_counts
 from af2_ray.data.packing import Rows
 from af2_ray.data.plan_stats import cost_spread
 from af2_ray.data.samples import CaptionSet, Sample
@@ -34,7 +34,7 @@ def lengths_of(samples: Any) -> np.ndarray:
 
 
 def make_plan(samples: list[Sample], budget: Budget = BUDGET, **options: Any) -> Plan[Sample]:
-    return plan(
+    return plan_epoch(
         samples,
         windows=window_counts(samples, 9),
         text_lengths=lengths_of(samples),
@@ -248,7 +248,7 @@ def test_like_runs_inside_a_step_mix_its_lengths() -> None:
 def test_questions_of_a_clip_share_up_to_the_budgets() -> None:
     samples = [Sample(f"{i}", "a.flac", 0.0, 10.0, "q", "a", "AQA", "d") for i in range(7)]
     budget = BUDGET.model_copy(update={"text_tokens_per_row": 250})
-    made = plan(samples, windows=[1] * 7, text_lengths=[20, 21, 22, 23, 24, 100, 200], budget=budget, seed=0)
+    made = plan_epoch(samples, windows=[1] * 7, text_lengths=[20, 21, 22, 23, 24, 100, 200], budget=budget, seed=0)
     shared = [clip for row in made.rows() for clip in row.clips]
     assert sorted(sample.id for clip in shared for sample in clip) == [str(i) for i in range(7)]
     assert all(len(row.clips) <= 1 for row in made.rows()), "a clip comes once in a row"
@@ -264,7 +264,7 @@ def test_questions_of_unlike_length_pad_next_to_nothing() -> None:
     ]
     texts = np.clip(rng.lognormal(np.log(60), 0.6, len(samples)), 4, 512).astype(int)
     budget = Budget(windows_per_row=64, text_tokens_per_row=4096, questions_per_clip=3, step_batches=8)
-    made = plan(samples, windows=window_counts(samples, 9), text_lengths=texts, budget=budget, seed=0)
+    made = plan_epoch(samples, windows=window_counts(samples, 9), text_lengths=texts, budget=budget, seed=0)
     assert made.stats.num_clips == 4000
     assert made.stats.text_padding_share < 0.1
 
@@ -284,6 +284,5 @@ def test_a_plan_is_that_of_earlier_versions() -> None:
     steps = plan_steps(datasets, 7, max_windows=5, text_length=lengths, budget=budget, seed=3)
     assert steps.fingerprint == "e1156cae74a53b1f"
     windows = window_counts(samples, 5)
-    assert plan(samples, windows=windows, text_lengths=lengths(samples), budget=budget, seed=3).fingerprint == (
-        "1355dc90473d533c"
-    )
+    epoch = plan_epoch(samples, windows=windows, text_lengths=lengths(samples), budget=budget, seed=3)
+    assert epoch.fingerprint == "1355dc90473d533c"

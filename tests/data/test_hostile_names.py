@@ -19,7 +19,7 @@ from af2_ray.data.durations import fill_durations
 from af2_ray.data.feature_store import stamps
 from af2_ray.data.manifest import read_captions, read_samples
 from af2_ray.data.samples import Sample, check_samples
-from af2_ray.engine.batch import Limits, _read
+from af2_ray.engine.batch import AnswerLimits, _read
 from af2_ray.storage import places
 from af2_ray.storage.stores import retried
 
@@ -98,7 +98,7 @@ def test_a_batch_and_an_answer_of_such_a_clip_are_failures(hostile: list[tuple[s
         sample = Sample("id", name, 0.0, 1.0, "What?", "bell", "AQA", "d")
         batch = LmCollator(tiny_tokenizer, max_windows=3)(Row(0, ((sample,),)))
         assert (batch.sample_ids, [failure.reason for failure in batch.failures]) == ((), [reason])
-        answer = _read("key", Stretch(name, 0.0, 1.0), Limits(3, 4))
+        answer = _read("key", Stretch(name, 0.0, 1.0), AnswerLimits(3, 4))
         assert isinstance(answer, AudioError)
         assert answer.reason == reason
 

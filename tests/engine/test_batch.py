@@ -15,7 +15,7 @@ from af2_ray.audio.hear import Stretch, hear
 from af2_ray.config import Serve
 from af2_ray.data.samples import Sample
 from af2_ray.engine import batch
-from af2_ray.engine.batch import Limits, Question
+from af2_ray.engine.batch import AnswerLimits, Question
 from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Answer, Clip, Request
 from serve_apps.scaling import ByWindows
@@ -55,7 +55,7 @@ def test_answers_equal_single_ones_and_bad_files_are_told(tiny_tokenizer: Any, m
     uris = [files[0], str(tmp_path / "bad.wav"), files[1], files[0], files[2], str(tmp_path / "none.wav")]
     lengths = [3.0, 3.0, 12.0, 3.0, 21.0, 3.0]
     asked = [Question(n, str(n), Stretch(uri, 0.0, lengths[n]), f"question {n}?") for n, uri in enumerate(uris)]
-    results = batch.answer_all(engine, asked, Limits(30, 6))
+    results = batch.answer_all(engine, asked, AnswerLimits(30, 6))
     assert [result.question for result in results] == asked
     rows = [result.to_row() for result in results]
     assert {row["index"]: row["error"].split(":")[0] for row in rows if "error" in row} == {

@@ -395,4 +395,4 @@ def test_half_characters_are_held_back(tiny_tokenizer: Any) -> None:
 def test_stop_cutter(pieces: list[str], stops: list[str], text: str, found: bool) -> None:
     cutter = StopCutter(stops)
     assert "".join([*map(cutter.feed, pieces), cutter.rest()]) == text
-    assert cutter.found is found
+    assert cutter.stopped is found

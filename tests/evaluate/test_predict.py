@@ -18,7 +18,7 @@ from af2_ray.audio.hear import Stretch
 from af2_ray.config import Cluster, Dataset, Evaluation
 from af2_ray.data.manifest import read_samples
 from af2_ray.data.samples import Sample
-from af2_ray.engine.batch import Limits, Question, answer_all
+from af2_ray.engine.batch import AnswerLimits, Question, answer_all
 from af2_ray.engine.engine import Engine
 from af2_ray.evaluate.controls import deaf_pairs
 from af2_ray.evaluate.evaluate import evaluate_run
@@ -80,7 +80,7 @@ def test_a_clip_longer_than_any_in_training_is_heard_whole(
     sf.write(sound, np.random.default_rng(0).uniform(-0.1, 0.1, 25 * 16_000), 16_000)
     question = Question(0, "q", Stretch(str(sound), 0.0, 25.0), "what?")
     engine = Engine(model, tiny_tokenizer, max_windows=3)
-    (result,) = answer_all(engine, [question], Limits(3, 4))
+    (result,) = answer_all(engine, [question], AnswerLimits(3, 4))
     assert result.answer is not None
     assert engine.encoder.num_encoded == 3
     assert model.config.max_windows == 1

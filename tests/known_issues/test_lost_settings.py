@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from af2_ray.audio.hear import Stretch
 from af2_ray.config import Cluster, DeepSpeedSettings, Evaluation, FeatureCache, Serve, load_recipe
-from af2_ray.data.feature_store import Entry
+from af2_ray.data.feature_store import CacheEntry
 from af2_ray.engine import batch
 from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Answer, Request, RequestFailure
@@ -63,11 +63,13 @@ def test_threads_of_workers_reach_the_feature_cache_and_the_actors_of_evaluation
     monkeypatch.setattr(cache_features, "map_on_ray", record)
     monkeypatch.setattr(batch, "map_on_ray", record)
     serve_toy.build(tiny_tokenizer).save_pretrained(tmp_path / "start")
-    monkeypatch.setattr(cache_features, "entries_of", lambda plan, max_windows: [Entry(Stretch("a.wav", 0.0, 3.0))])
+    monkeypatch.setattr(
+        cache_features, "entries_of", lambda plan, max_windows: [CacheEntry(Stretch("a.wav", 0.0, 3.0))]
+    )
     settings = {"settings": FeatureCache(), "max_windows": 1, "cluster": cluster, "deepspeed": DeepSpeedSettings()}
     with pytest.raises(RuntimeError, match="not encoded"):
         cache_features.cache_features(None, tmp_path / "start", tmp_path, **settings)  # type: ignore[arg-type]
-    question = batch.Question(0, "q", Stretch("a.wav", 0.0, 3.0), "what?")
+    question = batch.Question(0, "q", stretch, "what?")
     predict._answered(tmp_path / "start", [question], Evaluation(), cluster)
     (_, (encoding,), one), (_, (*_, threads), other) = calls
     assert encoding.threads == threads == one.threads == other.threads == 3
@@ -79,5 +81,7 @@ def test_a_model_that_is_lent_to_an_evaluation_stays_as_it_is(tmp_path: Path, ti
     model = serve_toy.build(tiny_tokenizer, max_windows=1)
     engine = Engine(model, tiny_tokenizer, max_windows=3)
     before = json.dumps(model.config.to_dict(), default=str)
-    batch.answer_all(engine, [batch.Question(0, "q", Stretch("none.wav", 0.0, 30.0), "what?")], batch.Limits(3, 4))
+    batch.answer_all(
+        engine, [batch.Question(0, "q", Stretch("none.wav", 0.0, 30.0), "what?")], batch.AnswerLimits(3, 4)
+    )
     assert json.dumps(model.config.to_dict(), default=str) == before

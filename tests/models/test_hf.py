@@ -77,7 +77,7 @@ LARGE_TOWER = {"patch_embeds_hidden_size": 256, "depths": [2, 2, 12, 2], "num_at
 def test_full_sizes_build_on_the_meta_device(
     size: str, billions: float, width: int, layers: int, heads: int, inner: int
 ) -> None:
-    """PAPER 2: parameters in all, with Qwen2.5 of each size and HTSAT-large."""
+    """Parameters in all, with Qwen2.5 of each size and HTSAT-large (docs/paper.md, "Cross-attention")."""
     text = {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": width, "num_hidden_layers": layers}
     text |= {"num_attention_heads": heads, "num_key_value_heads": 2, "intermediate_size": inner}
     recipe = load_recipe(f"af2-{size}").model

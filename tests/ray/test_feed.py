@@ -16,7 +16,7 @@ import toy
 from ray import cloudpickle
 
 from af2_ray.config import Budget
-from af2_ray.data.batching import Plan, Row, plan, plan_captions, text_lengths, window_counts
+from af2_ray.data.batching import Plan, Row, plan_captions, plan_epoch, text_lengths, window_counts
 from af2_ray.data.collate import ClapBatch, ClapCollator, LmBatch, LmCollator
 from af2_ray.data.feed import Cursor, check_cursor, iter_batches, iter_local, make_dataset
 from af2_ray.data.samples import CaptionSet, Sample
@@ -30,7 +30,7 @@ def plan_files(make_sound: Callable[..., str], seed: int = 0) -> Plan[Sample]:
         samples += [Sample(f"{number}.{q}", uri, 0.0, 1.0 + 0.1 * number, "which?", "bell", "AQA", "d") for q in (0, 1)]
     budget = Budget(windows_per_row=2, text_tokens_per_row=512, questions_per_clip=2, step_batches=4)
     ones = np.ones(len(samples), int)
-    return plan(samples, windows=ones, text_lengths=20 * ones, budget=budget, seed=seed)
+    return plan_epoch(samples, windows=ones, text_lengths=20 * ones, budget=budget, seed=seed)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_the_plan_tells_the_bytes_of_the_object_store(make_sound: Callable[..., 
     ]
     budget = Budget(windows_per_row=4, text_tokens_per_row=512, questions_per_clip=2, step_batches=1)
     lengths = text_lengths(tiny_tokenizer, samples)
-    made = plan(samples, windows=window_counts(samples, 1), text_lengths=lengths, budget=budget, seed=0)
+    made = plan_epoch(samples, windows=window_counts(samples, 1), text_lengths=lengths, budget=budget, seed=0)
     rows = (LmCollator(tiny_tokenizer, max_windows=1)(row).to_row() for row in made.rows())
     taken = sum(value.nbytes for row in rows for value in row.values() if isinstance(value, np.ndarray))
     assert made.stats.object_store_gb * 1e9 == pytest.approx(taken, rel=1e-3)

@@ -20,7 +20,7 @@ from weed import Server
 from af2_ray.audio.decode import AudioError, decode, probe
 from af2_ray.audio.windows import to_windows
 from af2_ray.config import Budget
-from af2_ray.data.batching import Row, plan
+from af2_ray.data.batching import Row, plan_epoch
 from af2_ray.data.collate import LmBatch, LmCollator
 from af2_ray.data.feed import iter_batches, make_dataset
 from af2_ray.data.samples import Sample
@@ -81,7 +81,7 @@ def test_an_outage_in_mid_epoch_loses_nothing_of_the_feed(
         server.client().upload_file(path, "audio", f"{number}.flac")
         samples.append(Sample(str(number), f"s3://audio/{number}.flac", 0.0, 1.0, "which?", "bell", "AQA", "d"))
     budget = Budget(windows_per_row=1, text_tokens_per_row=64, questions_per_clip=1, step_batches=2)
-    made = plan(samples, windows=[1] * 32, text_lengths=[20] * 32, budget=budget, seed=0)
+    made = plan_epoch(samples, windows=[1] * 32, text_lengths=[20] * 32, budget=budget, seed=0)
     environment = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
     down = tmp_path / "down"
     gated = Gated(LmCollator(tiny_tokenizer, max_windows=1), environment, str(down), first=8)

@@ -19,7 +19,7 @@ from af2_ray.audio.hear import hear
 from af2_ray.config import DeepSpeedSettings, Stage
 from af2_ray.data.batching import Row
 from af2_ray.data.collate import LmBatch, LmCollator
-from af2_ray.data.feature_store import Entry, FeatureStore, open_folder, stamps
+from af2_ray.data.feature_store import CacheEntry, FeatureStore, open_folder, stamps
 from af2_ray.data.samples import Sample
 from af2_ray.text import AUDIO
 from af2_ray.train import precision
@@ -59,7 +59,7 @@ def encode_all(start: Path, root: Path, samples: list[Sample], dtype: str = "fp3
     """What the Ray job does, in this process."""
     encoding = make_encoding(start, root, dtype, DeepSpeedSettings(), max_windows=MAX_WINDOWS)
     marks = stamps([sample.uri for sample in samples])
-    clips = [Entry(s.stretch.first(MAX_WINDOWS), mark) for s, mark in zip(samples, marks, strict=True)]
+    clips = [CacheEntry(s.stretch.first(MAX_WINDOWS), mark) for s, mark in zip(samples, marks, strict=True)]
     store, lacking = FeatureStore.of(encoding.folder, clips)
     failures: dict[int, tuple[str, str]] = {}
     encoder = FeatureEncoder(encoding)
@@ -140,7 +140,9 @@ def test_a_clip_is_what_the_tower_makes_of_its_windows(tmp_path: Path, start: Pa
         store.read(samples[-1].stretch, MAX_WINDOWS)
     with pytest.raises(ValueError, match="made for another plan"):
         store.read(samples[2].stretch, MAX_WINDOWS + 1)  # more of the clip than was encoded
-    again, lacking = FeatureStore.of(encoding.folder, [Entry(samples[0].stretch.first(9), stamps([samples[0].uri])[0])])
+    again, lacking = FeatureStore.of(
+        encoding.folder, [CacheEntry(samples[0].stretch.first(9), stamps([samples[0].uri])[0])]
+    )
     assert (len(again.keys), lacking) == (1, []), "short clips serve stages of any length"
 
 
@@ -159,7 +161,7 @@ def test_another_tower_another_file_and_a_broken_shard_are_refused(
 
     changed = samples[0].uri
     os.utime(changed, ns=(1, 1))
-    clip = Entry(samples[0].stretch.first(MAX_WINDOWS), stamps([changed])[0])
+    clip = CacheEntry(samples[0].stretch.first(MAX_WINDOWS), stamps([changed])[0])
     assert FeatureStore.of(encoding.folder, [clip])[1] == [clip], "another date: encoded anew"
 
     Path(store.shards[0]).write_bytes(b"half")

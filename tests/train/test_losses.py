@@ -49,7 +49,7 @@ def test_lm_loss_without_labels_is_zero_with_zero_gradients() -> None:
 def double_loop(
     audio: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, masks: tuple[torch.Tensor, ...], scale: float
 ) -> torch.Tensor:
-    """PAPER 1, caption by caption, in float64."""
+    """The paper's formula (docs/paper.md, "AF-CLAP"), caption by caption, in float64."""
     positive_mask, negative_mask = masks
     s = lambda u, v: torch.exp(scale * (u.double() * v.double()).sum())  # noqa: E731
     total, counted = torch.zeros((), dtype=torch.float64), 0

@@ -6,7 +6,7 @@ import pytest
 
 from af2_ray.config import load_recipe
 from af2_ray.text import IGNORE
-from af2_ray.train.memory_probe import Shape, Trial, largest_budget, made_up_row
+from af2_ray.train.memory_probe import RowCost, Shape, largest_budget, made_up_row
 
 STAGE = load_recipe("tiny").stage("finetune")
 RATIO = STAGE.budget.text_tokens_per_row / STAGE.budget.windows_per_row
@@ -14,9 +14,9 @@ RATIO = STAGE.budget.text_tokens_per_row / STAGE.budget.windows_per_row
 
 @pytest.mark.parametrize("capacity", [9, 30, 100, 333])
 def test_the_largest_that_fits_is_found_to_an_eighth(capacity: int) -> None:
-    def trial(shape: Shape, windows: int, text_tokens: int) -> Trial:
+    def trial(shape: Shape, windows: int, text_tokens: int) -> RowCost:
         assert text_tokens == pytest.approx(RATIO * windows, rel=0.01), "the stage's own proportion"
-        return Trial(shape, windows, text_tokens, windows if shape == "longest" else windows / 2, 1.0)
+        return RowCost(shape, windows, text_tokens, windows if shape == "longest" else windows / 2, 1.0)
 
     found = largest_budget(STAGE, capacity, trial)
     assert capacity * 8 / 9 - 1 <= found.windows_per_row <= capacity
@@ -26,7 +26,7 @@ def test_the_largest_that_fits_is_found_to_an_eighth(capacity: int) -> None:
 
 def test_a_stage_that_does_not_fit_at_all_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="gradient_checkpointing"):
-        largest_budget(STAGE, 1.0, lambda shape, w, t: Trial(shape, w, t, float("inf"), 0.0))
+        largest_budget(STAGE, 1.0, lambda shape, w, t: RowCost(shape, w, t, float("inf"), 0.0))
 
 
 def test_both_rows_fill_the_budget() -> None:
