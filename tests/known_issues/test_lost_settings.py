@@ -63,9 +63,8 @@ def test_threads_of_workers_reach_the_feature_cache_and_the_actors_of_evaluation
     monkeypatch.setattr(cache_features, "map_on_ray", record)
     monkeypatch.setattr(batch, "map_on_ray", record)
     serve_toy.build(tiny_tokenizer).save_pretrained(tmp_path / "start")
-    monkeypatch.setattr(
-        cache_features, "entries_of", lambda plan, max_windows: [CacheEntry(Stretch("a.wav", 0.0, 3.0))]
-    )
+    stretch = Stretch("a.wav", 0.0, 3.0)
+    monkeypatch.setattr(cache_features, "entries_of", lambda plan, max_windows: [CacheEntry(stretch)])
     settings = {"settings": FeatureCache(), "max_windows": 1, "cluster": cluster, "deepspeed": DeepSpeedSettings()}
     with pytest.raises(RuntimeError, match="not encoded"):
         cache_features.cache_features(None, tmp_path / "start", tmp_path, **settings)  # type: ignore[arg-type]

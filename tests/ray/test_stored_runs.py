@@ -17,8 +17,8 @@ from af2_ray.runs.run import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "tests" / "fixtures" / "run_8aa4614.tar.xz"
-"""What commit 8aa4614 left of `jobs/train.py tiny` with the overrides in it, killed after step 4 of 30: checkpoints have
-no digests, marks no seals. Of finished steps those weights are there that are read again."""
+"""What commit 8aa4614 left of `jobs/train.py tiny` with the overrides in it, killed after step 4 of 30: checkpoints
+have no digests, marks no seals. Of finished steps those weights are there that are read again."""
 
 
 def test_a_stored_run_goes_on(tmp_path: Path) -> None:
