@@ -27,28 +27,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from af2_ray.data.durations import fill_durations  # heavy imports after the arguments are checked
     from af2_ray.data.manifest import read_samples
     from af2_ray.data.samples import fingerprint
-    from af2_ray.engine.batch import (
-        AnswerLimits,
-        answer_on_ray,
-        join,
-        model_facts,
-        part_uri,
-        parts_there,
-        plan_chunks,
-        questions_of,
-        server_actors,
-        write_rows,
-    )
+    from af2_ray.engine import batch
     from af2_ray.storage.stores import scratch
 
     settings = _settings(args)
     model = args.model if "://" in args.model else str(Path(args.model).absolute())
-    facts = model_facts(model)
+    facts = batch.model_facts(model)
     max_windows = min(args.max_windows, facts["max_windows"] or args.max_windows)
     read = read_samples(args.manifest, args.root)
     samples, unread = fill_durations(read, args.manifest, fallback=str(scratch("durations")))
-    questions, refused = questions_of(samples, args.question, unread)
-    chunks = plan_chunks(questions, args.chunk, max_windows)
+    questions, refused = batch.questions_of(samples, args.question, unread)
+    chunks = batch.plan_chunks(questions, args.chunk, max_windows)
     out = args.out if "://" in args.out else str(Path(args.out).absolute())
     folder = f"{out}.parts"
     _check_same_job(
@@ -64,20 +53,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             "max_new_tokens": args.max_new_tokens,
         },
     )
-    there = parts_there(folder)
+    there = batch.parts_there(folder)
     counts = f"{len(questions)} questions in {len(chunks)} chunks, {len(there)} done before"
     console.heading(f"{counts}; {len(refused)} set aside")
     left = {number: chunk for number, chunk in enumerate(chunks) if number not in there}
-    limits = AnswerLimits(max_windows, args.max_new_tokens)
+    limits = batch.AnswerLimits(max_windows, args.max_new_tokens)
     done, errors = 0, len(refused)
     with console.cluster(scratch("infer")), console.bar("chunks", len(chunks)) as update:
-        found = answer_on_ray(model, left, settings, limits, server_actors(settings, args.actors))
+        found = batch.answer_on_ray(model, left, settings, limits, batch.server_actors(settings, args.actors))
         for place, (number, results) in enumerate(found, start=1):
-            write_rows(part_uri(folder, number), [result.to_row() for result in results])
+            batch.write_rows(batch.part_uri(folder, number), [result.to_row() for result in results])
             failed = sum(result.answer is None for result in results)
             done, errors = done + len(results) - failed, errors + failed
             update(len(there) + place, f"{done} answers, {errors} errors")
-    num_rows, num_answers = join(folder, len(chunks), [result.to_row() for result in refused], out)
+    num_rows, num_answers = batch.join(folder, len(chunks), [result.to_row() for result in refused], out)
     console.console.print(f"{num_rows} rows in {out}")
     if num_rows and not num_answers:
         raise ValueError(f"no question was answered: the `error` of each row of {out} says why")

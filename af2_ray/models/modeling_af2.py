@@ -215,6 +215,31 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # --- Text -------------------------------------------------------------------------------------------------------
 
+    def _lm_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        heard: Heard | None,
+        cache: AudioCache | None,
+        numbers: Tensor | None,
+    ) -> tuple[dict[str, Any], int]:
+        """What the LM's layers take, and how many positions of it are a prefix of audio."""
+        embeds, num_prefix = self.embed_tokens(input_ids), 0
+        hears: dict[str, Any] = {}
+        if heard is not None and self.config.fusion == "xattn":
+            hears["audio"] = AudioContext.of(heard, self.dtype, cache)
+        elif heard is not None:
+            prefixed = self.prefix(heard, embeds, attention_mask, cache)
+            embeds, attention_mask, num_prefix = prefixed.embeds, prefixed.attention_mask, prefixed.num_prefix
+            position_ids = prefixed.position_ids
+        if numbers is not None:
+            attention_mask, position_ids = see_themselves(attention_mask, num_prefix, embeds.dtype)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        return inputs | hears, num_prefix
+
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """Embeddings [B, T, D]: the LM's rows, and the added tokens' own."""
         first = self.config.audio_token_id
@@ -262,9 +287,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 vocabulary.
             tower_features: features [S, F, D] in place of waveforms: what the tower made of them before.
         """
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = AudioCache(config=self.config.text_config)
+        cache = AudioCache(config=self.config.text_config) if past_key_values is None and use_cache else past_key_values
         is_given = waveforms is not None or tower_features is not None
         if is_given and audio_states is None and (cache is None or cache.tokens_heard is None):
             if windows_per_clip is None:
@@ -274,25 +297,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"audio needs an AudioCache for past_key_values, not {type(cache).__name__}")
         numbers = text_numbers(attention_mask, self.config.text_config)
         heard = self._hear(input_ids, audio_states, audio_index, cache, numbers) if audio_states or cache else None
-        embeds, num_prefix = self.embed_tokens(input_ids), 0
-        if heard is not None and self.config.fusion == "xattn":
-            kwargs["audio"] = AudioContext.of(heard, self.dtype, cache)
-        elif heard is not None:
-            prefixed = self.prefix(heard, embeds, attention_mask, cache)
-            embeds, attention_mask, num_prefix = prefixed.embeds, prefixed.attention_mask, prefixed.num_prefix
-            position_ids = prefixed.position_ids
-        if numbers is not None:
-            attention_mask, position_ids = see_themselves(attention_mask, num_prefix, embeds.dtype)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        output = self.language_model.model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=bool(use_cache),
-            **kwargs,
-        )
+        inputs, num_prefix = self._lm_inputs(input_ids, attention_mask, position_ids, heard, cache, numbers)
+        output = self.language_model.model(**inputs, past_key_values=cache, use_cache=bool(use_cache), **kwargs)
         hidden = output.last_hidden_state[:, num_prefix:]
         if answers_only:
             if labels is None:

@@ -139,16 +139,7 @@ class AudioFlamingo2Processor(ProcessorMixin):
             raise ValueError("the model takes text and audio, and gives padded torch tensors: leave the others out")
         prompts = [text] if isinstance(text, str) else list(text)
         formatted = bool(prompts) and all(prompt.endswith(SEP) for prompt in prompts)
-        if formatted and audio is not None:
-            audio = _dealt_out(audio, prompts)
-        if audio is None:
-            clips: list[list[AudioInput]] = [[] for _ in prompts]
-        elif isinstance(audio, np.ndarray):
-            clips = [[audio]]
-        else:
-            clips = [[item] if isinstance(item, np.ndarray) else list(item) for item in audio]
-        if len(clips) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but audio for {len(clips)}: give one entry a prompt")
+        clips = _clips_of(prompts, audio, formatted=formatted)
         counts = [len(row) for row in clips]
         side: Literal["left", "right"] = "left" if answers is None else "right"
         if max_tokens is None:
@@ -179,6 +170,21 @@ class AudioFlamingo2Processor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """What the model takes."""
         return ["input_ids", "attention_mask", "waveforms", "windows_per_clip", "audio_index"]
+
+
+def _clips_of(
+    prompts: Sequence[str], audio: AudioInput | Sequence[AudioInput | Sequence[AudioInput]] | None, *, formatted: bool
+) -> list[list[AudioInput]]:
+    """The recordings of each prompt."""
+    if audio is None:
+        return [[] for _ in prompts]
+    if formatted:
+        return _dealt_out(audio, prompts)
+    given = [audio] if isinstance(audio, np.ndarray) else audio
+    clips = [[item] if isinstance(item, np.ndarray) else list(item) for item in given]
+    if len(clips) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but audio for {len(clips)}: give one entry a prompt")
+    return clips
 
 
 def _dealt_out(

@@ -96,8 +96,8 @@ def afclap_loss_sum(
             clips.
 
     Returns:
-        This rank's sum and its number of clips; clips without any positive take no part. If none has one, the loss is
-        0 with zero gradients. The ranks' sums add up to the sum of one process that holds all clips.
+        This rank's sum and its number of clips with a positive (0 with zero gradients if none has one). The ranks' sums
+        add up to the sum of one process that holds all clips.
     """
     audio, positives, negatives = (_at_least_float32(t) for t in (audio, positives, negatives))
     scale = _at_least_float32(scale)
@@ -120,14 +120,8 @@ def afclap_loss_sum(
     numerators = (share * own).sum(dim=1) if every_positive else weight * _masked(own, positive_mask).logsumexp(dim=1)
     loss = denominators - numerators.sum(dtype=torch.float64)
     if symmetric:
-        back = sum_logsumexp(
-            positives.flatten(0, 1),
-            all_audio,
-            all_masks.any(dim=1),
-            lowest.expand_as(own).flatten(),
-            share.flatten(),
-            scale,
-        )
+        floor, has_text = lowest.expand_as(own).flatten(), all_masks.any(dim=1)
+        back = sum_logsumexp(positives.flatten(0, 1), all_audio, has_text, floor, share.flatten(), scale)
         loss = (loss + back - (share * own).sum(dtype=torch.float64)) / 2
     return loss.to(audio.dtype), valid.sum()
 

@@ -117,15 +117,8 @@ def _pretrain(
     )
     tokenizer = train_tokenizer([text for pair in (*pairs, *readings, *drills) for text in pair], recipe.vocab_size)
     add_special_tokens(tokenizer)
-    model = Qwen2ForCausalLM(
-        small_lm_config(
-            settings,
-            max_text_tokens,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Qwen2ForCausalLM(small_lm_config(settings, max_text_tokens, vocab_size=len(tokenizer), **ids))
     if precision == "mixed":
         model.set_attn_implementation("eager")  # by products, as `models.attention` does
     texts = [_encoded(tokenizer, found, max_text_tokens) if found else () for found in (pairs, readings, drills)]
