@@ -1,4 +1,4 @@
-"""What an interval is drawn from: each item of an evaluation, whether it was right, and what it is resampled with.
+"""Results item by item: what an interval is drawn from, whether it was right, and what it is resampled with.
 
 Written beside an evaluation as `marks.jsonl`, so that runs are compared item by item long after they have ended.
 """
@@ -14,16 +14,18 @@ from typing import Any
 from af2_ray.data.samples import CaptionSet
 from af2_ray.evaluate.answers import Prediction, duration_band, is_caption
 from af2_ray.evaluate.intervals import units_of
+from af2_ray.evaluate.table import Labelled
 
 
 @dataclass(frozen=True)
-class Mark:
+class ItemResult:
     """One item: a question, a mirrored pair of clips, a query.
 
     Attributes:
-        measure: what it is an item of: `accuracy`, `composition`, `t2a_r1`, `t2a_r1_reworded`, `a2t_r1`, `zero_shot`.
-        item: unique within its measure, the same in all runs on the same data.
-        unit: items of one unit are right or wrong together (all that shares a recording, or a pair).
+        measure: name of what it is an item of: `accuracy`, `composition`, `t2a_r1`, `t2a_r1_reworded`, `a2t_r1`,
+            `zero_shot`.
+        item: name of it, unique within its measure, the same in all runs on the same data.
+        unit: name that items share which are right or wrong together (all of one recording, or a pair).
         right: 0 or 1.
         groups: parts of the measure it belongs to: a skill, a duration band, a kind of relation, a wording.
     """
@@ -35,43 +37,43 @@ class Mark:
     groups: tuple[str, ...] = ()
 
 
-def mark_of(measure: str, clip: CaptionSet, right: float, *groups: str, part: str = "") -> Mark:
-    """The mark of a clip, or of a part of what is asked about it; the clip's marks are one unit."""
+def clip_result(measure: str, clip: CaptionSet | Labelled, right: float, *groups: str, part: str = "") -> ItemResult:
+    """The result of a clip, or of a part of what is asked about it; the clip's results are one unit."""
     unit = f"{clip.uri}#{clip.offset_s}"
-    return Mark(measure, f"{unit} {part}" if part else unit, unit, right, groups)
+    return ItemResult(measure, f"{unit} {part}" if part else unit, unit, right, groups)
 
 
-def of_predictions(predictions: Iterable[Prediction]) -> list[Mark]:
-    """Marks of the closed questions, grouped by duration band and skill."""
+def answer_results(predictions: Iterable[Prediction]) -> list[ItemResult]:
+    """Results of the closed questions, grouped by duration band and skill."""
     closed = [prediction for prediction in predictions if not is_caption(prediction.sample)]
     names = [f"{prediction.sample.uri}#{prediction.sample.id}" for prediction in closed]
     pairs = [prediction.sample.pair or name for prediction, name in zip(closed, names, strict=True)]
     units = units_of(pairs, [prediction.sample.uri for prediction in closed])
-    marks = []
+    items = []
     for prediction, name, unit in zip(closed, names, units.tolist(), strict=True):
         sample = prediction.sample
         groups = (f"{duration_band(sample.duration_s)} s", sample.skill or "unnamed")
-        marks.append(Mark("accuracy", name, str(unit), float(prediction.right), groups))
-    return marks
+        items.append(ItemResult("accuracy", name, str(unit), float(prediction.right), groups))
+    return items
 
 
-def mean(marks: Sequence[Mark], measure: str) -> float:
+def share_right(items: Sequence[ItemResult], measure: str) -> float:
     """Share of right items of a measure; `ValueError` if there are none."""
-    rights = [mark.right for mark in marks if mark.measure == measure]
+    rights = [item.right for item in items if item.measure == measure]
     if not rights:
         raise ValueError(f"nothing was evaluated of {measure!r}: the data hold no item of it")
     return sum(rights) / len(rights)
 
 
-def write_marks(path: Path, marks: Sequence[Mark]) -> None:
+def write_items(path: Path, items: Sequence[ItemResult]) -> None:
     """A line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(mark)) + "\n" for mark in marks), encoding="utf-8")
+    path.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), encoding="utf-8")
 
 
-def read_marks(path: Path) -> list[Mark]:
-    """What `write_marks` wrote; empty if there is no such file."""
+def read_items(path: Path) -> list[ItemResult]:
+    """What `write_items` wrote; empty if there is no such file."""
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Mark(**{**row, "groups": tuple(row["groups"])}) for row in rows]
+    return [ItemResult(**{**row, "groups": tuple(row["groups"])}) for row in rows]
