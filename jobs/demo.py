@@ -95,7 +95,8 @@ def _evaluate(run: Run) -> dict[str, Any]:
     tracker.log_metrics(child, {key: value for key, value in numbers.items() if isinstance(value, int | float)})
     tracker.finish("evaluation")
     examples = [prediction.to_json() for prediction in choose_examples(result.predictions)]
-    return mark_finished(folder, facts | {"examples": examples, "failures": facts.pop("set_aside")})
+    failures = facts.pop("set_aside")
+    return mark_finished(folder, facts | {"examples": examples, "failures": failures})
 
 
 def _ask(run: Run) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from af2_ray import console as job
 from af2_ray.config import Cluster, Dataset, Evaluation
 from af2_ray.storage.places import shown
 
+MOST_LETTERS = 14  # of a row's name: the table fits 80 columns
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when scored, 2 for input that cannot be used."""
@@ -72,7 +74,8 @@ def _table(details: dict[str, Any]) -> Table:
             low, high = row["ci95"]["model"]
             controls = [_percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
             interval = f"{_percent(low)}-{_percent(high)}"
-            table.add_row(name, str(row["questions"]), _percent(row["model"]), interval, *controls)
+            shortened = name if len(name) <= MOST_LETTERS else f"…{name[1 - MOST_LETTERS :]}"  # the end tells most
+            table.add_row(shortened, str(row["questions"]), _percent(row["model"]), interval, *controls)
         table.add_section()
     return table
 

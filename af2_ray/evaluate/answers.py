@@ -79,7 +79,7 @@ class Prediction:
     """One question, the model's answer, and its answer when it hears another clip in place of the right one.
 
     Attributes:
-        sample: the question.
+        sample: question with its true answer.
         text: answer of the model.
         deaf_text: its answer over `deaf_uri`; none: not asked, or that clip cannot be read.
         deaf_uri: recording heard in place of the right one.

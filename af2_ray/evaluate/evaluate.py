@@ -79,7 +79,7 @@ def evaluate_run(
         cluster: actors on the connected Ray cluster, as training's workers; none: this process alone.
         clap_max_windows: number of windows of a clip that AF-CLAP hears (the recipe's `clap.max_windows`).
         wordings: texts by which captions may name a label, for their event F1; the label itself always counts.
-        deaf: whether each question is also asked over another clip: a control, at twice the cost.
+        deaf: control by which each question is also asked over another clip, at twice the cost.
 
     Raises:
         ValueError: nothing to evaluate, no model there, or a manifest that cannot be read.
@@ -112,7 +112,7 @@ def evaluate_clap(clap_dir: str | Path, uri: str, settings: ClapSettings, *, roo
     Args:
         clap_dir: AF-CLAP folder, local or remote.
         uri: file of a benchmark (`benchmarks.BENCHMARKS`).
-        settings: limits.
+        settings: windows, gallery and templates.
         root: folder of the audio; none: where the benchmark has it.
 
     Raises:

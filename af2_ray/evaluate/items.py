@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from af2_ray.data.samples import CaptionSet
-from af2_ray.evaluate.answers import Prediction, duration_band, is_caption
+from af2_ray.evaluate.answers import Prediction, groups_of, is_caption
 from af2_ray.evaluate.intervals import units_of
 from af2_ray.evaluate.table import Labelled
 
@@ -49,12 +49,11 @@ def answer_results(predictions: Iterable[Prediction]) -> list[ItemResult]:
     names = [f"{prediction.sample.uri}#{prediction.sample.id}" for prediction in closed]
     pairs = [prediction.sample.pair or name for prediction, name in zip(closed, names, strict=True)]
     units = units_of(pairs, [prediction.sample.uri for prediction in closed])
-    items = []
-    for prediction, name, unit in zip(closed, names, units.tolist(), strict=True):
-        sample = prediction.sample
-        groups = (f"{duration_band(sample.duration_s)} s", sample.skill or "unnamed")
-        items.append(ItemResult("accuracy", name, str(unit), float(prediction.right), groups))
-    return items
+    return [
+        ItemResult("accuracy", name, str(unit), float(one.right), (f"{groups['duration']} s", groups["skill"]))
+        for one, name, unit in zip(closed, names, units.tolist(), strict=True)
+        for groups in [groups_of(one.sample)]
+    ]
 
 
 def share_right(items: Sequence[ItemResult], measure: str) -> float:

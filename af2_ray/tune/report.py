@@ -40,7 +40,7 @@ class Point:
     """One combination of values over its seeds.
 
     Attributes:
-        values: what the point sets, by recipe key.
+        values: values of the point, by recipe key.
         trials: number of its trials, one a seed.
         done: number of those that reached their end.
         mean: mean of the metric over seeds; none if no trial of the point reached its end.
@@ -156,7 +156,7 @@ def write_report(
 
     Args:
         root: folder of the sweep.
-        sweep: its settings.
+        sweep: settings of the sweep.
         results: trials, ended or stopped.
         folders: folders of the trials, by id.
         recipes: recipes of the trials, by id, as they are outside the sweep, which has its own MLflow and features.

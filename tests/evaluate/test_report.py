@@ -9,6 +9,7 @@ import numpy as np
 from quiz import question, write_corpus
 
 from af2_ray.data.quarantine import Failure
+from af2_ray.evaluate import report
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.evaluate import choose_examples
 from af2_ray.evaluate.report.plots import running_mean
@@ -84,3 +85,15 @@ def test_examples_hold_right_and_wrong_ones() -> None:
 
 def test_running_mean_keeps_the_level_at_the_ends() -> None:
     assert np.allclose(running_mean(np.full(9, 2.0), 5), 2.0)
+
+
+def test_all_pages_fill_one_skeleton_and_its_palette() -> None:
+    folder = Path(report.__file__).parent
+    texts = {path.name: path.read_text() for path in folder.glob("*.html")}
+    pages = set(texts) - {"page.html", "parts.html"}
+    assert pages == {"run.html", "sweep.html", "data_check.html", "captions.html"}
+    for name in pages:
+        assert texts[name].startswith('{% extends "page.html" %}')
+        assert "<style" not in texts[name]
+    for name, text in texts.items():
+        assert not re.search(r"#[0-9a-fA-F]{3,8}\b", text), f"{name}: colours are in palette.py"

@@ -18,7 +18,7 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: name of the file, for instance `run.html`.
-        values: what it shows; `title` is always needed.
+        values: facts that it shows; `title` is always needed.
     """
     return _environment().get_template(template).render(values)
 
