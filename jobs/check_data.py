@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import html
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -24,10 +22,6 @@ from af2_ray import console as job
 from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
 from af2_ray.data.data_check import Survey, faults, leakage, shorten, survey
 from af2_ray.storage.places import allow, shown
-
-STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#26323b}"
-STYLE += "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #e4e2db}"
-STYLE += "td:first-child,th:first-child{text-align:left}.bad{color:#a33}svg{width:100%;height:auto}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,51 +100,35 @@ def _aligned(cells: Sequence[str]) -> str:
 
 def page(surveys: Sequence[Survey], found: Sequence[str]) -> str:
     """The report: one HTML file with everything in it."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>check_data</title><style>{STYLE}</style><h1>Data check</h1>"]
-    verdict = "".join(f"<li class=bad>{html.escape(line)}</li>" for line in found)
-    parts.append(f"<ul>{verdict}</ul>" if found else "<p>Nothing stands against training on these.</p>")
-    head = "".join(f"<th>{heading}</th>" for heading in ("manifest", *HEADINGS))
-    cells = ([_title(one), *_row(one)] for one in surveys)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
-    parts.append(f"<table><tr>{head}</tr>{rows}</table>")
-    for one in surveys:
-        parts.append(f"<h2>{html.escape(one.manifest)}</h2>{_histograms(one)}")
-        listed = {
-            "remarks": list(one.remarks),
-            "set aside": [f"{reason}: {count}" for reason, count in one.set_aside.items()],
-            "unreadable": [f"{shown(uri)}: {reason}" for uri, reason in one.unreadable.items()],
-            "asked twice": list(one.duplicates),
-        }
-        parts += [_list(title, lines) for title, lines in listed.items() if lines]
-    if leaked := leakage(surveys):
-        parts.append(_list("in training and in test", leaked))
-    return "\n".join(parts)
+    from af2_ray.evaluate.report import plots
+    from af2_ray.evaluate.report.page import render  # matplotlib takes a second: after the arguments are checked
 
-
-def _list(title: str, lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in shorten(lines))
-    return f"<h3>{title} ({len(lines)})</h3><ul>{items}</ul>"
-
-
-def _histograms(one: Survey) -> str:
-    """Clip durations and words a sample, as SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2.2), layout="constrained")
-    panels: list[tuple[str, Any, Any]] = [
-        ("seconds a clip", one.duration_s, np.geomspace),
-        ("words a sample", one.text_words, np.linspace),
+    leaked = leakage(surveys)
+    pictures = [
+        plots.histograms({"seconds a clip": one.duration_s, "words a sample": one.text_words}, ["seconds a clip"])
+        for one in surveys
     ]
-    for axes, (title, values, space) in zip(figure.subplots(1, 2), panels, strict=True):
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        if values:
-            axes.hist(values, space(max(min(values), 0.1), max(max(values), 0.2) * 1.001, 40), color="#1f6f78")
-        if space is np.geomspace:
-            axes.set_xscale("log")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return render(
+        "data_check.html",
+        title="Data check",
+        faults=found,
+        manifests=(["manifest", *HEADINGS], [[_title(one), *_row(one)] for one in surveys]),
+        surveys=[
+            {"name": one.manifest, "picture": picture, "lists": [part for part in _lists(one) if part[1]]}
+            for one, picture in zip(surveys, pictures, strict=True)
+        ],
+        leaked=("in training and in test", len(leaked), shorten(leaked)) if leaked else None,
+    )
+
+
+def _lists(one: Survey) -> Iterator[tuple[str, int, list[str]]]:
+    """Headings, numbers of lines, and the first of these."""
+    unreadable = [f"{shown(uri)}: {reason}" for uri, reason in one.unreadable.items()]
+    set_aside = [f"{reason}: {count}" for reason, count in one.set_aside.items()]
+    yield "remarks", len(one.remarks), shorten(one.remarks)
+    yield "set aside", len(set_aside), shorten(set_aside)
+    yield "unreadable", len(unreadable), shorten(unreadable)
+    yield "asked twice", len(one.duplicates), shorten(one.duplicates)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,9 +20,9 @@ from af2_ray import console
 from af2_ray.config import load_recipe
 from af2_ray.data.manifest import read_samples
 from af2_ray.data.samples import Sample
-from af2_ray.evaluate.clap import read_scenes, scenes_uri_of
 from af2_ray.evaluate.evaluate import EvaluationResult, choose_examples, evaluate_run
 from af2_ray.evaluate.report.run import licence_rows, write_report
+from af2_ray.evaluate.scenes import read_scenes, scenes_uri_of
 from af2_ray.machine import every, watch_memory
 from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
 from af2_ray.runs.tracking import Tracker
@@ -90,20 +90,13 @@ def _evaluate(run: Run) -> dict[str, Any]:
     )
     tracker = Tracker(run)
     child = tracker.child("evaluation", {"model": str(run.model_dir)})
-    blocks = {"accuracy": result.accuracy, "clap": result.clap}
-    numbers = {f"{name}/{key}": value for name, block in blocks.items() for key, value in block.items()}
+    facts = result.to_json()
+    numbers = {f"{name}/{key}": value for name in ("accuracy", "clap") for key, value in facts[name].items()}
     tracker.log_metrics(child, {key: value for key, value in numbers.items() if isinstance(value, int | float)})
     tracker.finish("evaluation")
-    return mark_finished(
-        folder,
-        {
-            "accuracy": result.accuracy,
-            "clap": result.clap,
-            "details": result.details,
-            "examples": [prediction.to_json() for prediction in choose_examples(result.predictions)],
-            "failures": [asdict(failure) for failure in result.failures],
-        },
-    )
+    examples = [prediction.to_json() for prediction in choose_examples(result.predictions)]
+    failures = facts.pop("set_aside")
+    return mark_finished(folder, facts | {"examples": examples, "failures": failures})
 
 
 def _ask(run: Run) -> dict[str, Any]:

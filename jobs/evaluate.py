@@ -1,4 +1,4 @@
-"""Score an exported model on manifests: predictions as JSON lines, metrics by skill and by duration.
+"""Score an exported model on manifests: predictions as JSON lines, metrics by benchmark, skill and duration.
 
     python jobs/evaluate.py runs/tiny/stages/long/model data/demo/short/test.json --train data/demo/short/train.json
 
@@ -22,6 +22,8 @@ from af2_ray import console as job
 from af2_ray.config import Cluster, Dataset, Evaluation
 from af2_ray.storage.places import shown
 
+MOST_LETTERS = 14  # of a row's name: the table fits 80 columns
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when scored, 2 for input that cannot be used."""
@@ -39,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     console = Console(highlight=False)
-    console.print(_table(result.details))
-    for line in _closing_lines(result, args.out):
+    details = result.answers.to_json()
+    console.print(_table(details))
+    for line in _closing_lines(result, details, args.out):
         console.print(line)
     return 0
 
@@ -59,30 +62,32 @@ def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
 def _table(details: dict[str, Any]) -> Table:
     headings = ("asked", "model", "95 %", "pairs", "deaf", "majority", "text\nonly", "chance")
     table = job.table("", *headings, title="right answers, %")
-    groups = [
-        *([("all", details["all"])] if "all" in details else []),
-        *details["by_skill"].items(),
-        *((f"{band} s", row) for band, row in details["by_duration"].items()),
+    benchmarks = details.get("by_benchmark", {})
+    sections = [
+        {"all": details["all"]} if "all" in details else {},
+        {name: row["all"] for name, row in benchmarks.items() if "all" in row} if len(benchmarks) > 1 else {},
+        details["by_skill"],
+        {f"{band} s": row for band, row in details["by_duration"].items()},
     ]
-    ends = {0, len(details["by_skill"])}  # under the whole, and under the skills
-    for place, (name, row) in enumerate(groups):
-        low, high = row["ci95"]["model"]
-        controls = [_percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
-        interval = f"{_percent(low)}-{_percent(high)}"
-        table.add_row(
-            name, str(row["questions"]), _percent(row["model"]), interval, *controls, end_section=place in ends
-        )
+    for section in sections:
+        for name, row in section.items():
+            low, high = row["ci95"]["model"]
+            controls = [_percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
+            interval = f"{_percent(low)}-{_percent(high)}"
+            shortened = name if len(name) <= MOST_LETTERS else f"…{name[1 - MOST_LETTERS :]}"  # the end tells most
+            table.add_row(shortened, str(row["questions"]), _percent(row["model"]), interval, *controls)
+        table.add_section()
     return table
 
 
-def _closing_lines(result: Any, out: Path) -> list[str]:
-    row, lines = result.details.get("all", {}), []
+def _closing_lines(result: Any, details: dict[str, Any], out: Path) -> list[str]:
+    row, lines = details.get("all", {}), []
     if "best_control" in row:
         low, high = row["above_best_control_ci95"]
         lead = 100 * row["above_best_control"]
         lines.append(f"{lead:+.1f} points over {row['best_control']} (95 %: {100 * low:+.1f} to {100 * high:+.1f})")
-    if captions := result.details.get("captions"):
-        lines.append(f"captions: {captions['captions']}, event F1 {captions['event_f1']}")
+    if captions := result.answers.captions:
+        lines.append(f"captions: {captions.captions}, event F1 {captions.event_f1}")
     if result.failures:
         first = result.failures[0]
         lines.append(f"set aside: {len(result.failures)}, for instance {shown(first.uri)}: {first.reason}")

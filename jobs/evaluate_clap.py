@@ -28,21 +28,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when scored, 2 for input that cannot be used."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from af2_ray.evaluate import clap  # heavy imports after the arguments are checked
+    from af2_ray.evaluate.benchmarks import find  # heavy imports after the arguments are checked
+    from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark
+    from af2_ray.evaluate.clap_embed import TEMPLATES, ClapModel, ClapSettings
 
     console, results = Console(highlight=False), {}
     try:
-        model, tokenizer = clap.load_clap(args.model)
-        limits = {"max_windows": args.max_windows, "batch_windows": args.batch_windows}
+        settings = ClapSettings(args.max_windows, args.batch_windows, args.gallery, args.template or TEMPLATES)
+        clap = ClapModel.load(args.model, settings)
         for uri in args.data:
-            table = clap.read_benchmark(uri, args.root)
-            if table.labelled:
-                templates = args.template or clap.TEMPLATES
-                result = clap.score_labels(model, tokenizer, table, templates=templates, **limits)
-            else:
-                result = clap.score_captions(model, tokenizer, uri, table, gallery=args.gallery, **limits)
-            _show(console, uri, result)
-            results[uri] = result | {"failures": [asdict(failure) for failure in result["failures"]]}
+            benchmark = find(uri, EmbeddingBenchmark)
+            scores = benchmark.score(clap, benchmark.read(uri, args.root))
+            console.rule(uri, align="left")
+            _show(console, scores.figures)
+            if failures := scores.failures:
+                console.print(f"set aside: {len(failures)}, for instance {failures[0].uri}: {failures[0].reason}")
+            results[uri] = scores.figures | {"failures": [asdict(failure) for failure in failures]}
     except ValueError as error:
         print(f"evaluate_clap: {error}", file=sys.stderr)
         return 2
@@ -52,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show(console: Console, uri: str, result: dict[str, Any]) -> None:
-    console.rule(uri, align="left")
+def _show(console: Console, result: dict[str, Any]) -> None:
     if "top1" in result:
         _show_classes(console, result)
     else:
@@ -73,8 +73,6 @@ def _show(console: Console, uri: str, result: dict[str, Any]) -> None:
             console.print(f"by kind of negative: {kinds}") if kinds else None
         if classes := result.get("zero_shot"):
             _show_classes(console, classes)
-    if failures := result["failures"]:
-        console.print(f"set aside: {len(failures)}, for instance {failures[0].uri}: {failures[0].reason}")
 
 
 def _show_classes(console: Console, row: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile as sf
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
 from af2_ray import console as job
@@ -25,6 +24,7 @@ from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.data.manifest import read_captions
 from af2_ray.data.samples import CaptionSet
+from af2_ray.evaluate.report.page import render
 
 MOST_AUDIO_S = 30.0
 
@@ -64,10 +64,8 @@ def page_of(sets: Sequence[CaptionSet], source: str, total: int) -> tuple[str, i
         true = [each.caption, *each.positives]
         relations = ", ".join(each.relations)
         clips.append({"id": each.id, "relations": relations, "audio": audio, "true": true, "wrong": wrong})
-    loader = PackageLoader("af2_ray.evaluate", "report")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    template = environment.get_template("captions.html")
-    return template.render(clips=clips, lost=lost, source=source, total=total), len(clips)
+    page = render("captions.html", title="Captions to judge", clips=clips, lost=lost, source=source, total=total)
+    return page, len(clips)
 
 
 def _ogg(each: CaptionSet) -> str:

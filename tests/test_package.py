@@ -68,7 +68,7 @@ def test_the_wheel_works_alone(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.split("-")[1] == af2_ray.__version__
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"af2_ray", "serve_apps"}
-    for kept in ("recipes/tiny.yaml", "recipes/sweeps/frequency.yaml", "evaluate/report/report.html"):
+    for kept in ("recipes/tiny.yaml", "recipes/sweeps/frequency.yaml", "evaluate/report/run.html"):
         assert f"af2_ray/{kept}" in names
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"

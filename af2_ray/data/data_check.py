@@ -31,15 +31,15 @@ class Survey:
     """One manifest.
 
     Attributes:
-        manifest, split, weight: which.
+        manifest, split, weight: name of it, `train` or `test`, and its share of the blend.
         num_samples, num_clips, hours: usable samples, their different stretches and those stretches' length.
-        duration_s, text_words: of each clip, and words of prompt and answer of each sample.
+        duration_s, text_words: length of each clip, and number of words of prompt and answer of each sample.
         set_aside: reasons and counts of samples that cannot be used.
         unreadable: files whose header cannot be read, with the reason.
         num_probed: files whose header was read.
         duplicates: questions that come twice about the same stretch.
-        clips: (file name, offset) of the clips.
-        remarks: what is odd about the manifest itself: keys that come twice, another number of samples than it says.
+        clips: pairs (file name, offset) of the clips.
+        remarks: oddities of the manifest itself: keys that come twice, another number of samples than it says.
     """
 
     manifest: str
@@ -64,8 +64,8 @@ def survey(dataset: Dataset, split: str, *, most_probed: int | None = None, seed
     Args:
         dataset: manifest, root and weight.
         split: `train` or `test`.
-        most_probed: read at most so many headers, drawn at random; none: all.
-        seed: of that draw.
+        most_probed: number of headers read at most, drawn at random; none: all.
+        seed: seed of that draw.
 
     Raises:
         ValueError: the manifest cannot be read.
@@ -143,7 +143,7 @@ def _unreadable(uris: Sequence[str]) -> dict[str, str]:
         return ""
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return {uri: told for uri, told in zip(uris, pool.map(reason, uris), strict=True) if told}
+        return {uri: why for uri, why in zip(uris, pool.map(reason, uris), strict=True) if why}
 
 
 def _name(sample: Sample) -> str:

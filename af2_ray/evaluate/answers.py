@@ -8,11 +8,17 @@ words counts as wrong; questions whose answer is free text (captions) are theref
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from af2_ray.data.samples import Sample
+
+Rule = Callable[[Sample, str | None], bool]
+"""Whether an answer to a question (none: there is none) is right."""
+
+Groups = Callable[[Sample], Mapping[str, str]]
+"""The group that a question is reported under, by what divides them: `{"skill": "order", "duration": "<=30"}`."""
 
 DURATION_BANDS: tuple[tuple[str, float], ...] = (("<=30", 30.0), ("30-90", 90.0), ("90-300", float("inf")))
 
@@ -21,7 +27,7 @@ _NOT_WORD = re.compile(r"[\W_]+")
 _OPTIONS = re.compile(r"\s*\(A\)\s.*$", re.DOTALL | re.IGNORECASE)
 
 
-def normalise(text: str) -> str:
+def normalise_answer(text: str) -> str:
     """Lower case, without an option's marker, punctuation and doubled spaces: `(B) The bell.` -> `the bell`."""
     return _NOT_WORD.sub(" ", _MARKER.sub("", text.strip().casefold())).strip()
 
@@ -29,7 +35,7 @@ def normalise(text: str) -> str:
 def match_option(text: str, options: Sequence[str]) -> str | None:
     """The option that `text` names exactly after normalisation; a bare letter names its option; else None."""
     for option in options:
-        if normalise(option) == normalise(text):
+        if normalise_answer(option) == normalise_answer(text):
             return option
     if letter := re.fullmatch(r"\(?([a-z])[).]?", text.strip().lower()):
         index = ord(letter[1]) - ord("a")
@@ -44,8 +50,8 @@ def is_right(sample: Sample, text: str | None) -> bool:
         return False
     if sample.options:
         choice = match_option(text, sample.options)
-        return choice is not None and normalise(choice) == normalise(sample.answer)
-    return normalise(text) == normalise(sample.answer)
+        return choice is not None and normalise_answer(choice) == normalise_answer(sample.answer)
+    return normalise_answer(text) == normalise_answer(sample.answer)
 
 
 def is_caption(sample: Sample) -> bool:
@@ -63,19 +69,33 @@ def duration_band(duration_s: float) -> str:
     return next(name for name, upper_s in DURATION_BANDS if duration_s <= upper_s)
 
 
+def groups_of(sample: Sample) -> dict[str, str]:
+    """A question's skill and duration band."""
+    return {"skill": sample.skill or "unnamed", "duration": duration_band(sample.duration_s)}
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """One question, the model's answer, and its answer when it hears another clip in place of the right one."""
+    """One question, the model's answer, and its answer when it hears another clip in place of the right one.
+
+    Attributes:
+        sample: question with its true answer.
+        text: answer of the model.
+        deaf_text: its answer over `deaf_uri`; none: not asked, or that clip cannot be read.
+        deaf_uri: recording heard in place of the right one.
+        is_right: rule of the question's benchmark.
+    """
 
     sample: Sample
     text: str
     deaf_text: str | None = None
     deaf_uri: str | None = None
+    is_right: Rule = field(default=is_right, repr=False, compare=False)
 
     @property
     def right(self) -> bool:
         """Whether the answer is right."""
-        return is_right(self.sample, self.text)
+        return self.is_right(self.sample, self.text)
 
     def to_json(self) -> dict[str, Any]:
         """A flat row for predictions.jsonl."""

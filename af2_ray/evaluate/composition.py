@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from af2_ray.data.samples import CaptionSet
 from af2_ray.evaluate.contrast import Vectors
-from af2_ray.evaluate.marks import Mark, mark_of
+from af2_ray.evaluate.items import ItemResult, clip_result
 
 Pairs = dict[str, list[tuple[int, int]]]
 """Index pairs of mirrored scenes, by the kind of relation that they exchange."""
@@ -40,45 +40,45 @@ def score_pairs(
     captions: Sequence[CaptionSet],
     audio: Mapping[int, Vectors],
     embed: Callable[[Sequence[str]], Vectors],
-    marks: list[Mark],
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], list[ItemResult]]:
     """How often each clip of a pair is nearer to its own text than to the other's.
 
     Args:
+        pairs: mirrored scenes by kind (`mirrored_pairs`).
+        captions: caption sets that `pairs` counts.
         audio: vectors [J] of the clips that could be read, by index; pairs that lack one are left out.
-        embed: texts to vectors [N, J].
-        marks: takes the items of `composition`, a pair in one wording each (right if both clips find their text),
-            grouped by kind, by wording (captions, paraphrases), and by both.
+        embed: function from N texts to vectors [N, J].
 
     Returns:
         By kind: `pairs`, `accuracy` and `both` by captions (chance 1/2 and 1/4), and, where both scenes have
-        paraphrases, `both_reworded` by those.
+        paraphrases, `both_reworded` by those. Then the items of `composition`, a pair in one wording each (right if
+        both clips find their text), grouped by kind, by wording (captions, paraphrases), and by both.
     """
     readable = {kind: [p for p in found if p[0] in audio and p[1] in audio] for kind, found in pairs.items()}
     needed = [index for found in readable.values() for pair in found for index in pair]
     texts = {text: None for i in needed for text in (captions[i].caption, *captions[i].positives)}
     vectors = dict(zip(texts, embed(list(texts)), strict=True)) if texts else {}
-    result = {}
+    result, items = {}, []
     for kind, found in readable.items():
-        told: list[NDArray[np.bool_]] = []
+        nearer: list[NDArray[np.bool_]] = []
         reworded: list[bool] = []
         for one, two in found:
-            told.append(_own_is_nearer(audio[one], audio[two], *(vectors[captions[i].caption] for i in (one, two))))
-            marks.append(_mark(captions[one], told[-1].all(), kind, "captions"))
+            nearer.append(_own_is_nearer(audio[one], audio[two], *(vectors[captions[i].caption] for i in (one, two))))
+            items.append(_item(captions[one], nearer[-1].all(), kind, "captions"))
             for number, words in enumerate(zip(captions[one].positives, captions[two].positives, strict=False)):
                 reworded.append(bool(_own_is_nearer(audio[one], audio[two], *(vectors[text] for text in words)).all()))
-                marks.append(_mark(captions[one], reworded[-1], kind, "paraphrases", part=str(number)))
-        if told:
+                items.append(_item(captions[one], reworded[-1], kind, "paraphrases", part=str(number)))
+        if nearer:
             result[kind] = {
-                "pairs": len(told),
-                "accuracy": round(float(np.mean(told)), 4),
-                "both": round(float(np.mean([pair.all() for pair in told])), 4),
+                "pairs": len(nearer),
+                "accuracy": round(float(np.mean(nearer)), 4),
+                "both": round(float(np.mean([pair.all() for pair in nearer])), 4),
             } | ({"both_reworded": round(float(np.mean(reworded)), 4)} if reworded else {})
-    return result
+    return result, items
 
 
-def _mark(clip: CaptionSet, right: bool | np.bool_, kind: str, wording: str, part: str = "") -> Mark:
-    return mark_of("composition", clip, float(right), kind, wording, f"{kind}, {wording}", part=part)
+def _item(clip: CaptionSet, right: bool | np.bool_, kind: str, wording: str, part: str = "") -> ItemResult:
+    return clip_result("composition", clip, float(right), kind, wording, f"{kind}, {wording}", part=part)
 
 
 def _own_is_nearer(first: Vectors, second: Vectors, text: Vectors, other: Vectors) -> NDArray[np.bool_]:

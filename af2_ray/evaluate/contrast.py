@@ -21,9 +21,9 @@ def retrieval(similarity: Vectors, relevant: NDArray[np.bool_]) -> dict[str, flo
     """`r1`, `r5`, `r10` and `map10` of queries [Q] against items [K].
 
     Args:
-        similarity: [Q, K].
-        relevant: [Q, K]; every query has at least one. Recall asks for any relevant item among the first k; average
-            precision for all of them.
+        similarity: array [Q, K].
+        relevant: array [Q, K]; every query has at least one. Recall asks for any relevant item among the first k;
+            average precision for all of them.
     """
     before = num_before(similarity, relevant)
     found = {f"r{k}": float((before < k).mean()) for k in RECALLS}
@@ -59,9 +59,9 @@ def zero_shot(similarity: Vectors, labels: Sequence[Sequence[str]], names: Seque
     """Classification of clips by the nearest class.
 
     Args:
-        similarity: [C, classes].
-        labels: the classes of each clip, one or several.
-        names: of the classes.
+        similarity: array [C, classes].
+        labels: classes of each clip, one or several.
+        names: names of the classes.
 
     Returns:
         clips, classes, `top1` (the nearest class is one of the clip's), its chance, `map` (mean over the classes that

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from af2_ray.data.samples import Sample
-from af2_ray.evaluate.answers import duration_band, is_caption, normalise, question_words
+from af2_ray.evaluate.answers import duration_band, is_caption, normalise_answer, question_words
 from af2_ray.evaluate.metrics import Scores, event_mentions
 
 
@@ -54,7 +54,7 @@ def _pick(samples: Sequence[Sample], index: int, pool: Sequence[int]) -> int | N
     partner = None
     for other in (*pool[start:], *pool[:start]):
         sample = samples[other]
-        if sample.stretch == asked.stretch or normalise(sample.answer) == normalise(asked.answer):
+        if sample.stretch == asked.stretch or normalise_answer(sample.answer) == normalise_answer(asked.answer):
             continue
         if asked.pair and sample.pair == asked.pair:
             partner = other
@@ -69,7 +69,7 @@ class KnownAnswers:
     def __init__(self, train: Iterable[Sample], *, most: int = 64) -> None:
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in train:
-            counts[_template(sample)][normalise(sample.answer)] += 1
+            counts[_template(sample)][normalise_answer(sample.answer)] += 1
         self.counts: Mapping[str, Counter[str]] = counts
         self.most = most
 
@@ -79,7 +79,7 @@ class KnownAnswers:
         An open question that names two or more of them (`louder or softer?`) is a choice between those.
         """
         if sample.options:
-            return [normalise(option) for option in sample.options]
+            return [normalise_answer(option) for option in sample.options]
         answers = [answer for answer, _ in self.counts.get(_template(sample), Counter()).most_common(self.most)]
         named = event_mentions(sample.prompt, {answer: answer for answer in answers})
         return named if len(named) > 1 else answers
@@ -117,7 +117,7 @@ class TextOnly:
     def __init__(self, train: Sequence[Sample], known: KnownAnswers, *, max_steps: int = 60, lr: float = 0.05) -> None:
         self.known = known
         self.weight = torch.zeros(self.num_bins)
-        usable = [s for s in train if normalise(s.answer) in known.candidates(s)]
+        usable = [s for s in train if normalise_answer(s.answer) in known.candidates(s)]
         held_out = [s for s in usable if zlib.crc32((s.pair or s.id).encode()) % 10 == 0]
         fitted = [s for s in usable if zlib.crc32((s.pair or s.id).encode()) % 10 != 0]
         if fitted and held_out:
@@ -147,7 +147,7 @@ class TextOnly:
                 best, self.weight = scored, weight.detach().clone()
 
     def _targets(self, samples: Sequence[Sample]) -> torch.Tensor:
-        return torch.tensor([self.known.candidates(s).index(normalise(s.answer)) for s in samples])
+        return torch.tensor([self.known.candidates(s).index(normalise_answer(s.answer)) for s in samples])
 
     def _tensors(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hashed features of all candidates, flat; where each candidate begins; its (question, place) [num, 2]."""
@@ -176,7 +176,7 @@ class TextOnly:
 
 
 def _ngrams(text: str) -> list[str]:
-    words = normalise(text).split()
+    words = normalise_answer(text).split()
     return words + [" ".join(pair) for pair in pairwise(words)]
 
 
@@ -196,7 +196,7 @@ def control_scores(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str,
     closed = [sample for sample in train if not is_caption(sample)]
     known = KnownAnswers(closed)
     majority, text_only = Majority(known), TextOnly(closed, known)
-    wanted = [normalise(sample.answer) for sample in test]
+    wanted = [normalise_answer(sample.answer) for sample in test]
     return {
         "majority": np.array([majority.answer(s) == w for s, w in zip(test, wanted, strict=True)], dtype=float),
         "text_only": np.array([a == w for a, w in zip(text_only.answers(test), wanted, strict=True)], dtype=float),

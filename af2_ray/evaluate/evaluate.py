@@ -1,34 +1,31 @@
-"""One evaluation, whole: predictions beside their controls, metrics, retrieval; files and the summary's blocks."""
+"""One evaluation, whole: predictions beside their controls, a row for each benchmark, retrieval; and its files."""
 
 from __future__ import annotations
 
 import json
-import logging
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from af2_ray.config import Cluster, Dataset, Evaluation
-from af2_ray.data.durations import fill_durations
-from af2_ray.data.manifest import read_samples
 from af2_ray.data.quarantine import Failure
-from af2_ray.data.samples import Sample, check_samples
-from af2_ray.evaluate.answers import Prediction, is_caption, is_right, question_words
-from af2_ray.evaluate.clap import evaluate_clap
-from af2_ray.evaluate.controls import control_scores, deaf_pairs
-from af2_ray.evaluate.metrics import Scores, by_duration, by_skill, caption_scores, summarise
+from af2_ray.data.samples import Sample
+from af2_ray.evaluate.answers import Prediction, is_caption, question_words
+from af2_ray.evaluate.benchmarks import find
+from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark, QuestionBenchmark
+from af2_ray.evaluate.clap_embed import ClapModel, ClapSettings
+from af2_ray.evaluate.clap_score import ClapScores
+from af2_ray.evaluate.controls import deaf_pairs
 from af2_ray.evaluate.predict import predict
+from af2_ray.evaluate.scoring import Answered, AnswerScores, score
+from af2_ray.evaluate.table import Table
 from af2_ray.storage.places import shown
-from af2_ray.storage.stores import scratch
 
-log = logging.getLogger(__name__)
-
-_ARTICLE = re.compile(r"^(an?|the) ")
+Read = list[tuple[QuestionBenchmark, Table]]
+"""Manifests as they were read, each with the benchmark that it is of."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +33,27 @@ class EvaluationResult:
     """What an evaluation found.
 
     Attributes:
-        accuracy: the `accuracy` block of summary.json.
-        clap: its `clap` block; empty where no AF-CLAP folder was given.
-        details: `all` (not of captions alone), `by_skill`, `by_duration`, `seen` (rows with controls, chance and
-            intervals), `captions`.
-        predictions: of the unseen manifests, captions included.
-        failures: what was set aside.
+        answers: scores of the unseen manifests, pooled and by benchmark.
+        clap: scores of AF-CLAP; none where no folder of it was given.
+        predictions: answers to the unseen manifests, captions included.
+        seen: answers to the seen manifests.
+        failures: clips and questions that were set aside.
     """
 
-    accuracy: dict[str, Any]
-    clap: dict[str, Any]
-    details: dict[str, Any]
+    answers: AnswerScores
+    clap: ClapScores | None
     predictions: list[Prediction] = field(repr=False)
+    seen: list[Prediction] = field(repr=False)
     failures: list[Failure] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of metrics.json; `accuracy` and `clap` are blocks of summary.json, too."""
+        return {
+            "accuracy": self.answers.summary(),
+            "clap": self.clap.figures if self.clap else {},
+            "details": self.answers.to_json(),
+            "set_aside": [asdict(failure) for failure in self.failures],
+        }
 
 
 def evaluate_run(
@@ -70,130 +75,62 @@ def evaluate_run(
         evaluation: manifests, captions and limits, as a recipe has them.
         train: training manifests, on which majority and text-only are fitted; none: those controls are left out.
         clap_dir: AF-CLAP folder.
-        out_dir: where predictions.jsonl, seen_predictions.jsonl and metrics.json go; none: nothing is written.
+        out_dir: folder of predictions.jsonl, seen_predictions.jsonl and metrics.json; none: nothing is written.
         cluster: actors on the connected Ray cluster, as training's workers; none: this process alone.
-        clap_max_windows: windows of a clip that AF-CLAP hears (the recipe's `clap.max_windows`).
-        wordings: label -> how captions may word it, for their event F1; the label itself always counts.
-        deaf: also ask each question over another clip: a control, at twice the cost.
+        clap_max_windows: number of windows of a clip that AF-CLAP hears (the recipe's `clap.max_windows`).
+        wordings: texts by which captions may name a label, for their event F1; the label itself always counts.
+        deaf: control by which each question is also asked over another clip, at twice the cost.
 
     Raises:
         ValueError: nothing to evaluate, no model there, or a manifest that cannot be read.
     """
-    (samples, unusable), (seen, seen_unusable) = _read(evaluation.manifests), _read(evaluation.seen_manifests)
-    unusable += seen_unusable
+    read, seen_read = _read(evaluation.manifests), _read(evaluation.seen_manifests)
+    samples, seen = _questions(read), _questions(seen_read)
+    unusable = [failure for _, table in (*read, *seen_read) for failure in table.failures]
     if not samples:
         why = f": {shown(unusable[0].uri)}: {unusable[0].reason}, for instance" if unusable else ""
         raise ValueError(f"evaluation.manifests: no usable question{why}; name at least one manifest that holds some")
     # The seen questions travel in the same pass but have no deaf answer.
     deaf_of = deaf_pairs(samples) if deaf else {}
-    found, failures = predict(model_dir, samples + seen, evaluation, deaf_of=deaf_of, cluster=cluster)
-    failures = unusable + failures
-    seen_ids = {id(sample) for sample in seen}
-    seen_predictions = [prediction for prediction in found if id(prediction.sample) in seen_ids]
-    predictions = [prediction for prediction in found if id(prediction.sample) not in seen_ids]
-
-    details = score(predictions, _read(train)[0], seen_predictions, wordings)
-    clap: dict[str, Any] = {}
+    found, unread = predict(model_dir, samples + seen, evaluation, deaf_of=deaf_of, cluster=cluster)
+    predictions, seen_predictions = _predictions(read, found), _predictions(seen_read, found)
+    answers = score(predictions, _questions(_read(train)), seen_predictions, wordings, _by_benchmark(read, predictions))
+    clap = None
     if clap_dir is not None and evaluation.captions is not None:
-        clap = evaluate_clap(
-            clap_dir,
-            evaluation.captions,
-            gallery=evaluation.gallery,
-            max_windows=clap_max_windows,
-            batch_windows=evaluation.batch_windows,
-        )
-        failures = failures + clap.pop("failures")
-    result = EvaluationResult(summary_block(details), clap, details, predictions, failures)
+        settings = ClapSettings(clap_max_windows, evaluation.batch_windows, evaluation.gallery)
+        clap = evaluate_clap(clap_dir, evaluation.captions, settings)
+    failures = [*unusable, *unread, *(clap.failures if clap else ())]
+    result = EvaluationResult(answers, clap, predictions, seen_predictions, failures)
     if out_dir is not None:
-        write(result, Path(out_dir), seen_predictions)
+        write(result, Path(out_dir))
     return result
 
 
-def score(
-    predictions: Sequence[Prediction],
-    train: Sequence[Sample] = (),
-    seen: Sequence[Prediction] = (),
-    wordings: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Everything that is measured of predictions: the `details` of an EvaluationResult (see `evaluate_run`)."""
-    closed = [prediction for prediction in predictions if not is_caption(prediction.sample)]
-    captions = [prediction for prediction in predictions if is_caption(prediction.sample)]
-    samples = [prediction.sample for prediction in closed]
-    systems = _systems(closed, train)
-    details: dict[str, Any] = {"by_skill": by_skill(samples, systems), "by_duration": by_duration(samples, systems)}
-    if closed or not captions:  # captions alone have no accuracy
-        details["all"] = summarise(samples, systems)
-    if captions:
-        details["captions"] = caption_scores(captions, event_wordings([*train, *samples], wordings))
-    closed_seen = [prediction for prediction in seen if not is_caption(prediction.sample)]
-    if closed_seen:
-        right = np.array([prediction.right for prediction in closed_seen], dtype=float)
-        details["seen"] = summarise([prediction.sample for prediction in closed_seen], {"model": right})
-    return details
+def evaluate_clap(clap_dir: str | Path, uri: str, settings: ClapSettings, *, root: str | None = None) -> ClapScores:
+    """Scores of an exported AF-CLAP folder on one file of captions or labels.
 
+    Args:
+        clap_dir: AF-CLAP folder, local or remote.
+        uri: file of a benchmark (`benchmarks.BENCHMARKS`).
+        settings: windows, gallery and templates.
+        root: folder of the audio; none: where the benchmark has it.
 
-def _systems(closed: Sequence[Prediction], train: Sequence[Sample]) -> dict[str, Scores]:
-    systems: dict[str, Scores] = {"model": np.array([prediction.right for prediction in closed], dtype=float)}
-    if any(prediction.deaf_text is not None for prediction in closed):
-        systems["deaf"] = np.array(
-            [np.nan if p.deaf_text is None else is_right(p.sample, p.deaf_text) for p in closed], dtype=float
-        )
-    # Drills do not help a control that is asked other questions: fitted to them too, text-only scored 1.3 points less.
-    asked = {prediction.sample.template for prediction in closed}
-    alike = [sample for sample in train if sample.template in asked] or train
-    if alike:
-        systems |= control_scores(alike, [prediction.sample for prediction in closed])
-    return systems
-
-
-def event_wordings(samples: Sequence[Sample], wordings: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Wording -> label, for reading captions: the labels that identification questions name, and `wordings` of labels.
-
-    A wording counts without its article, so that `a loud dog` names the dog.
+    Raises:
+        ValueError: no model there, a file that cannot be read, or no clip that can.
     """
-    labels = {
-        label.lower()
-        for sample in samples
-        if sample.skill == "identification"
-        for label in (*sample.options, sample.answer)
-    }
-    words = {label: label for label in labels}
-    return words | {_ARTICLE.sub("", text.lower()): label for label, texts in wordings.items() for text in texts}
+    clap = ClapModel.load(clap_dir, settings)
+    benchmark = find(uri, EmbeddingBenchmark)
+    return benchmark.score(clap, benchmark.read(uri, root))
 
 
-def summary_block(details: dict[str, Any]) -> dict[str, Any]:
-    """The `accuracy` block of summary.json."""
-    row, seen = details.get("all"), details.get("seen")
-    if row is None:
-        return {"questions": 0}
-    return {
-        "all": row["model"],
-        "pairs": row["pairs"],
-        "deaf": row.get("deaf"),
-        "majority": row.get("majority"),
-        "text_only": row.get("text_only"),
-        "questions": row["questions"],
-        "ci95": row.get("above_best_control_ci95"),
-        "by_skill": {name: group["model"] for name, group in details["by_skill"].items()},
-        "by_duration": {name: group["model"] for name, group in details["by_duration"].items()},
-        "seen_clips": seen["model"] if seen else None,
-    }
-
-
-def write(result: EvaluationResult, out_dir: Path, seen: Sequence[Prediction] = ()) -> None:
+def write(result: EvaluationResult, out_dir: Path) -> None:
     """Write predictions.jsonl, seen_predictions.jsonl and metrics.json."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name, predictions in (("predictions", result.predictions), ("seen_predictions", seen)):
+    for name, predictions in (("predictions", result.predictions), ("seen_predictions", result.seen)):
         if predictions:
             lines = [json.dumps(prediction.to_json(), ensure_ascii=False) for prediction in predictions]
             (out_dir / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    metrics = {
-        "accuracy": result.accuracy,
-        "clap": result.clap,
-        "details": result.details,
-        "set_aside": [asdict(failure) for failure in result.failures],
-    }
-    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    (out_dir / "metrics.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
 
 
 def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, num_wrong: int = 4) -> list[Prediction]:
@@ -209,16 +146,34 @@ def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, nu
     return chosen
 
 
-def _read(datasets: Sequence[Dataset | str]) -> tuple[list[Sample], list[Failure]]:
-    """The usable samples of some manifests, and what cannot be used, with its reason."""
-    given = [Dataset(manifest=item, weight=1.0) if isinstance(item, str) else item for item in datasets]
-    fallback = str(scratch("durations"))  # of those that cannot be kept beside their manifest
-    found: list[Sample] = []
-    failures: list[Failure] = []
-    for item in given:
-        read = read_samples(item.manifest, item.root)
-        samples, unread = fill_durations(read, item.manifest, fallback=fallback)
-        good, bad = check_samples(samples, unread)
-        found += good
-        failures += [Failure(sample.uri, reason, sample.offset_s, sample.id) for sample, reason in bad]
-    return found, failures
+def _read(datasets: Sequence[Dataset | str]) -> Read:
+    read: Read = []
+    for item in datasets:
+        dataset = Dataset(manifest=item, weight=1.0) if isinstance(item, str) else item
+        benchmark = find(dataset.manifest, QuestionBenchmark)
+        read.append((benchmark, benchmark.read(dataset.manifest, dataset.root)))
+    return read
+
+
+def _questions(read: Read) -> list[Sample]:
+    return [sample for _, table in read for sample in table.questions]
+
+
+def _predictions(read: Read, found: Sequence[Prediction]) -> list[Prediction]:
+    """The predictions of these manifests, in order, with their benchmarks' rules."""
+    rules = {id(sample): benchmark.is_right for benchmark, table in read for sample in table.questions}
+    return [replace(one, is_right=rules[id(one.sample)]) for one in found if id(one.sample) in rules]
+
+
+def _by_benchmark(read: Read, predictions: Sequence[Prediction]) -> list[Answered]:
+    """Those of each dataset, under its name; of each manifest apart where several have a dataset of that name."""
+    homes = {id(sample): (benchmark, table.uri) for benchmark, table in read for sample in table.questions}
+    named = {(sample.dataset, table.uri) for _, table in read for sample in table.questions}
+    times = Counter(dataset for dataset, _ in named)
+    rows: dict[str, Answered] = {}
+    for prediction in predictions:
+        benchmark, uri = homes[id(prediction.sample)]
+        dataset = prediction.sample.dataset
+        name = f"{dataset} ({shown(uri)})" if times[dataset] > 1 else dataset
+        rows.setdefault(name, Answered(name, [], benchmark.groups)).predictions.append(prediction)
+    return list(rows.values())

@@ -22,7 +22,7 @@ def units_of(*ties: Sequence[Hashable]) -> Units:
     """The units of N items: two are in one if they agree in any tie (recording, pair), or if other items connect them.
 
     Args:
-        ties: one or more of [N].
+        ties: values [N] of one tie or more.
     """
     items = np.arange(len(ties[0]))
     nodes, size = [], len(items)  # of the graph: items, then what ties them, each tie's values after the other's
@@ -45,7 +45,7 @@ def interval95(values: NDArray[np.float64], units: Units) -> tuple[float, float]
     bootstrap is not: of three seeds it cannot draw a mean beyond the largest.
 
     Args:
-        units: [N]. One unit alone says nothing of questions, as one seed says nothing of trainings.
+        units: unit of each item [N]. One unit alone says nothing of questions, as one seed says nothing of trainings.
 
     Returns:
         None with one seed and one unit.

@@ -6,20 +6,75 @@ hangs together so (`intervals.units_of`), not questions: the interval is wider a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from af2_ray.data.samples import Sample
-from af2_ray.evaluate.answers import DURATION_BANDS, Prediction, duration_band, normalise
+from af2_ray.evaluate.answers import DURATION_BANDS, Groups, Prediction, normalise_answer
 from af2_ray.evaluate.intervals import units_of
 
 Scores = NDArray[np.float64]
 """[N] one value a question: 1 right, 0 wrong, a probability for chance, NaN where a system gave no answer."""
 
 CONTROLS = ("deaf", "majority", "text_only")
+
+_BAND_PLACES = {name: place for place, (name, _) in enumerate(DURATION_BANDS)}
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far the model is above its best control, with the 95 % interval of that."""
+
+    best_control: str
+    above_best_control: float
+    above_best_control_ci95: list[float]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers of every system over some questions.
+
+    Attributes:
+        questions: number of questions.
+        pairs: share of complete pairs with both questions right; none without a pair.
+        means: share of right answers by system (`model`, CONTROLS, `chance`); none where it answered no question.
+        ci95: 95 % intervals [low, high] of the means there are.
+        lead: distance to the best control; none without one.
+    """
+
+    questions: int
+    pairs: float | None
+    means: Mapping[str, float | None]
+    ci95: Mapping[str, list[float]]
+    lead: Lead | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat row, as metrics.json has it."""
+        row = {"questions": self.questions, "pairs": self.pairs, **self.means, "ci95": dict(self.ci95)}
+        return row | (asdict(self.lead) if self.lead else {})
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """How well captions name the events.
+
+    Attributes:
+        captions: number of captions.
+        event_f1: micro F1 of the labels named; none where none is named or true.
+        deaf_event_f1: the same when another clip was heard.
+        same_events: share that names all events and no other.
+        exact: share in exactly the true words.
+    """
+
+    captions: int
+    event_f1: float | None
+    deaf_event_f1: float | None
+    same_events: float | None
+    exact: float | None
 
 
 def middle95(resampled: Scores) -> list[float]:
@@ -62,11 +117,11 @@ def pair_accuracy(samples: Sequence[Sample], right: Scores) -> float | None:
     return round(float(np.mean(both)), 4) if both else None
 
 
-def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[str, Any]:
+def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> Accuracy:
     """Accuracy of every system over all questions, with intervals, and how far the model is above the best control.
 
     Args:
-        samples: the N questions (captions left out).
+        samples: N questions (captions left out).
         systems: scores [N] of `model`, of any of CONTROLS and of `chance`.
 
     Raises:
@@ -76,44 +131,33 @@ def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[
         raise ValueError("no questions to score: the manifests hold only captions, or every clip was set aside")
     bootstrap = Bootstrap(samples)
     resampled = {name: bootstrap.means(scores) for name, scores in systems.items()}
-    row: dict[str, Any] = {"questions": len(samples), "pairs": pair_accuracy(samples, systems["model"])}
-    row |= {name: mean_score(scores) for name, scores in systems.items()}
-    row["ci95"] = {name: middle95(values) for name, values in resampled.items() if row[name] is not None}
-    controls = {name: row[name] for name in CONTROLS if row.get(name) is not None}
+    means = {name: mean_score(scores) for name, scores in systems.items()}
+    ci95 = {name: middle95(values) for name, values in resampled.items() if means[name] is not None}
+    controls = {name: mean for name in CONTROLS if (mean := means.get(name)) is not None}
+    lead = None
     if controls:
         best = max(controls, key=lambda name: controls[name])
         # The best control is chosen anew in each draw: the interval then includes the luck of that choice.
-        lead = resampled["model"] - np.nanmax([resampled[name] for name in controls], axis=0)
-        row |= {
-            "best_control": best,
-            "above_best_control": round(row["model"] - controls[best], 4),
-            "above_best_control_ci95": middle95(lead),
-        }
-    return row
+        ahead = resampled["model"] - np.nanmax([resampled[name] for name in controls], axis=0)
+        lead = Lead(best, round((means["model"] or 0.0) - controls[best], 4), middle95(ahead))
+    return Accuracy(len(samples), pair_accuracy(samples, systems["model"]), means, ci95, lead)
 
 
 def by_group(
-    samples: Sequence[Sample], systems: Mapping[str, Scores], group_of: Callable[[Sample], str]
-) -> dict[str, dict[str, Any]]:
-    """`summarise` for each group of questions (a skill, a duration band), in alphabetical order."""
-    groups: dict[str, list[int]] = {}
+    samples: Sequence[Sample], systems: Mapping[str, Scores], groups_of: Groups
+) -> dict[str, dict[str, Accuracy]]:
+    """`summarise` of each group, by what divides them (`skill`, `duration`); by name, durations from short to long."""
+    indices: dict[str, dict[str, list[int]]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(group_of(sample), []).append(index)
+        for division, group in groups_of(sample).items():
+            indices.setdefault(division, {}).setdefault(group, []).append(index)
     return {
-        name: summarise([samples[i] for i in indices], {key: scores[indices] for key, scores in systems.items()})
-        for name, indices in sorted(groups.items())
+        division: {
+            name: summarise([samples[i] for i in own], {key: scores[own] for key, scores in systems.items()})
+            for name, own in sorted(groups.items(), key=lambda item: (_BAND_PLACES.get(item[0], 0), item[0]))
+        }
+        for division, groups in indices.items()
     }
-
-
-def by_skill(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
-    """`summarise` for each skill."""
-    return by_group(samples, systems, lambda sample: sample.skill or "unnamed")
-
-
-def by_duration(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
-    """`summarise` for each duration band, short to long."""
-    found = by_group(samples, systems, lambda sample: duration_band(sample.duration_s))
-    return {name: found[name] for name, _ in DURATION_BANDS if name in found}
 
 
 # --- Captions ------------------------------------------------------------------------------------------------------
@@ -123,11 +167,12 @@ def event_mentions(text: str, words: Mapping[str, str]) -> list[str]:
     """The labels of the events that `text` names, in the order of their first mention.
 
     Args:
-        words: wording -> label; a longer wording wins over one that is a part of it (`snare drum` over `drum`).
+        text: words of a question or an answer.
+        words: labels by wording; a longer wording wins over one that is a part of it (`snare drum` over `drum`).
     """
-    rest, found = f" {normalise(text)} ", dict[str, int]()
+    rest, found = f" {normalise_answer(text)} ", dict[str, int]()
     for wording in sorted(words, key=len, reverse=True):
-        part = f" {normalise(wording)} "
+        part = f" {normalise_answer(wording)} "
         while part.strip() and (position := rest.find(part)) >= 0:
             label = words[wording]
             found[label] = min(position, found.get(label, position))
@@ -135,12 +180,12 @@ def event_mentions(text: str, words: Mapping[str, str]) -> list[str]:
     return sorted(found, key=lambda label: found[label])
 
 
-def caption_scores(predictions: Sequence[Prediction], words: Mapping[str, str]) -> dict[str, Any]:
-    """How well captions name the events: micro F1 of labels (heard and deaf), share with the same labels, exact share.
+def caption_scores(predictions: Sequence[Prediction], words: Mapping[str, str]) -> CaptionScores:
+    """How well captions name the events, with their own clip and with another.
 
     Args:
-        predictions: caption questions only.
-        words: wording of an event -> its label.
+        predictions: answers to caption questions.
+        words: labels of events, by wording.
     """
 
     def named(text: str) -> set[str]:
@@ -150,13 +195,13 @@ def caption_scores(predictions: Sequence[Prediction], words: Mapping[str, str]) 
     given = [named(prediction.text) for prediction in predictions]
     deaf = [(named(p.deaf_text), want) for p, want in zip(predictions, true, strict=True) if p.deaf_text is not None]
     same = [a == b for a, b in zip(given, true, strict=True)]
-    return {
-        "captions": len(predictions),
-        "event_f1": micro_f1(given, true),
-        "deaf_event_f1": micro_f1([a for a, _ in deaf], [b for _, b in deaf]),
-        "same_events": round(float(np.mean(same)), 4) if same else None,
-        "exact": round(float(np.mean([p.right for p in predictions])), 4) if predictions else None,
-    }
+    return CaptionScores(
+        captions=len(predictions),
+        event_f1=micro_f1(given, true),
+        deaf_event_f1=micro_f1([a for a, _ in deaf], [b for _, b in deaf]),
+        same_events=round(float(np.mean(same)), 4) if same else None,
+        exact=round(float(np.mean([p.right for p in predictions])), 4) if predictions else None,
+    )
 
 
 def micro_f1(given: Sequence[set[str]], true: Sequence[set[str]]) -> float | None:

@@ -39,9 +39,9 @@ def predict(
 
     Args:
         model_dir: Hugging Face folder as a stage exports it, local or remote.
-        samples: the questions.
+        samples: questions.
         evaluation: limits: windows heard of a clip, windows encoded at a time, length of an answer.
-        deaf_of: for a question's index the index of the sample whose clip is played for the deaf answer.
+        deaf_of: index of the sample whose clip is played for the deaf answer, by the question's index.
         cluster: actors on the connected Ray cluster, as training's workers; none: this process alone.
 
     Returns:

@@ -19,7 +19,7 @@ import numpy as np
 
 from af2_ray.cluster import uses_gpu
 from af2_ray.config import Dataset, Recipe, load_recipe
-from af2_ray.evaluate.marks import Mark, mean, of_predictions, read_marks, write_marks
+from af2_ray.evaluate.items import ItemResult, answer_results, read_items, share_right, write_items
 from af2_ray.machine import every
 from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
 from af2_ray.storage.files import read_json, write_whole
@@ -97,52 +97,44 @@ def run_trial(config: dict[str, Any]) -> None:
         else:
             train_run(run)
     steps, loss, _ = progress(folder, run.recipe, metric)
-    found = loss if metric == "loss" else mean(evaluate(run, metric), metric)
+    found = loss if metric == "loss" else share_right(evaluate(run, metric), metric)
     write_whole(folder / "metric.json", json.dumps({"metric": found}))
     tune.report({"step": steps, "loss": loss})
 
 
-def marks_path(folder: Path) -> Path:
+def items_path(folder: Path) -> Path:
     return folder / "evaluation" / "marks.jsonl"
 
 
-def evaluate(run: Run, metric: str) -> list[Mark]:
+def evaluate(run: Run, metric: str) -> list[ItemResult]:
     """What the trial got right, item by item; kept in `<run>/evaluation`. Takes a GPU where training takes some."""
-    path, cluster = marks_path(run.root), run.recipe.cluster
+    path, cluster = items_path(run.root), run.recipe.cluster
     if finished(path.parent):
-        return read_marks(path)
+        return read_items(path)
     if uses_gpu(cluster):
         import ray
 
-        marks = ray.get(ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1)(_marks).remote(run, metric))
+        items = ray.get(ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1)(_items).remote(run, metric))
     else:
-        marks = _marks(run, metric)
-    write_marks(path, marks)
-    mark_finished(path.parent, {metric: mean(marks, metric)})
-    return marks
+        items = _items(run, metric)
+    write_items(path, items)
+    mark_finished(path.parent, {metric: share_right(items, metric)})
+    return items
 
 
-def _marks(run: Run, metric: str) -> list[Mark]:
-    from af2_ray.evaluate.clap import evaluate_clap
-    from af2_ray.evaluate.evaluate import evaluate_run
+def _items(run: Run, metric: str) -> list[ItemResult]:
+    from af2_ray.evaluate.clap_embed import ClapSettings
+    from af2_ray.evaluate.evaluate import evaluate_clap, evaluate_run
 
     evaluation = run.recipe.evaluation
-    marks: list[Mark] = []
     if metric == "composition":
         assert run.recipe.clap is not None, "checked with the sweep"
         assert evaluation.captions is not None, "checked with the sweep"
-        evaluate_clap(
-            *(run.clap_dir / "model", evaluation.captions),
-            gallery=evaluation.gallery,
-            max_windows=run.recipe.clap.max_windows,
-            batch_windows=evaluation.batch_windows,
-            marks=marks,
-        )
-    else:
-        out = marks_path(run.root).parent
-        evaluation = evaluation.model_copy(update={"seen_manifests": list[Dataset](), "captions": None})
-        marks = of_predictions(evaluate_run(run.model_dir, evaluation, out_dir=out, deaf=False).predictions)
-    return marks
+        settings = ClapSettings(run.recipe.clap.max_windows, evaluation.batch_windows, evaluation.gallery)
+        return evaluate_clap(run.clap_dir / "model", evaluation.captions, settings).items
+    out = items_path(run.root).parent
+    evaluation = evaluation.model_copy(update={"seen_manifests": list[Dataset](), "captions": None})
+    return answer_results(evaluate_run(run.model_dir, evaluation, out_dir=out, deaf=False).predictions)
 
 
 @contextmanager

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from quiz import question
 
-from af2_ray.evaluate.answers import duration_band, is_right, match_option, normalise, question_words
+from af2_ray.evaluate.answers import duration_band, is_right, match_option, normalise_answer, question_words
 
 
 def test_answers_in_any_script_are_told_apart() -> None:
@@ -13,7 +13,7 @@ def test_answers_in_any_script_are_told_apart() -> None:
 
 
 def test_normalise() -> None:
-    assert normalise(" (B) The  Bell. ") == "the bell"
+    assert normalise_answer(" (B) The  Bell. ") == "the bell"
 
 
 @pytest.mark.parametrize(

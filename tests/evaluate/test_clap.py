@@ -13,8 +13,14 @@ import torch
 from quiz import write_corpus
 
 from af2_ray.data.manifest import read_captions
-from af2_ray.evaluate import clap
-from af2_ray.evaluate.marks import Mark, mean
+from af2_ray.evaluate.benchmarks import find
+from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark
+from af2_ray.evaluate.clap_embed import ClapModel, ClapSettings
+from af2_ray.evaluate.clap_score import ClapScores, score_labels
+from af2_ray.evaluate.evaluate import evaluate_clap
+from af2_ray.evaluate.items import share_right
+from af2_ray.evaluate.scenes import choose_gallery
+from af2_ray.evaluate.table import Table
 
 
 class Ears(torch.nn.Module):
@@ -62,20 +68,29 @@ class Reader:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module) -> None:
-    monkeypatch.setattr(clap, "load_clap", lambda _: (model, Reader()))
+    monkeypatch.setattr(ClapModel, "load", lambda _, settings: ClapModel(model, Reader(), settings))  # type: ignore
+
+
+def evaluate(captions: Path, gallery: int | None = 4) -> ClapScores:
+    return evaluate_clap("", str(captions), ClapSettings(max_windows=2, gallery=gallery))
+
+
+def read(path: Path) -> Table:
+    return find(str(path), EmbeddingBenchmark).read(str(path), None)
 
 
 def test_a_model_that_hears_scores_full_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _use(monkeypatch, Ears())
     corpus = write_corpus(tmp_path, num_pairs=6)
-    found = clap.evaluate_clap("", str(corpus / "test.captions.jsonl"), gallery=4, max_windows=2)
+    scores = evaluate(corpus / "test.captions.jsonl")
+    found = scores.figures
     assert found["gallery"] == 4
     assert found["t2a_r1_chance"] == 0.25
     assert (found["t2a_r1"], found["a2t_r1"], found["order_accuracy"], found["order_pairs"]) == (1.0, 1.0, 1.0, 6)
     assert (found["t2a_map10"], found["a2t_map10"]) == (1.0, 1.0)
     assert found["choice"] == {"order": {"pairs": 6, "accuracy": 1.0, "both": 1.0}}
     assert found["zero_shot"]["classes"] == 4
-    assert found["failures"] == []
+    assert scores.failures == []
 
 
 def test_a_model_that_has_learned_the_form_of_words_is_told_from_one_that_reads(
@@ -85,17 +100,17 @@ def test_a_model_that_has_learned_the_form_of_words_is_told_from_one_that_reads(
     _use(monkeypatch, Ears())
     for folder, words, right in (("a", "{first} before {second}", 1.0), ("b", "{second} after {first}", 0.0)):
         corpus = write_corpus(tmp_path / folder, num_pairs=4, words=words)
-        marks: list[Mark] = []
-        found = clap.evaluate_clap("", str(corpus / "test.captions.jsonl"), gallery=4, max_windows=2, marks=marks)
+        scores = evaluate(corpus / "test.captions.jsonl")
+        found, items = scores.figures, scores.items
         assert found["choice"] == {"order": {"pairs": 4, "accuracy": 1.0, "both": 1.0, "both_reworded": right}}
         assert found["t2a_r1_reworded"] == right
         both = {
-            wording: [m.right for m in marks if f"order, {wording}" in m.groups]
+            wording: [m.right for m in items if f"order, {wording}" in m.groups]
             for wording in ("captions", "paraphrases")
         }
         assert both == {"captions": [1.0] * 4, "paraphrases": [right] * 4}
-        assert mean(marks, "composition") == (1 + right) / 2
-        assert len({(mark.measure, mark.item) for mark in marks}) == len(marks)
+        assert share_right(items, "composition") == (1 + right) / 2
+        assert len({(item.measure, item.item) for item in items}) == len(items)
 
 
 def test_a_model_that_ignores_order_is_never_right_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,15 +123,15 @@ def test_a_model_that_ignores_order_is_never_right_about_it(tmp_path: Path, monk
 
     _use(monkeypatch, Bag())
     corpus = write_corpus(tmp_path, num_pairs=4)
-    found = clap.evaluate_clap("", str(corpus / "test.captions.jsonl"), gallery=4, max_windows=2)
+    found = evaluate(corpus / "test.captions.jsonl").figures
     assert (found["t2a_r1"], found["order_accuracy"]) == (1.0, 0.0)
     assert found["choice"]["order"]["both"] == 0.0
 
 
 def test_gallery_scenes_differ_in_their_events() -> None:
     events = [frozenset(names) for names in ("ab", "ba", "a", "bc", "c", "cb")]
-    assert clap.choose_gallery(events, 3) == [0, 2, 3]
-    assert clap.choose_gallery(events, 10) == [0, 2, 3, 4]
+    assert choose_gallery(events, 3) == [0, 2, 3]
+    assert choose_gallery(events, 10) == [0, 2, 3, 4]
 
 
 def test_unreadable_clips_are_set_aside_and_missing_truth_is_named(
@@ -126,17 +141,17 @@ def test_unreadable_clips_are_set_aside_and_missing_truth_is_named(
     corpus = write_corpus(tmp_path, num_pairs=4)
     (corpus / "test/00000.flac").write_bytes(b"")
     captions = corpus / "test.captions.jsonl"
-    found = clap.evaluate_clap("", str(captions), gallery=4, max_windows=2)
-    assert found["gallery"] == 3
-    assert [failure.reason for failure in found["failures"]] == ["empty file"]
-    assert found["order_pairs"] == 3
+    found = evaluate(captions)
+    assert found.figures["gallery"] == 3
+    assert [failure.reason for failure in found.failures] == ["empty file"]
+    assert found.figures["order_pairs"] == 3
     lines = (corpus / "test.scenes.jsonl").read_text().splitlines()
     (corpus / "test.scenes.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(ValueError, match=r"no scene '00000\.flac'"):
-        clap.evaluate_clap("", str(captions))
+        evaluate(captions)
     (corpus / "test.scenes.jsonl").write_text(lines[0] + "\n" + json.dumps({"events": []}))
     with pytest.raises(ValueError, match="line 2"):
-        clap.evaluate_clap("", str(captions))
+        evaluate(captions)
 
 
 def test_the_real_model_runs(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -152,7 +167,7 @@ def test_the_real_model_runs(tmp_path: Path, tiny_tokenizer: Any) -> None:
     model.save_pretrained(tmp_path / "clap")
     tiny_tokenizer.save_pretrained(tmp_path / "clap")
     corpus = write_corpus(tmp_path)
-    found = clap.evaluate_clap(tmp_path / "clap", str(corpus / "test.captions.jsonl"), gallery=4)
+    found = evaluate_clap(tmp_path / "clap", str(corpus / "test.captions.jsonl"), ClapSettings(gallery=4)).figures
     assert 0 <= found["t2a_r1"] <= 1
     assert len(read_captions(str(corpus / "test.captions.jsonl"))) == 2 * found["order_pairs"]
 
@@ -181,7 +196,7 @@ def test_captions_without_truth_are_scored_with_all_their_wordings_and_negatives
             "relations": ["order", "class"] * 2,
         }
     (corpus / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = clap.evaluate_clap("", str(corpus / "own.jsonl"), gallery=None, max_windows=2)
+    found = evaluate(corpus / "own.jsonl", gallery=None).figures
     assert (found["gallery"], found["captions"], found["t2a_r1"], found["a2t_map10"]) == (4, 8, 1.0, 1.0)
     assert found["negatives"] == {"clips": 4, "each": 1.0, "all": 1.0, "by_kind": {"class": 1.0, "order": 1.0}}
     assert found["choice"] == {}
@@ -209,13 +224,14 @@ def test_labelled_benchmarks(layout: str, tmp_path: Path, make_sound: Any) -> No
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    table = clap.read_benchmark(str(tmp_path / folder / "table.csv"))
+    table = read(tmp_path / folder / "table.csv")
     assert len(table.labelled) == 3
     assert [failure.reason for failure in table.failures] == ["no file"]
-    found = clap.score_labels(Ears(), Reader(), table)  # type: ignore[arg-type]
+    scores = score_labels(ClapModel(Ears(), Reader()), table)  # type: ignore[arg-type]
+    found = scores.figures
     assert (found["clips"], found["classes"], found["top1"], found["map"]) == (3, 3, 1.0, 1.0)
     assert found["by_class"] == {"high": 1.0, "low": 1.0, "shrill": 1.0}
-    assert len(found["failures"]) == 1
+    assert len(scores.failures) == 1
 
 
 def test_scenes_are_classed_by_their_truth(tmp_path: Path, make_sound: Any) -> None:
@@ -227,12 +243,13 @@ def test_scenes_are_classed_by_their_truth(tmp_path: Path, make_sound: Any) -> N
             rows.append({"name": path.name, "duration": 4.0, "events": [{"label": label}]})
     truth = tmp_path / "test.scenes.jsonl"
     truth.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "name": "gone.wav"}]))
-    found = clap.score_labels(Ears(), Reader(), clap.read_benchmark(str(truth)))  # type: ignore[arg-type]
+    scores = score_labels(ClapModel(Ears(), Reader()), read(truth))  # type: ignore[arg-type]
+    found = scores.figures
     assert (found["clips"], found["classes"], found["top1"]) == (4, 2, 1.0)
-    assert [failure.uri for failure in found["failures"]] == [str(tmp_path / "test" / "gone.wav")]
+    assert [failure.uri for failure in scores.failures] == [str(tmp_path / "test" / "gone.wav")]
     truth.write_text('{"name": "low0.wav", "duration": 4.0}\n')
     with pytest.raises(ValueError, match="a scene needs `duration` and `events`"):
-        clap.read_benchmark(str(truth))
+        read(truth)
 
 
 def test_captioned_benchmarks(tmp_path: Path, make_sound: Any) -> None:
@@ -241,7 +258,7 @@ def test_captioned_benchmarks(tmp_path: Path, make_sound: Any) -> None:
     clotho = tmp_path / "clotho_captions_evaluation.csv"
     header = "file_name," + ",".join(f"caption_{i}" for i in range(1, 6)) + "\n"
     clotho.write_text(header + 'rain on tin.wav,"rain, on tin",b,c,d,e\nbell.wav,f,g,h,i,j\n')
-    table = clap.read_benchmark(str(clotho))
+    table = read(clotho)
     assert [(Path(i.uri).name, i.caption, len(i.positives)) for i in table.captions] == [
         ("rain on tin.wav", "rain, on tin", 4),
         ("bell.wav", "f", 4),
@@ -250,7 +267,7 @@ def test_captioned_benchmarks(tmp_path: Path, make_sound: Any) -> None:
         make_sound(name, 1.0)
     caps = tmp_path / "caps" / "test.csv"
     caps.write_text("audiocap_id,youtube_id,start_time,caption\n1,abc,10,x\n2,d_f,30,y\n3,abc,10,z\n4,none,0,w\n")
-    table = clap.read_benchmark(str(caps))
+    table = read(caps)
     assert [(Path(i.uri).name, i.caption, i.positives) for i in table.captions] == [
         ("Yabc.flac", "x", ("z",)),
         ("d_f_30.wav", "y", ()),
@@ -258,4 +275,4 @@ def test_captioned_benchmarks(tmp_path: Path, make_sound: Any) -> None:
     assert [failure.uri.rsplit("/", 1)[-1] for failure in table.failures] == ["none_0"]
     (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no known layout"):
-        clap.read_benchmark(str(tmp_path / "odd.csv"))
+        read(tmp_path / "odd.csv")

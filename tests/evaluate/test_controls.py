@@ -6,7 +6,7 @@ from quiz import question
 from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.controls import KnownAnswers, Majority, control_scores, deaf_pairs, text_leaks
-from af2_ray.evaluate.evaluate import _systems
+from af2_ray.evaluate.scoring import control_systems
 
 
 def _quiz(num: int, seed: int, *, leak: bool = False) -> list[Sample]:
@@ -101,7 +101,7 @@ def test_controls_are_fitted_to_questions_of_the_kinds_that_are_asked() -> None:
         for n, sample in enumerate(train * 3)
     ]
     asked = [Prediction(sample, "low") for sample in test]
-    alone, beside, only = (_systems(asked, fitted)["text_only"] for fitted in (train, [*drills, *train], drills))
+    alone, beside, only = (control_systems(asked, fitted)["text_only"] for fitted in (train, [*drills, *train], drills))
     assert alone.mean() > 0.95
     np.testing.assert_array_equal(beside, alone)
     assert only.mean() < 0.7

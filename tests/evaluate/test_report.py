@@ -9,11 +9,13 @@ import numpy as np
 from quiz import question, write_corpus
 
 from af2_ray.data.quarantine import Failure
+from af2_ray.evaluate import report
 from af2_ray.evaluate.answers import Prediction
-from af2_ray.evaluate.clap import read_scenes
-from af2_ray.evaluate.evaluate import choose_examples, score, summary_block
+from af2_ray.evaluate.evaluate import choose_examples
 from af2_ray.evaluate.report.plots import running_mean
 from af2_ray.evaluate.report.run import licence_rows, write_report
+from af2_ray.evaluate.scenes import read_scenes
+from af2_ray.evaluate.scoring import AnswerScores, score
 
 
 def _predictions() -> list[Prediction]:
@@ -23,7 +25,7 @@ def _predictions() -> list[Prediction]:
     return [Prediction(s, "low" if n % 5 else s.answer, "low", "x.flac") for n, s in enumerate(samples)]
 
 
-def _summary(details: dict[str, Any]) -> dict[str, Any]:
+def _summary(scores: AnswerScores) -> dict[str, Any]:
     stage = {"steps": 4, "loss_first": 4.0, "loss_last": 1.0, "padding_share": 0.02, "padding_share_unplanned": 0.4}
     return {
         "total_s": 1700.0,
@@ -31,7 +33,7 @@ def _summary(details: dict[str, Any]) -> dict[str, Any]:
         "corpus": {"source_clips": 400, "classes": 18, "hours": 9.0, "sha256": "ab" * 32},
         "stages": [{"name": name, **stage} for name in ("pretrain", "finetune", "long")],
         "clap": {"gallery": 200, "t2a_r1": 0.2, "t2a_r1_chance": 0.005, "order_accuracy": 0.7},
-        "accuracy": summary_block(details),
+        "accuracy": scores.summary(),
         "answer": {"question": "Which <b>one</b>?", "expected": "low", "text": "low"},
         "mlflow_runs": 6,
     }
@@ -39,7 +41,7 @@ def _summary(details: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     predictions = _predictions()
-    details = score(predictions, [prediction.sample for prediction in predictions])
+    scores = score(predictions, [prediction.sample for prediction in predictions])
     corpus = write_corpus(tmp_path, num_pairs=1)
     scene = read_scenes(str(corpus / "test.scenes.jsonl"))["00000.flac"]
     page = tmp_path / "report.html"
@@ -52,9 +54,9 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     curve = [(step, 3.0 / step) for step in range(1, 30)]
     write_report(
         page,
-        _summary(details),
+        _summary(scores),
         losses={"lm": curve, "clap": curve, "pretrain": curve, "finetune": curve, "long": []},
-        details=details,
+        details=scores.to_json(),
         scene={**scene, "uri": str(corpus / "test" / scene["name"]), "duration_s": scene["duration"]},
         predictions=[prediction.to_json() for prediction in choose_examples(predictions)],
         corpus=licence_rows(table),
@@ -83,3 +85,15 @@ def test_examples_hold_right_and_wrong_ones() -> None:
 
 def test_running_mean_keeps_the_level_at_the_ends() -> None:
     assert np.allclose(running_mean(np.full(9, 2.0), 5), 2.0)
+
+
+def test_all_pages_fill_one_skeleton_and_its_palette() -> None:
+    folder = Path(report.__file__).parent
+    texts = {path.name: path.read_text() for path in folder.glob("*.html")}
+    pages = set(texts) - {"page.html", "parts.html"}
+    assert pages == {"run.html", "sweep.html", "data_check.html", "captions.html"}
+    for name in pages:
+        assert texts[name].startswith('{% extends "page.html" %}')
+        assert "<style" not in texts[name]
+    for name, text in texts.items():
+        assert not re.search(r"#[0-9a-fA-F]{3,8}\b", text), f"{name}: colours are in palette.py"

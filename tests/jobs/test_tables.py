@@ -19,7 +19,7 @@ from jobs import check_data, evaluate
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SURVEY = Survey(
-    manifest="s3://a-bucket-with-a-name/of/a/team/and/a/corpus/with/a/long/name/train.json",
+    manifest="s3://a-bucket-with-a-name/of/a/team/and/a/corpus/with/a/lname/train.json",
     split="train",
     weight=0.25,
     num_samples=8_037_712,
@@ -54,9 +54,13 @@ def test_check_data(capsys: pytest.CaptureFixture[str]) -> None:
 def test_evaluate() -> None:
     row = {"questions": 12_345, "ci95": {"model": (0.475, 0.555)}}
     row |= dict.fromkeys(("model", "pairs", "deaf", "majority", "text_only", "chance"), 1.0)
+    benchmarks = {f"short ({SURVEY.manifest})": {"all": row}, "long": {"all": row}, "captions": {"captions": {}}}
     details = {"all": row, "by_skill": {"identification": row}, "by_duration": {"90-300": row}}
+    details |= {"by_benchmark": benchmarks}
     lines = printed(evaluate._table(details))
     assert max(map(len, lines)) <= 80
+    assert lines[2].split()[-2:] == ["only", "chance"], "headings are whole"
+    assert any("…e/train.json)" in line and "12345" in line for line in lines)
     assert any("identification" in line and "47.5-55.5" in line and "12345" in line for line in lines)
 
 

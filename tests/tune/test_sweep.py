@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from af2_ray.config import load_recipe, load_sweep, sweep_names
-from af2_ray.evaluate.marks import Mark, read_marks, write_marks
+from af2_ray.evaluate.items import ItemResult, read_items, write_items
 from af2_ray.runs.run import Run
 from af2_ray.tune.report import best, parts_of, summarise, verdict, write_report
 from af2_ray.tune.sweep import SweepRun
-from af2_ray.tune.trial import Result, marks_path
+from af2_ray.tune.trial import Result, items_path
 
 
 def write(tmp_path, **changed):
@@ -72,15 +72,15 @@ def test_a_bad_sweep_is_an_error_before_anything_runs(tmp_path, changed, told):
 
 def test_the_paired_interval_is_free_of_what_points_share():
     """Seeds and questions differ far more than the two points do; paired, they show the difference all the same."""
-    results, marks = [], {}
+    results, items = [], {}
     rng = np.random.default_rng(0)
     questions, trainings = rng.random(400), rng.normal(0, 0.2, 3)
     for point, seed in itertools.product(range(2), range(3)):
         name = f"{point}-{seed}"
         values = questions + trainings[seed] + 0.05 * point
-        marks[name] = [Mark("accuracy", str(q), str(q), float(value)) for q, value in enumerate(values)]
+        items[name] = [ItemResult("accuracy", str(q), str(q), float(value)) for q, value in enumerate(values)]
         results.append(Result(name, point, {"x": point}, seed, "done", float(values.mean())))
-    base, other = summarise(results, marks, "accuracy")
+    base, other = summarise(results, items, "accuracy")
     assert other.above == pytest.approx(0.05)
     assert other.above_ci95 == pytest.approx((0.05, 0.05))
     assert np.diff(base.ci95)[0] > 0.1
@@ -99,8 +99,8 @@ def test_points_are_compared_over_the_seeds_that_both_have():
 
 def test_a_part_that_no_two_trials_share_has_no_score(tmp_path):
     results, folders = make_results(tmp_path, (10, 30))
-    marks = read_all(folders)
-    odd = {name: [*each, Mark("other", name, name, 1.0)] for name, each in marks.items()}
+    items = read_all(folders)
+    odd = {name: [*each, ItemResult("other", name, name, 1.0)] for name, each in items.items()}
     assert all(point.mean is None for point in summarise(results, odd, "other"))
 
 
@@ -134,7 +134,7 @@ BANDS = ("<=30 s", "30-90 s", "90-300 s")
 
 
 def read_all(folders):
-    return {name: read_marks(marks_path(folder)) for name, folder in folders.items()}
+    return {name: read_items(items_path(folder)) for name, folder in folders.items()}
 
 
 def make_results(tmp_path, right):
@@ -146,10 +146,11 @@ def make_results(tmp_path, right):
             folders[name] = tmp_path / name
             folders[name].mkdir()
             (folders[name] / "recipe.yaml").write_text(load_recipe("tiny").to_yaml())
-            marks = [
-                Mark("accuracy", str(q), str(q // 2), float(q < share), (BANDS[q % 3], "order")) for q in range(40)
+            items = [
+                ItemResult("accuracy", str(q), str(q // 2), float(q < share), (BANDS[q % 3], "order"))
+                for q in range(40)
             ]
-            write_marks(marks_path(folders[name]), [*marks, Mark("t2a_r1", "q", "q", float(point))])
+            write_items(items_path(folders[name]), [*items, ItemResult("t2a_r1", "q", "q", float(point))])
             values = {"model.cross_attention.every": point + 1}
             results.append(Result(name, point, values, seed, "done", share / 40, 1.0, 5))
     stopped = Result("002-seed0", 2, {"model.cross_attention.every": 3}, 0, "stopped", None, 2.0, 3)
@@ -182,5 +183,5 @@ def test_equal_points_are_called_unresolved(tmp_path):
 
 def test_parts_come_from_short_to_long_then_by_name_then_other_measures(tmp_path):
     _, folders = make_results(tmp_path, (10, 30))
-    marks = read_all(folders)
-    assert parts_of(marks, "accuracy") == [*(("accuracy", name) for name in (*BANDS, "order")), ("t2a_r1", None)]
+    items = read_all(folders)
+    assert parts_of(items, "accuracy") == [*(("accuracy", name) for name in (*BANDS, "order")), ("t2a_r1", None)]

@@ -1,31 +1,27 @@
-"""The report's pictures as SVG text: one look, few colours, every number readable."""
+"""The pages' pictures as SVG text: one look, few colours, every number readable."""
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from af2_ray.audio.mel import LogMel
-from af2_ray.audio.windows import WINDOW_S, to_windows
-
-INK, FAINT, GRID = "#26323b", "#8b979f", "#e4e2db"
-MODEL, DEAF, TEXT, CHANCE = "#1f6f78", "#c58b3b", "#9b8aa6", "#8b979f"
+from af2_ray.evaluate.report.palette import CARD, DEAF, FAINT, INK, LINE, MODEL, TEXT
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "svg.fonttype": "none",
-    "axes.edgecolor": GRID,
+    "axes.edgecolor": LINE,
     "axes.labelcolor": FAINT,
     "axes.titlecolor": INK,
     "axes.titlesize": 10.5,
@@ -33,7 +29,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": GRID,
+    "grid.color": LINE,
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "xtick.color": FAINT,
@@ -50,26 +46,27 @@ Curve = Sequence[tuple[int, float]]
 Rows = Mapping[str, Mapping[str, Any]]
 
 
-@contextmanager
-def _figure(name: str, width: float, height: float, found: list[str]) -> Iterator[Figure]:
-    """A figure in the report's style; its SVG is put into `found` when the block ends."""
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height))
-        yield figure
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r"(svg|svg [^>]*?)height=\"[^\"]*pt\"", r"\1", svg, count=1)
-    found.append(svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1))
+def look(name: str) -> AbstractContextManager[None]:
+    """The look of all pictures while one is drawn; `name` makes its ids, so equal facts give equal bytes."""
+    return mpl.rc_context(_STYLE | {"svg.hashsalt": name})
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG element as wide as its place, named for who cannot see it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r"(svg|svg [^>]*?)height=\"[^\"]*pt\"", r"\1", text, count=1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(name)}" ', 1)
 
 
 def losses(curves: Mapping[str, Curve], titles: Mapping[str, str]) -> str:
     """Loss against optimiser step, a panel a curve: the steps faint, their running mean strong."""
     names = [name for name, curve in curves.items() if curve]
-    found: list[str] = []
-    with _figure("loss curves", 2.1 * max(2, len(names)), 2.5, found) as figure:
+    with look("loss curves"):
+        figure = Figure(figsize=(2.1 * max(2, len(names)), 2.5))
         for place, name in enumerate(names):
             axes = figure.add_subplot(1, len(names), place + 1)
             steps, values = (np.array(column, dtype=float) for column in zip(*curves[name], strict=True))
@@ -79,7 +76,7 @@ def losses(curves: Mapping[str, Curve], titles: Mapping[str, str]) -> str:
             axes.set_xlabel("step")
             axes.set_ylim(bottom=0, top=1.05 * float(np.nanmax(values)))
             axes.grid(axis="x", visible=False)
-    return found[0]
+        return svg(figure, "loss curves")
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
@@ -91,8 +88,8 @@ def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 def accuracies(rows: Rows, name: str) -> str:
     """Model against its controls, a line a group: bar and 95 % interval, dots for controls, a tick for chance."""
     groups = list(rows)
-    found: list[str] = []
-    with _figure(name, 7.0, 0.9 + 0.46 * len(groups), found) as figure:
+    with look(name):
+        figure = Figure(figsize=(7.0, 0.9 + 0.46 * len(groups)))
         axes = figure.add_subplot()
         for place, group in enumerate(groups):
             _accuracy_line(axes, place, rows[group])
@@ -105,7 +102,7 @@ def accuracies(rows: Rows, name: str) -> str:
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         figure.legend(unique.values(), unique.keys(), ncols=len(unique), loc="outside upper left", fontsize=9)
-    return found[0]
+        return svg(figure, name)
 
 
 def _accuracy_line(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
@@ -120,7 +117,7 @@ def _accuracy_line(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
                 marker,
                 color=colour,
                 markersize=7,
-                markeredgecolor="white",
+                markeredgecolor=CARD,
                 label=label,
                 zorder=4,
             )
@@ -131,8 +128,8 @@ def _accuracy_line(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
 
 def padding(stages: Sequence[Mapping[str, Any]]) -> str:
     """Share of padded windows a stage, as planned and as it would be without planning."""
-    found: list[str] = []
-    with _figure("padding", 7.0, 0.8 + 0.62 * len(stages), found) as figure:
+    with look("padding"):
+        figure = Figure(figsize=(7.0, 0.8 + 0.62 * len(stages)))
         axes = figure.add_subplot()
         for place, stage in enumerate(stages):
             pairs = ((-0.17, "padding_share", MODEL, "planned"), (0.17, "padding_share_unplanned", DEAF, "not planned"))
@@ -147,88 +144,64 @@ def padding(stages: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("padding, % of all audio windows")
         axes.grid(axis="y", visible=False)
         figure.legend(ncols=2, loc="outside upper left", fontsize=9)
-    return found[0]
+        return svg(figure, "padding")
 
 
-def scene(mono: NDArray[np.floating], events: Sequence[Mapping[str, Any]], duration_s: float) -> str:
-    """Mel picture of a scene with its events above it: a bar a hit, the label behind the last (before the first, late).
+def histograms(panels: Mapping[str, Sequence[float]], logarithmic: Sequence[str] = ()) -> str:
+    """How often values occur, a panel each; `logarithmic` names those with a logarithmic axis."""
+    with look("histograms"):
+        figure = Figure(figsize=(9.2, 2.4))
+        for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            axes.set_title(title)
+            axes.grid(axis="x", visible=False)
+            space: Callable[..., NDArray[np.float64]] = np.geomspace if title in logarithmic else np.linspace
+            if values:
+                axes.hist(values, space(max(min(values), 0.1), max(max(values), 0.2) * 1.001, 40), color=MODEL)
+            if title in logarithmic:
+                axes.set_xscale("log")
+        return svg(figure, "histograms")
 
-    Args:
-        mono: the recording [T] at 16 kHz.
-        events: the scene's truth: `label`, `onsets_s` and `hit_s`, the length of one hit.
-        duration_s: its length.
-    """
-    with torch.inference_mode():
-        mel = LogMel()(torch.from_numpy(to_windows(mono))).numpy()
-    picture = np.concatenate([window[:-1] for window in mel]).T  # [64, 1000 frames a window]
-    picture = picture[:, : round(picture.shape[1] * duration_s / (len(mel) * WINDOW_S))]
-    ordered = sorted(events, key=lambda event: float(event["onsets_s"][0]))
-    lanes = _lanes(ordered, duration_s)
-    num_lanes = max(lanes, default=0) + 1
-    found: list[str] = []
-    with _figure("mel picture of a scene", 9.2, 2.9 + 0.26 * num_lanes, found) as figure:
-        marks, axes = figure.subplots(2, 1, sharex=True, height_ratios=(0.26 * num_lanes + 0.1, 2.4))
-        axes.imshow(
-            picture,
-            origin="lower",
-            aspect="auto",
-            extent=(0, duration_s, 0, 64),
-            cmap="magma",
-            vmin=float(np.percentile(picture, 8)),
-            vmax=float(picture.max()),
-            interpolation="nearest",
-        )
-        for event, lane in zip(ordered, lanes, strict=True):
-            _mark_event(marks, event, lane, duration_s)
-            for edge_s in _span(event):
-                axes.axvline(edge_s, color="white", linewidth=0.8, alpha=0.6, linestyle=(0, (2, 3)))
-        marks.set_ylim(-num_lanes + 0.4, 0.6)
-        marks.axis("off")
-        axes.set_xlim(0, duration_s)
-        axes.set_ylabel("mel bin")
-        axes.set_xlabel("seconds")
+
+def points(levels: Mapping[str, Sequence[tuple[float, Sequence[float]]]], key: str, metric: str) -> str:
+    """A metric against the values of one key: a dot (mean) and its 95 % interval for each point of a value."""
+    with look(key):
+        figure = Figure(figsize=(7.0, 2.6))
+        axes = figure.add_subplot()
+        for level, found in enumerate(levels.values()):
+            for number, (mean, ci95) in enumerate(found):
+                place = level + 0.06 * (number - (len(found) - 1) / 2)
+                axes.plot([place, place], ci95, color=INK, linewidth=1.2)
+                axes.plot(place, mean, "o", color=MODEL)
+        axes.set_xticks(range(len(levels)), list(levels))
+        axes.set_xlabel(key)
+        axes.set_ylabel(metric)
+        axes.grid(axis="x", visible=False)
+        return svg(figure, key)
+
+
+def parallel(rows: Sequence[tuple[Mapping[str, str], float | None]], keys: Sequence[str], metric: str) -> str:
+    """Parallel coordinates: a line a row through its values to its metric; faint where there is no metric."""
+    levels = {key: list(dict.fromkeys(values[key] for values, _ in rows)) for key in keys}
+    heights = {key: np.linspace(0, 1, max(2, len(names))).tolist() for key, names in levels.items()}
+    found = [score for _, score in rows if score is not None]
+    low, high = (min(found), max(found)) if found else (0.0, 1.0)
+    with look("parallel coordinates"):
+        figure = Figure(figsize=(9.2, 3.2))
+        axes = figure.add_subplot()
+        for values, score in rows:
+            line = [heights[key][levels[key].index(values[key])] for key in keys]
+            if score is None:
+                axes.plot(range(len(keys)), line, color=FAINT, linewidth=0.8, marker=".")
+                continue
+            share = (score - low) / (high - low) if high > low else 0.5
+            good = 1 - share if metric == "loss" else share
+            axes.plot(range(len(keys) + 1), [*line, share], color=MODEL, alpha=0.2 + 0.8 * good, linewidth=1.4)
+        notes = [(place, y, text) for place, key in enumerate(keys) for y, text in zip(heights[key], levels[key])]
+        notes += [(len(keys), share, f"{low + share * (high - low):.3f}") for share in (0.0, 1.0)]
+        for place, y, text in notes:
+            axes.annotate(text, (place, y), textcoords="offset points", xytext=(4, 3))
+        axes.set_xticks(range(len(keys) + 1), [*keys, metric])
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
         axes.grid(visible=False)
-    return found[0]
-
-
-def _mark_event(marks: Axes, event: Mapping[str, Any], lane: int, duration_s: float) -> None:
-    start_s, end_s = _span(event)
-    onsets_s = [float(onset_s) for onset_s in event["onsets_s"]]
-    marks.barh([-lane] * len(onsets_s), float(event["hit_s"]), left=onsets_s, height=0.7, color=MODEL, alpha=0.9)
-    late, gap_s = _is_late(event, duration_s), 0.006 * duration_s
-    marks.text(
-        start_s - gap_s if late else end_s + gap_s,
-        -lane,
-        str(event["label"]),
-        va="center",
-        ha="right" if late else "left",
-        fontsize=9,
-    )
-
-
-def _span(event: Mapping[str, Any]) -> tuple[float, float]:
-    """First onset and last end."""
-    onsets_s = [float(onset_s) for onset_s in event["onsets_s"]]
-    return onsets_s[0], onsets_s[-1] + float(event["hit_s"])
-
-
-def _is_late(event: Mapping[str, Any], duration_s: float) -> bool:
-    """Whether a label behind the event would leave the picture."""
-    return _span(event)[1] > 0.85 * duration_s and _span(event)[0] > 0.2 * duration_s
-
-
-def _lanes(events: Sequence[Mapping[str, Any]], duration_s: float) -> list[int]:
-    """The first free lane for each event, its label included; labels are taken as wide as their letters."""
-    taken: list[list[tuple[float, float]]] = []
-    lanes = []
-    for event in events:
-        label_s = 0.014 * duration_s * (len(str(event["label"])) + 2)
-        start_s, end_s = _span(event)
-        begin_s, done_s = (start_s - label_s, end_s) if _is_late(event, duration_s) else (start_s, end_s + label_s)
-        free = (all(done_s <= a or begin_s >= b for a, b in spans) for spans in taken)
-        lane = next((place for place, is_free in enumerate(free) if is_free), len(taken))
-        if lane == len(taken):
-            taken.append([])
-        taken[lane].append((begin_s, done_s))
-        lanes.append(lane)
-    return lanes
+        return svg(figure, "parallel coordinates")

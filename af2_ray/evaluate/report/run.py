@@ -1,7 +1,6 @@
 """One self-contained page that shows a run: what it scores, what it heard, how it learned, on what data.
 
-Everything is inline (style, SVG, a short recording), so the file can be mailed and opened without a network. The price
-is about a megabyte.
+A short recording is in it, too; the price is about a megabyte.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import soundfile as sf
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from af2_ray.audio.decode import decode
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.data.quarantine import Failure
-from af2_ray.evaluate.answers import normalise
+from af2_ray.evaluate.answers import normalise_answer
 from af2_ray.evaluate.report import plots
+from af2_ray.evaluate.report.page import percent, render
+from af2_ray.evaluate.report.scene import draw_scene
 
 TITLES = {"lm": "language model", "clap": "AF-CLAP"}
 
@@ -45,24 +45,18 @@ def write_report(
     """Write the page; a part whose facts are missing is left out.
 
     Args:
-        path: the HTML file; its folder is made.
-        summary: as in summary.json.
-        losses: (step, loss) by `lm`, `clap` and the stages' names, in order.
-        details: `EvaluationResult.details`: rows by skill and duration with controls and intervals.
-        scene: a held-out scene: `uri`, `duration_s`, `events` as in scenes.jsonl (`label`, `onsets_s`, `hit_s`), and
+        path: name of the HTML file; its folder is made.
+        summary: contents of summary.json.
+        losses: pairs (step, loss) by `lm`, `clap` and the stages' names, in order.
+        details: rows by skill, duration and benchmark with controls and intervals (`AnswerScores.to_json`).
+        scene: held-out scene: `uri`, `duration_s`, `events` as in scenes.jsonl (`label`, `onsets_s`, `hit_s`), and
             the HTTP exchange `question`, `expected`, `text`; without these three the summary's `answer` is shown.
         predictions: examples to show, rows of predictions.jsonl (`choose_examples`).
         corpus: rows of the corpus table (`licence_rows`), all with the same keys.
-        failures: what was set aside.
+        failures: clips and questions that were set aside.
     """
-    environment = Environment(
-        loader=PackageLoader("af2_ray.evaluate", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=False,
-    )
-    environment.filters["percent"] = percent
-    page = environment.get_template("report.html").render(
+    page = render(
+        "run.html",
         title=title,
         lead=_lead(summary),
         cards=_cards(summary),
@@ -101,11 +95,6 @@ def licence_rows(sources_csv: str | Path) -> list[dict[str, Any]]:
     ]
 
 
-def percent(share: float | None) -> str:
-    """A share as a percentage with one decimal and no sign; a dash for none."""
-    return "–" if share is None else f"{100 * share:.1f}"
-
-
 def _lead(summary: Mapping[str, Any]) -> str:
     parts = ["Real recordings, small models, every link of the chain"]
     if summary.get("total_s"):
@@ -142,7 +131,7 @@ def _cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         cards.append(_card(f"{percent(clap['t2a_r1'])} %", "AF-CLAP R@1", note))
         if clap.get("order_accuracy") is not None:
             cards.append(
-                _card(f"{percent(clap['order_accuracy'])} %", "order told apart", "mirrored scenes; chance 50 %")
+                _card(f"{percent(clap['order_accuracy'])} %", "order recognised", "mirrored scenes; chance 50 %")
             )
     return cards
 
@@ -154,16 +143,16 @@ def _card(value: str, label: str, note: str) -> dict[str, str]:
 def _scene(scene: Mapping[str, Any], answer: Mapping[str, Any] | None) -> dict[str, Any]:
     duration_s = float(scene["duration_s"])
     mono = decode(str(scene["uri"]), 0.0, duration_s)
-    told = scene if scene.get("question") else (answer or {})
+    exchange = scene if scene.get("question") else (answer or {})
     count = len(scene["events"])
     return {
-        "svg": plots.scene(mono, scene["events"], duration_s),
+        "svg": draw_scene(mono, scene["events"], duration_s),
         "audio": _audio_uri(mono) if duration_s <= _MOST_AUDIO_S else None,
         "note": f"{duration_s:.0f} seconds, {count} event{'s' if count != 1 else ''} at the places marked.",
-        "question": told.get("question"),
-        "expected": told.get("expected"),
-        "text": told.get("text"),
-        "right": normalise(str(told.get("text", ""))) == normalise(str(told.get("expected", ""))),
+        "question": exchange.get("question"),
+        "expected": exchange.get("expected"),
+        "text": exchange.get("text"),
+        "right": normalise_answer(str(exchange.get("text", ""))) == normalise_answer(str(exchange.get("expected", ""))),
     }
 
 
@@ -179,6 +168,8 @@ _CONTROL_KEYS = ("pairs", "deaf", "majority", "text_only", "chance")
 def _accuracy(details: Mapping[str, Any]) -> dict[str, Any]:
     durations = {f"{name.replace('<=', '≤ ')} s": row for name, row in details["by_duration"].items()}
     named = [("all", details["all"]), *details["by_skill"].items(), *durations.items()]
+    if len(benchmarks := details.get("by_benchmark", {})) > 1:
+        named += [(name, row["all"]) for name, row in benchmarks.items() if "all" in row]
     if details.get("seen"):
         named.append(("new scenes of training clips", details["seen"]))
     blank = dict.fromkeys(_CONTROL_KEYS)

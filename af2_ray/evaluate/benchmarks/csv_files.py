@@ -1,0 +1,140 @@
+"""CSV files of captions or labels, and the audio files that they name.
+
+What a CSV names and no file has is a failure of the table, not an error: benchmarks lose clips over the years.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
+
+from af2_ray.data.quarantine import Failure
+from af2_ray.data.samples import CaptionSet
+from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark, Matches, with_columns
+from af2_ray.evaluate.clap_score import score_captions, score_labels
+from af2_ray.evaluate.table import WHOLE_S, Labelled, Table
+from af2_ray.storage.places import locate, open_text
+
+Row = dict[str, str]
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
+
+
+def read_rows(uri: str) -> list[Row]:
+    """The rows of a CSV (or, by its suffix, a TSV), by column.
+
+    Raises:
+        ValueError: no such file, or a line with another number of values than there are columns.
+    """
+    try:
+        with open_text(uri, encoding="utf-8-sig", newline="") as file:
+            text = str(file.read())
+    except FileNotFoundError as error:
+        raise ValueError(f"{uri}: no such file") from error
+    dialect = "excel-tab" if uri.endswith(".tsv") else "excel"
+    rows = list(csv.DictReader(io.StringIO(text), dialect=dialect))
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise ValueError(f"{uri}, line {number}: not as many values as columns")
+    return rows
+
+
+def columns_of(uri: str) -> frozenset[str]:
+    """The columns of a CSV; none of what is no CSV, by its suffix, or has no row."""
+    rows = read_rows(uri) if uri.endswith((".csv", ".tsv")) else []
+    return frozenset(rows[0]) if rows else frozenset()
+
+
+def folder_of(uri: str) -> str:
+    """The folder that the CSV is in."""
+    return posixpath.dirname(uri) or "."
+
+
+def folder_beside(uri: str, name: str) -> str:
+    """A folder beside the CSV's own: `x/meta/esc50.csv` and `audio` -> `x/audio`."""
+    return posixpath.join(folder_of(folder_of(uri)), name)
+
+
+def folder_of_split(uri: str) -> str:
+    """A folder named as the last part of the CSV's name, where there is one (`clotho_captions_evaluation.csv` has its
+    audio in `evaluation/`), else the CSV's own.
+    """
+    split = posixpath.join(folder_of(uri), PurePosixPath(uri).stem.rsplit("_", 1)[-1])
+    fs, path = locate(split)
+    return split if fs.isdir(path) else folder_of(uri)
+
+
+def labelled_csv(
+    matches: Matches | Sequence[str], *, clip: Callable[[Row], tuple[str, str]], folder: Callable[[str], str]
+) -> EmbeddingBenchmark:
+    """A benchmark of classes, from a CSV with a row a clip.
+
+    Args:
+        matches: columns that it has, or a test of its name and columns.
+        clip: name of a row's audio below the folder, and its labels with `,` `;` or `|` between them.
+        folder: place of the audio, from the CSV's uri, where the user names none.
+    """
+
+    def read(uri: str, root: str | None) -> Table:
+        files, clips, failures = AudioFiles(root or folder(uri), uri), list[Labelled](), list[Failure]()
+        for name, text in map(clip, read_rows(uri)):
+            labels = tuple(label.strip().replace("_", " ") for label in re.split(r"[,;|]", text) if label.strip())
+            found = files.find(name)
+            if isinstance(found, Failure):
+                failures.append(found)
+            elif labels:
+                clips.append(Labelled(found, 0.0, WHOLE_S, labels))
+        return Table(uri, labelled=clips, failures=failures)
+
+    return EmbeddingBenchmark(matches if callable(matches) else with_columns(matches), read, score_labels)
+
+
+def captioned_csv(
+    matches: Matches | Sequence[str], *, clip: Callable[[Row], tuple[str, list[str]]], folder: Callable[[str], str]
+) -> EmbeddingBenchmark:
+    """A benchmark of captions: `labelled_csv`, but `clip` gives a name and captions; rows of one clip are one set."""
+
+    def read(uri: str, root: str | None) -> Table:
+        clips: dict[tuple[str, ...], list[str]] = {}
+        for name, texts in map(clip, read_rows(uri)):
+            clips.setdefault((name,), []).extend(text for text in texts if text.strip())
+        return read_captioned(uri, root or folder(uri), clips)
+
+    return EmbeddingBenchmark(matches if callable(matches) else with_columns(matches), read, score_captions)
+
+
+def read_captioned(uri: str, folder: str, clips: Mapping[tuple[str, ...], list[str]]) -> Table:
+    """Caption sets, from the names below `folder` that a clip may have and its captions."""
+    files, captions, failures = AudioFiles(folder, uri), list[CaptionSet](), list[Failure]()
+    for names, texts in clips.items():
+        found = files.find(*names)
+        if isinstance(found, Failure):
+            failures.append(found)
+        elif texts:
+            captions.append(CaptionSet(found, 0.0, WHOLE_S, texts[0], tuple(texts[1:]), ()))
+    return Table(uri, captions=captions, failures=failures)
+
+
+class AudioFiles:
+    """The audio files under a folder, found with or without their suffix."""
+
+    def __init__(self, folder: str, table: str) -> None:
+        fs, path = locate(folder)
+        self._root, self._table = path.rstrip("/"), table
+        self._scheme = folder.partition("://")[0] + "://" if "://" in folder else ""
+        if not fs.isdir(path):
+            raise ValueError(f"{folder}: no folder of audio for {table}; name it with --root")
+        found = [file for file in fs.find(path) if file.lower().endswith(AUDIO_SUFFIXES)]
+        self._known = {file.removeprefix(self._root + "/"): file for file in found}
+        self._known |= {PurePosixPath(name).with_suffix("").as_posix(): file for name, file in self._known.items()}
+
+    def find(self, *names: str) -> str | Failure:
+        """The uri of the first of these names that there is."""
+        for name in names:
+            if name in self._known:
+                return self._scheme + self._known[name]
+        return Failure(f"{self._root}/{names[0]}", "no file", detail=f"named by {self._table}")
