@@ -10,40 +10,37 @@ used. File headers are read unless --files 0; --files 1000 reads those of a thou
 from __future__ import annotations
 
 import argparse
-import html
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+from rich.markup import escape
 
-from af2_ray import console as job
+from af2_ray import console
 from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
 from af2_ray.data.data_check import Survey, faults, leakage, shorten, survey
 from af2_ray.storage.places import allow, shown
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: clean, 1: faults found, 2: input that cannot be used."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what is there and what stands against it, and write the page."""
     args = _arguments(argv)
-    console = Console(soft_wrap=True, highlight=False)
-    try:
-        datasets, max_bad_share = _datasets(args)
-        most = None if args.files < 0 else args.files
-        surveys = [survey(dataset, split, most_probed=most) for dataset, split in datasets]
-    except ValueError as error:
-        print(f"check_data: {error}", file=sys.stderr)
-        return 2
+    datasets, max_bad_share = _datasets(args)
+    most = None if args.files < 0 else args.files
+    surveys = [survey(dataset, split, most_probed=most) for dataset, split in datasets]
     found = faults(surveys, max_bad_share)
+    write = partial(console.console.print, soft_wrap=True)
     for line in _lines(surveys):
-        console.print(line, markup=False)
+        write(line, markup=False)
     for line in found:
-        console.print(f"[bold red]fault:[/] {html.escape(line, quote=False)}", highlight=False)
+        write(f"[bold red]fault:[/] {escape(line)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(surveys, found), encoding="utf-8")
-    console.print(f"{'no' if not found else len(found)} fault{'s' if len(found) != 1 else ''}; plots are in {args.out}")
-    return 1 if found else 0
+    write(f"{'no' if not found else len(found)} fault{'s' if len(found) != 1 else ''}; plots are in {args.out}")
+    if found:
+        sys.exit(console.EXIT_FAILED)
 
 
 def _datasets(args: argparse.Namespace) -> tuple[list[tuple[Dataset, str]], float]:
@@ -132,9 +129,7 @@ def _lists(one: Survey) -> Iterator[tuple[str, int, list[str]]]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/check_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser(__doc__, recipe=False)
     parser.add_argument("inputs", metavar="RECIPE|MANIFEST", nargs="+", help="a recipe, or training manifests")
     parser.add_argument("--test", metavar="MANIFEST", nargs="+", default=[], help="manifests that must not leak")
     parser.add_argument("--root", help="folder of the audio (default: each manifest's own)")
@@ -144,4 +139,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    job.main(lambda: sys.exit(main()))
+    console.main(main)

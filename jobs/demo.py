@@ -8,41 +8,34 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-from openai import OpenAI
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from af2_ray import console
 from af2_ray.config import load_recipe
-from af2_ray.data.manifest import read_samples
-from af2_ray.data.samples import Sample
-from af2_ray.evaluate.evaluate import EvaluationResult, choose_examples, evaluate_run
-from af2_ray.evaluate.report.run import licence_rows, write_report
-from af2_ray.evaluate.scenes import read_scenes, scenes_uri_of
 from af2_ray.machine import every, watch_memory
 from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
-from af2_ray.runs.tracking import Tracker
 from af2_ray.storage.files import write_whole
 from af2_ray.storage.places import is_remote
-from af2_ray.synth.corpus import CorpusReport
-from af2_ray.synth.sounds.bank import Bank
-from af2_ray.train.stages import train_run
-from serve_apps.af2 import run_app
+
+if TYPE_CHECKING:
+    from af2_ray.data.samples import Sample
+    from af2_ray.synth.corpus import CorpusReport
 
 Result = TypeVar("Result")
 TICK_S = 10.0
 
 
-def main() -> None:
-    parser = console.parser(
-        __doc__ or "", epilog="example:\n  python jobs/demo.py tiny --run runs/demo", default="tiny"
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Go through the chain, and print its outcome."""
+    parser = console.parser(__doc__, epilog="example:\n  python jobs/demo.py tiny --run runs/demo", default="tiny")
     parser.add_argument("--run", metavar="DIR", default="runs/demo", help="run directory (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    from af2_ray.train.stages import train_run  # heavy imports after the arguments are checked
+
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.corpus is None or recipe.clap is None:
         raise ValueError(f"the demo needs a corpus and a clap block; recipe {recipe.name!r} has not both")
@@ -64,12 +57,16 @@ def main() -> None:
         summary |= {"total_s": round(sum(clock.seconds.values()), 1), "peak_rss_gib": round(clock.peak_gib, 2)}
         write_whole(run.root / "summary.json", json.dumps(summary, indent=1))
         report = _report(run, summary, scores)
-    _tell(summary)
+    _show(summary)
     console.console.print(f"\nreport:  {report}\nsummary: {run.root / 'summary.json'}\nmodel:   {run.model_dir}")
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
     """Scores of the run's model and encoder on unseen source clips, beside the controls."""
+    from af2_ray.evaluate.evaluate import choose_examples, evaluate_run
+    from af2_ray.runs.tracking import Tracker
+    from af2_ray.synth.sounds.bank import Bank
+
     console.heading("evaluation")
     folder = run.root / "evaluation"
     if done := finished(folder):
@@ -78,7 +75,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     assert recipe.corpus is not None
     train = {dataset.manifest: dataset for stage in recipe.stages for dataset in stage.data}
-    result: EvaluationResult = evaluate_run(
+    result = evaluate_run(
         run.model_dir,
         recipe.evaluation,
         train=list(train.values()),
@@ -101,6 +98,10 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 def _ask(run: Run) -> dict[str, Any]:
     """Serve the exported model, ask it one held-out question as any OpenAI client would, stop it."""
+    from openai import OpenAI
+
+    from serve_apps.af2 import run_app
+
     console.heading("serving")
     folder = run.root / "serving"
     if done := finished(folder):
@@ -127,6 +128,9 @@ def _ask(run: Run) -> dict[str, Any]:
 
 def _question(run: Run) -> Sample:
     """The held-out question of the demo: the first about the order of sounds in a short clip, or the recipe's own."""
+    from af2_ray.data.manifest import read_samples
+    from af2_ray.data.samples import Sample
+
     evaluation = run.recipe.evaluation
     samples = read_samples(evaluation.manifests[0].manifest, evaluation.manifests[0].root)
     chosen = next((s for s in samples if s.skill == "identification" and s.duration_s <= 15), samples[0])
@@ -137,6 +141,8 @@ def _summarise(
     run: Run, corpus: CorpusReport, steps: list[dict[str, Any]], scores: dict[str, Any], answer: dict[str, Any]
 ) -> dict[str, Any]:
     """The facts of the run, as `summary.json` has them."""
+    from af2_ray.runs.tracking import Tracker
+
     tracker = Tracker(run)
     parent = tracker.parent()
     tracker.log_params(parent, {"corpus.sha256": corpus.sha256})
@@ -169,6 +175,10 @@ def _summarise(
 
 def _report(run: Run, summary: dict[str, Any], scores: dict[str, Any]) -> Path:
     """Write `report.html` and log it with the summary."""
+    from af2_ray.evaluate.report.run import licence_rows, write_report
+    from af2_ray.evaluate.scenes import read_scenes, scenes_uri_of
+    from af2_ray.runs.tracking import Tracker
+
     path = run.root / "report.html"
     folders = {"lm": run.lm_dir, "clap": run.clap_dir} | {s.name: run.stage_dir(s.name) for s in run.recipe.stages}
     answer = finished(run.root / "serving") or {}
@@ -189,7 +199,7 @@ def _report(run: Run, summary: dict[str, Any], scores: dict[str, Any]) -> Path:
     return path
 
 
-def _tell(summary: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any]) -> None:
     """The outcome in a few lines."""
     accuracy, clap = summary["accuracy"], summary["clap"]
     console.heading("outcome")

@@ -10,42 +10,34 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from af2_ray import console as job
+from af2_ray import console
 from af2_ray.config import Cluster, Dataset, Evaluation
 from af2_ray.storage.places import shown
 
 MOST_LETTERS = 14  # of a row's name: the table fits 80 columns
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when scored, 2 for input that cannot be used."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate, and print the table."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
-    try:
-        evaluation = Evaluation(
-            manifests=[Dataset(manifest=manifest, root=args.root) for manifest in args.manifests],
-            max_windows=args.max_windows,
-            batch_windows=args.batch_windows,
-            max_new_tokens=args.max_new_tokens,
-        )
-        result = _evaluate(evaluation, args)
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    console = Console(highlight=False)
+    evaluation = Evaluation(
+        manifests=[Dataset(manifest=manifest, root=args.root) for manifest in args.manifests],
+        max_windows=args.max_windows,
+        batch_windows=args.batch_windows,
+        max_new_tokens=args.max_new_tokens,
+    )
+    result = _evaluate(evaluation, args)
     details = result.answers.to_json()
-    console.print(_table(details))
+    console.console.print(_table(details))
     for line in _closing_lines(result, details, args.out):
-        console.print(line)
-    return 0
+        console.console.print(line)
 
 
 def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
@@ -54,14 +46,14 @@ def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
     train = [Dataset(manifest=manifest, root=args.root) for manifest in args.train]
     if not args.shards:
         return evaluate_run(args.model, evaluation, train=train, out_dir=args.out)
-    with job.cluster(args.out / "logs"):
+    with console.cluster(args.out / "logs"):
         workers = Cluster(num_workers=args.shards)
         return evaluate_run(args.model, evaluation, train=train, out_dir=args.out, cluster=workers)
 
 
 def _table(details: dict[str, Any]) -> Table:
     headings = ("asked", "model", "95 %", "pairs", "deaf", "majority", "text\nonly", "chance")
-    table = job.table("", *headings, title="right answers, %")
+    table = console.table("", *headings, title="right answers, %")
     benchmarks = details.get("by_benchmark", {})
     sections = [
         {"all": details["all"]} if "all" in details else {},
@@ -99,9 +91,7 @@ def _percent(share: float | None) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser(__doc__, recipe=False)
     parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder, local or s3://")
     parser.add_argument("manifests", metavar="MANIFEST", nargs="+", help="manifest in NVIDIA's JSON format")
     parser.add_argument("--train", metavar="MANIFEST", nargs="+", default=[], help="fit the text controls on these")
@@ -116,4 +106,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    job.main(lambda: sys.exit(main()))
+    console.main(main)

@@ -13,71 +13,65 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from af2_ray import console
 
-from af2_ray import console as job
+write = console.console.print
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when scored, 2 for input that cannot be used."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score each file, print its figures, write all of them."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     from af2_ray.evaluate.benchmarks import find  # heavy imports after the arguments are checked
     from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark
     from af2_ray.evaluate.clap_embed import TEMPLATES, ClapModel, ClapSettings
 
-    console, results = Console(highlight=False), {}
-    try:
-        settings = ClapSettings(args.max_windows, args.batch_windows, args.gallery, args.template or TEMPLATES)
-        clap = ClapModel.load(args.model, settings)
-        for uri in args.data:
-            benchmark = find(uri, EmbeddingBenchmark)
-            scores = benchmark.score(clap, benchmark.read(uri, args.root))
-            console.rule(uri, align="left")
-            _show(console, scores.figures)
-            if failures := scores.failures:
-                console.print(f"set aside: {len(failures)}, for instance {failures[0].uri}: {failures[0].reason}")
-            results[uri] = scores.figures | {"failures": [asdict(failure) for failure in failures]}
-    except ValueError as error:
-        print(f"evaluate_clap: {error}", file=sys.stderr)
-        return 2
+    results = {}
+    settings = ClapSettings(args.max_windows, args.batch_windows, args.gallery, args.template or TEMPLATES)
+    clap = ClapModel.load(args.model, settings)
+    for uri in args.data:
+        benchmark = find(uri, EmbeddingBenchmark)
+        scores = benchmark.score(clap, benchmark.read(uri, args.root))
+        console.heading(uri)
+        _show(scores.figures)
+        if failures := scores.failures:
+            write(f"set aside: {len(failures)}, for instance {failures[0].uri}: {failures[0].reason}", markup=False)
+        results[uri] = scores.figures | {"failures": [asdict(failure) for failure in failures]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    console.print(f"all figures are in {args.out}")
-    return 0
+    write(f"all figures are in {args.out}")
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any]) -> None:
     if "top1" in result:
-        _show_classes(console, result)
+        _show_classes(result)
     else:
-        console.print(f"{result['gallery']} clips, {result['captions']} captions; %")
+        write(f"{result['gallery']} clips, {result['captions']} captions; %")
         for way, title in (("t2a", "text to audio"), ("a2t", "audio to text")):
             scores = ", ".join(f"{key.upper()} {_percent(result[f'{way}_{key}'])}" for key in ("r1", "r5", "r10"))
-            console.print(f"{title}: {scores}, mAP@10 {_percent(result[f'{way}_map10'])}")
-        console.print(f"alignment {result['alignment']}, uniformity {result['uniformity']}")
+            write(f"{title}: {scores}, mAP@10 {_percent(result[f'{way}_map10'])}")
+        write(f"alignment {result['alignment']}, uniformity {result['uniformity']}")
         for kind, row in result["choice"].items():
             both = f"both right {_percent(row['both'])} (chance 25.0)"
             if "both_reworded" in row:
                 both += f", in other words {_percent(row['both_reworded'])}"
-            console.print(f"choice by {kind}: {_percent(row['accuracy'])} (chance 50.0), {both}, {row['pairs']} pairs")
+            write(f"choice by {kind}: {_percent(row['accuracy'])} (chance 50.0), {both}, {row['pairs']} pairs")
         if negatives := result.get("negatives"):
             kinds = ", ".join(f"{kind} {_percent(share)}" for kind, share in negatives["by_kind"].items())
-            console.print(f"over each negative: {_percent(negatives['each'])}, over all: {_percent(negatives['all'])}")
-            console.print(f"by kind of negative: {kinds}") if kinds else None
+            write(f"over each negative: {_percent(negatives['each'])}, over all: {_percent(negatives['all'])}")
+            write(f"by kind of negative: {kinds}") if kinds else None
         if classes := result.get("zero_shot"):
-            _show_classes(console, classes)
+            _show_classes(classes)
 
 
-def _show_classes(console: Console, row: dict[str, Any]) -> None:
+def _show_classes(row: dict[str, Any]) -> None:
     top = f"top-1 {_percent(row['top1'])} (chance {_percent(row['top1_chance'])})"
-    console.print(f"zero-shot, {row['clips']} clips, {row['classes']} classes: {top}, mAP {_percent(row['map'])}")
+    write(f"zero-shot, {row['clips']} clips, {row['classes']} classes: {top}, mAP {_percent(row['map'])}")
 
 
 def _percent(share: float) -> str:
@@ -85,9 +79,7 @@ def _percent(share: float) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/evaluate_clap.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser(__doc__, recipe=False)
     parser.add_argument("model", metavar="MODEL", help="AF-CLAP folder, local or s3://: a run's `clap/model`")
     parser.add_argument("data", metavar="DATA", nargs="+", help="captions or a CSV of labels")
     parser.add_argument("--root", help="folder of the audio (default: by the layout, or the file's own)")
@@ -102,4 +94,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    job.main(lambda: sys.exit(main()))
+    console.main(main)

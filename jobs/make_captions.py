@@ -14,48 +14,44 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
-from af2_ray import console as job
+from af2_ray import console
 from af2_ray.llm.client import Endpoint
 from af2_ray.storage.stores import scratch
 from af2_ray.synth.generate import failed_path, grammar_engine, llm_engine, make_captions, read_rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: written, 1: more captions failed than --max-bad-share, 2: input that cannot be used."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the sets, and print how many and what they cost; more failures than allowed are exit code 1."""
     args = _arguments(argv)
     prompt, completion = args.price
     endpoint = Endpoint(args.model, args.base_url, price_prompt=prompt, price_completion=completion)
-    try:
-        rows = read_rows(args.captions)
-        if args.engine == "llm" and not args.model:
-            raise ValueError("--engine llm needs --model")
-        engine = (
-            llm_engine(endpoint, args.positives, args.negatives, cache=args.cache, judged=not args.no_judge)
-            if args.engine == "llm"
-            else grammar_engine(rows, args.positives, args.negatives, args.seed)
-        )
-    except (ValueError, OSError) as error:
-        print(f"make_captions: {error}", file=sys.stderr)
-        return 2
-    with job.cluster(scratch("captions")):
+    rows = read_rows(args.captions)
+    if args.engine == "llm" and not args.model:
+        raise ValueError("--engine llm needs --model")
+    engine = (
+        llm_engine(endpoint, args.positives, args.negatives, cache=args.cache, judged=not args.no_judge)
+        if args.engine == "llm"
+        else grammar_engine(rows, args.positives, args.negatives, args.seed)
+    )
+    with console.cluster(scratch("captions")):
         failed, spent = make_captions(rows, engine, args.out, args.concurrency)
-    console = Console(soft_wrap=True)
-    console.print(f"{len(rows) - failed} of {len(rows)} captions have their sets in {args.out}")
+    write = partial(console.console.print, soft_wrap=True)
+    write(f"{len(rows) - failed} of {len(rows)} captions have their sets in {args.out}")
     if failed:
-        console.print(f"{failed} have not: {failed_path(args.out)} says why")
+        write(f"{failed} have not: {failed_path(args.out)} says why")
     if args.engine == "llm":
         tokens = f"{spent.prompt_tokens:,} + {spent.completion_tokens:,} tokens"
         cost = spent.cost(endpoint)
-        console.print(f"{spent.requests} requests ({spent.cached} captions from the cache), {tokens}, cost {cost:.2f}")
-    return 1 if failed > args.max_bad_share * len(rows) else 0
+        write(f"{spent.requests} requests ({spent.cached} captions from the cache), {tokens}, cost {cost:.2f}")
+    if failed > args.max_bad_share * len(rows):
+        sys.exit(console.EXIT_FAILED)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser(__doc__, recipe=False)
     parser.add_argument("captions", type=Path, metavar="IN")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--engine", choices=("grammar", "llm"), default="grammar")
@@ -75,4 +71,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    job.main(lambda: sys.exit(main()))
+    console.main(main)

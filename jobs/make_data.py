@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from af2_ray import console
 from af2_ray.config import load_recipe
 from af2_ray.storage.places import allow, open_text
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the recipe, make its corpus, say what is in it."""
     parser = console.parser(
-        __doc__ or "",
+        __doc__,
         epilog="examples:\n  python jobs/make_data.py tiny\n  python jobs/make_data.py tiny corpus.sources=rendered "
         "corpus.dir=data/rendered\n  python jobs/make_data.py tiny corpus.sources=my/sounds corpus.dir=data/mine",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     allow(recipe.access.schemes, parents=recipe.access.parents)
     if recipe.corpus is None:

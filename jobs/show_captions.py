@@ -8,18 +8,15 @@ The page is one file: recordings are in it (OGG, the first 30 s). A judge ticks 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
-from rich.console import Console
 
-from af2_ray import console as job
+from af2_ray import console
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.data.manifest import read_captions
@@ -29,26 +26,21 @@ from af2_ray.evaluate.report.page import render
 MOST_AUDIO_S = 30.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: written, 2: input that cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw clips, and write the page."""
+    parser = console.parser(__doc__, recipe=False)
     parser.add_argument("captions", help="caption sets, as AF-CLAP trains on them")
     parser.add_argument("--num", type=int, default=100, help="clips to show (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which are drawn (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("captions.html"), help="the page (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        sets = read_captions(args.captions)
-    except (ValueError, OSError) as error:
-        print(f"show_captions: {error}", file=sys.stderr)
-        return 2
+    sets = read_captions(args.captions)
     drawn = np.random.default_rng(args.seed).permutation(len(sets))[: args.num]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     page, num_shown = page_of([sets[place] for place in drawn], args.captions, len(sets))
     args.out.write_text(page, encoding="utf-8")
     size_mb = args.out.stat().st_size / 1e6
-    Console(soft_wrap=True).print(f"{num_shown} clips in {args.out} ({size_mb:.1f} MB): open it in a browser")
-    return 0
+    console.console.print(f"{num_shown} clips in {args.out} ({size_mb:.1f} MB): open it in a browser", soft_wrap=True)
 
 
 def page_of(sets: Sequence[CaptionSet], source: str, total: int) -> tuple[str, int]:
@@ -79,4 +71,4 @@ def _ogg(each: CaptionSet) -> str:
 
 
 if __name__ == "__main__":
-    job.main(lambda: sys.exit(main()))
+    console.main(main)

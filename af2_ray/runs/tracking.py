@@ -77,6 +77,10 @@ class Tracker:
         """Metrics of many steps: rows with a `step` and numbers."""
         self._client.log_history(run_id, history)
 
+    def log_artifact(self, run_id: str, path: Path) -> None:
+        """A file of the run directory as an artifact."""
+        self._client.log_artifact(run_id, path)
+
     def register(self, name: str, folder: Path) -> None:
         """Keep an export with the parent run and register it as the next version of `name`; once a run."""
         if run_id := self._ids.get("parent"):

@@ -3,13 +3,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from job_runner import run_job
 from quiz import write_corpus
 
 from af2_ray.data.manifest import read_captions
@@ -172,14 +172,13 @@ def test_the_real_model_runs(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert len(read_captions(str(corpus / "test.captions.jsonl"))) == 2 * found["order_pairs"]
 
     (corpus / "labels.csv").write_text("file,label\ntest/00000.flac,dog\ntest/00001.flac,bell\n")
-    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate_clap.py"))["main"]
     data = [str(corpus / name) for name in ("test.captions.jsonl", "labels.csv")]
-    assert job([str(tmp_path / "clap"), *data, "--out", str(tmp_path / "clap.json")]) == 0
+    assert run_job("evaluate_clap", tmp_path / "clap", *data, "--out", tmp_path / "clap.json") == 0
     written = json.loads((tmp_path / "clap.json").read_text())
     assert written[data[0]]["choice"]["order"]["pairs"] == found["order_pairs"]
     assert written[data[1]]["classes"] == 2
-    assert job([str(tmp_path / "clap"), str(corpus / "none.csv")]) == 2
-    assert job([str(tmp_path), *data]) == 2
+    assert run_job("evaluate_clap", tmp_path / "clap", corpus / "none.csv") == 2
+    assert run_job("evaluate_clap", tmp_path, *data) == 2
 
 
 def test_captions_without_truth_are_scored_with_all_their_wordings_and_negatives(

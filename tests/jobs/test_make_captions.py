@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from job_runner import run_job
+
 from af2_ray.data.manifest import read_captions
 
-JOB = Path(__file__).parents[2] / "jobs" / "make_captions.py"
-
-
-def run(*arguments: Any) -> int:
-    return int(runpy.run_path(str(JOB))["main"]([str(argument) for argument in arguments]))
+run = partial(run_job, "make_captions")
 
 
 def write(path: Path, *captions: str) -> Path:

@@ -6,18 +6,15 @@ import base64
 import io
 import json
 import re
-import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import soundfile as sf
 import toy
+from job_runner import run_job
 
-JOB = Path(__file__).parents[2] / "jobs" / "show_captions.py"
-
-
-def run(*arguments: Any) -> int:
-    return int(runpy.run_path(str(JOB))["main"]([str(argument) for argument in arguments]))
+run = partial(run_job, "show_captions")
 
 
 def test_a_page_of_caption_sets(tmp_path: Path, capsys: Any) -> None:
