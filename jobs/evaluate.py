@@ -66,10 +66,21 @@ def _table(details: dict[str, Any]) -> Table:
             low, high = row["ci95"]["model"]
             controls = [_percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
             interval = f"{_percent(low)}-{_percent(high)}"
-            shortened = name if len(name) <= MOST_LETTERS else f"…{name[1 - MOST_LETTERS :]}"  # the end tells most
-            table.add_row(shortened, str(row["questions"]), _percent(row["model"]), interval, *controls)
+            table.add_row(
+                _shortened(name, [*section]), str(row["questions"]), _percent(row["model"]), interval, *controls
+            )
         table.add_section()
     return table
+
+
+def _shortened(name: str, names: Sequence[str]) -> str:
+    """A row's name, of a long one the part that tells it from the others of its section."""
+    if len(name) <= MOST_LETTERS:
+        return name
+    parts = [other.split("/") for other in names if len(other) > MOST_LETTERS]
+    same = next((place for place, column in enumerate(zip(*parts, strict=False)) if len({*column}) > 1), 0)
+    rest = "/".join(name.split("/")[same:])
+    return f"…{rest[: MOST_LETTERS - 1]}" if same else f"{rest[: MOST_LETTERS - 1]}…"
 
 
 def _closing_lines(result: Any, details: dict[str, Any], out: Path) -> list[str]:

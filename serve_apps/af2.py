@@ -178,9 +178,9 @@ def run_app(
 
     Args:
         model: exported folder.
-        recipe: whose `serve` block sizes the server; without one: the defaults.
-        port: on 127.0.0.1; 0 takes a free one.
-        overrides: of the recipe.
+        recipe: name or file of the recipe whose `serve` block sizes the server; without one: the defaults.
+        port: port of 127.0.0.1; 0 takes a free one.
+        overrides: keys of the recipe with other values.
         clap: AF-CLAP folder, for embeddings and labels.
 
     Raises:

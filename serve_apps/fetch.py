@@ -3,7 +3,7 @@
 An address of a request makes this server open connections for a stranger. So nothing but `data:` is taken unless a
 list allows it, and even then a name is resolved first, by us, and every address it has must be public (no private,
 loopback, link-local or otherwise special one, however it is written); the connection goes to exactly the addresses that
-were checked, at each redirect anew. What went wrong is told in general words: an answer must not map the network.
+were checked, at each redirect anew. Errors are in general words: an answer must not map the network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Fetcher:
     Args:
         hosts: host names that `https:` may go to, `*.example.org` for those below a name, `*` for any public one.
         prefixes: `s3://bucket/folder/` and the like that may be read.
-        max_bytes: of a recording.
+        max_bytes: size of a recording at most.
         lookup: addresses of a host and port.
     """
 

@@ -27,7 +27,7 @@ class Keys:
 
     Args:
         keys: none at all (nor digests): everyone may.
-        digests: of keys, SHA-256.
+        digests: SHA-256 of each key.
         per_minute: requests a minute and key, in a burst of as many at most; 0 for any number.
         clock: seconds, monotonic.
     """

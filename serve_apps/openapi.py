@@ -57,10 +57,10 @@ def describe(api: FastAPI) -> dict[str, Any]:
         "application/json": whole,
         "text/event-stream": {"schema": {"description": "events whose data is a chat.completion.chunk, then [DONE]"}},
     }
-    told = {"description": "what to mend", "content": {"application/json": {"schema": _ref("Error")}}}
+    mistake = {"description": "what to mend", "content": {"application/json": {"schema": _ref("Error")}}}
     for operations in document["paths"].values():
         for operation in operations.values():
-            operation["responses"] = {"200": operation["responses"]["200"], "4XX": told, "5XX": told}
+            operation["responses"] = {"200": operation["responses"]["200"], "4XX": mistake, "5XX": mistake}
     api.openapi_schema = document
     return document
 

@@ -31,14 +31,14 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(Exception):
-    """A request that cannot be answered, as OpenAI's clients expect to be told.
+    """A request that cannot be answered, in the form that OpenAI's clients expect.
 
     Attributes:
         status: the HTTP status this stands for; 4xx is the caller's to mend, 5xx ours.
         message: one sentence that says what to do.
         param: the key at fault, dotted.
         code: a short stable word for programs.
-        retry_after_s: when to try again, for 429 and 503.
+        retry_after_s: seconds to wait before another try, for 429 and 503.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class ChatRequest(_Incoming):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    truncate_audio: bool | None = Field(None, description="hear the beginning of what is too long (not OpenAI's)")
+    truncate_audio: bool | None = Field(None, description="whether long audio is cut (not OpenAI's)")
 
     @model_validator(mode="before")
     @classmethod

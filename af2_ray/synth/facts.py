@@ -24,7 +24,7 @@ class Sound:
         attribute: word that a caption has for it: "", a count ("3"), loud, soft, louder, softer, or one of `PARTS`.
         count: number of times that it is heard.
         place: one of `PARTS` in which its middle lies; "" where that is not known.
-        onsets_s: starts in seconds; none where they are not known.
+        onsets_s: beginnings in seconds; none where they are not known.
         span_s: seconds of its first start and last end.
         gains_db: level of each time that it is heard, against the clip's other sounds.
     """

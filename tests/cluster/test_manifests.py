@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from jsonschema import Draft202012Validator
 
 import af2_ray
 from af2_ray.config import load_recipe
+from af2_ray.models.from_recipe import recipe_config
 from af2_ray.train import costs
 from serve_apps import af2
 
@@ -212,8 +212,7 @@ def test_requests_fit_the_recipe(rendered: list[Document]) -> None:
 def test_the_head_holds_what_a_job_puts_together_on_it(rendered: list[Document]) -> None:
     """The LM, and beside it the whole model that takes it over, in fp32; Ray and the job itself take 2 GiB."""
     settings = named(rendered, "ConfigMap", "af2-settings")["data"]
-    plan = runpy.run_path(str(ROOT / "jobs" / "plan.py"))
-    counts = costs.parameters(costs.meta_model(plan["recipe_config"](load_recipe(settings["AF2_RECIPE"]))))
+    counts = costs.parameters(costs.meta_model(recipe_config(load_recipe(settings["AF2_RECIPE"]))))
     needed = 4 * (sum(counts.values()) + counts["lm"]) / 2**30 + 2
     head = cluster_spec(named(rendered, "RayJob", "af2-train"))["headGroupSpec"]["template"]
     assert float(resources(head)["memory"].removesuffix("Gi")) >= needed

@@ -61,7 +61,7 @@ class LlmCaptions:
         client: the model.
         num_positives: M of AF-CLAP (docs/paper.md, "AF-CLAP"): the caption and M - 1 paraphrases.
         num_negatives: N of AF-CLAP: wrong captions for each of these M.
-        journal: sets that were made before; none: every caption is asked for anew.
+        journal: caption sets of earlier calls; none: every caption is asked for anew.
         attempts: number of times that the model may write a set before it is given up.
         judged: True where a second request asks whether paraphrases are true and wrong captions false.
     """
