@@ -32,6 +32,7 @@ from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Answer, Clip, Request
 from af2_ray.models.from_recipe import recipe_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+from af2_ray.models.random import open_gates
 from af2_ray.text import add_special_tokens, train_tokenizer
 from af2_ray.train import costs
 from af2_ray.train.costs import Work
@@ -56,10 +57,7 @@ def build(recipe: Recipe, audio_token_id: int | None = None) -> AudioFlamingo2Fo
             model = AudioFlamingo2ForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("_gate"):
-                parameter.fill_(0.5)  # at 0 the audio would change nothing
+    open_gates(model)
     return model.to("cuda", torch.bfloat16)
 
 

@@ -44,6 +44,7 @@ from af2_ray.engine.request import Answer, Clip, Event, Piece, Request
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import tower_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
+from af2_ray.models.random import random_model
 from af2_ray.text import add_special_tokens, train_tokenizer
 
 NUM_CLIENTS = 16
@@ -79,12 +80,7 @@ def build(quick: bool) -> tuple[Model, PreTrainedTokenizerBase]:
         transform_heads=4,
         transform_inner_size=384,
     )
-    model = Model(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("_gate"):
-                parameter.fill_(0.5)
-    return model, tokenizer
+    return random_model(config), tokenizer
 
 
 def clip(duration_s: float, rng: np.random.Generator) -> Clip:

@@ -22,9 +22,10 @@ from typing import Any
 
 from af2_ray.config import load_recipe
 from af2_ray.data.quarantine import Failure
-from af2_ray.runs.run import Run, finished, read_metrics, replacing
+from af2_ray.runs.run import Run, finished, read_metrics
 from af2_ray.storage import files
 from af2_ray.storage.files import append_lines, check_digests, check_seal, read_json, sealed_json, write_whole
+from af2_ray.storage.stores import replacing
 
 STEPS = 6
 RECIPE = load_recipe("tiny").model_copy(update={"corpus": None, "clap": None, "stages": []})

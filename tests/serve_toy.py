@@ -44,9 +44,8 @@ def build(tokenizer: Any, *, seed: int = 0, llama: bool = False, **settings: Any
 
     from af2_ray.models.configuration_af2 import AudioFlamingo2Config
     from af2_ray.models.htsat import tower_config
-    from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
+    from af2_ray.models.random import random_model
 
-    torch.manual_seed(seed)
     lm = (LlamaConfig if llama else Qwen2Config)(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -71,12 +70,7 @@ def build(tokenizer: Any, *, seed: int = 0, llama: bool = False, **settings: Any
         transform_inner_size=32,
         **settings,
     )
-    model = AudioFlamingo2ForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("_gate"):
-                parameter.fill_(1.0)
-    return model.eval()
+    return random_model(config, seed=seed, gate=1.0)
 
 
 def wav(duration_s: float = 1.0, *, hz: float = 440.0, rate: int = 16_000, subtype: str = "PCM_16") -> bytes:

@@ -11,7 +11,6 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -202,26 +201,3 @@ def control_scores(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str,
         "text_only": np.array([a == w for a, w in zip(text_only.answers(test), wanted, strict=True)], dtype=float),
         "chance": np.array([known.chance(sample) for sample in test], dtype=float),
     }
-
-
-def text_leaks(train: Sequence[Sample], test: Sequence[Sample], *, margin: float = 0.05) -> dict[str, dict[str, Any]]:
-    """Skills whose questions can be answered from the text: text-only more than `margin` above chance.
-
-    Chance of a skill is the better of a blind guess and the majority answer: an open question whose answers are not
-    equally frequent is no leak by itself.
-
-    Returns:
-        {skill: {"text_only", "chance", "questions"}} of the leaking skills; empty when the questions are sound.
-    """
-    closed = [sample for sample in test if not is_caption(sample)]
-    scores = control_scores(train, closed)
-    rows: dict[str, list[int]] = defaultdict(list)
-    for index, sample in enumerate(closed):
-        rows[sample.skill].append(index)
-    leaks = {}
-    for skill, indices in sorted(rows.items()):
-        mean = {name: float(values[indices].mean()) for name, values in scores.items()}
-        chance = max(mean["chance"], mean["majority"])
-        if mean["text_only"] > chance + margin:
-            leaks[skill] = {"text_only": mean["text_only"], "chance": chance, "questions": len(indices)}
-    return leaks

@@ -75,3 +75,27 @@ class Heard:
     tokens: Tensor
     markers: Tensor
     first: bool
+
+
+def checked_index(audio_index: Tensor | None, num_clips: int, markers: Tensor) -> Tensor | None:
+    """`audio_index` if it fits clips and markers [B, T] (counted so far); else a ValueError that says what does not."""
+    rows = markers.shape[0]
+    if audio_index is None:
+        if num_clips != rows:
+            raise ValueError(
+                f"{num_clips} clips for {rows} rows of text: say which row hears which by audio_index [B, K]"
+            )
+        wanted = torch.ones(rows, dtype=torch.long, device=markers.device)
+    else:
+        audio_index = audio_index.to(markers.device)
+        if audio_index.dim() != 2 or audio_index.shape[0] != rows:
+            raise ValueError(f"audio_index must be [B, K] with B={rows}, got {tuple(audio_index.shape)}")
+        if int(audio_index.max()) >= num_clips or int(audio_index.min()) < -1:
+            raise ValueError(f"audio_index must be -1 (none) to {num_clips - 1}, got {audio_index.tolist()}")
+        wanted = (audio_index >= 0).sum(dim=1)
+    if bool((wanted > markers[:, -1]).any()):
+        row = int((wanted > markers[:, -1]).nonzero()[0])
+        raise ValueError(
+            f"row {row} has {int(wanted[row])} audios but {int(markers[row, -1])} <audio> markers: give one each"
+        )
+    return audio_index

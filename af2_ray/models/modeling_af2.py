@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from af2_ray.models.audio_states import AudioStates, Heard
+from af2_ray.models.audio_states import AudioStates, Heard, checked_index
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer
 from af2_ray.models.htsat import AudioTower
@@ -201,7 +201,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if tokens is None:
             if states is None:
                 return None
-            audio_index = _checked_index(audio_index, len(states), markers)
+            audio_index = checked_index(audio_index, len(states), markers)
             if audio_index is None:
                 tokens = states.mask[:, None, :]
             else:
@@ -274,17 +274,15 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: ids of the text, [B, T], each row with one `<audio>` marker an audio, in order.
-            attention_mask: mask of the text, [B, T], 1 where it is real; padding may be on either side. Several texts
-                end to end in a row are numbered 1, 2 ...: each hears the row's one audio and sees itself alone, as in
-                a row of its own.
+            attention_mask: mask of the text, [B, T], 1 where it is real, padding on either side. Texts end to end in a
+                row are numbered 1, 2 ...: each hears the row's one audio and sees itself alone.
             waveforms: windows of all clips, int16 or float in [-1, 1], [S, 160000].
             windows_per_clip: windows of each clip, [C], S in all.
             audio_index: clips of each row's audios, [B, K], -1 for none; left out, row b hears clip b.
             labels: ids to learn, [B, T], -100 where there are none; they give `loss`, the mean over answer tokens.
             logits_to_keep: number of last positions that get logits, or those positions in a tensor; 0 for all.
             answers_only: whether, with `labels`, logits [N, V] are computed only where the next token is an answer
-                token, in the order of `labels[:, 1:][labels[:, 1:] != -100]`: a fraction of the memory with a large
-                vocabulary.
+                token, in the order of `labels[:, 1:][labels[:, 1:] != -100]`: a fraction of the memory.
             tower_features: features [S, F, D] in place of waveforms: what the tower made of them before.
         """
         cache = AudioCache(config=self.config.text_config) if past_key_values is None and use_cache else past_key_values
@@ -352,30 +350,6 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = AudioCache(config=self.config.text_config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-
-def _checked_index(audio_index: Tensor | None, num_clips: int, markers: Tensor) -> Tensor | None:
-    """`audio_index` if it fits clips and markers [B, T] (counted so far); else a ValueError that says what does not."""
-    rows = markers.shape[0]
-    if audio_index is None:
-        if num_clips != rows:
-            raise ValueError(
-                f"{num_clips} clips for {rows} rows of text: say which row hears which by audio_index [B, K]"
-            )
-        wanted = torch.ones(rows, dtype=torch.long, device=markers.device)
-    else:
-        audio_index = audio_index.to(markers.device)
-        if audio_index.dim() != 2 or audio_index.shape[0] != rows:
-            raise ValueError(f"audio_index must be [B, K] with B={rows}, got {tuple(audio_index.shape)}")
-        if int(audio_index.max()) >= num_clips or int(audio_index.min()) < -1:
-            raise ValueError(f"audio_index must be -1 (none) to {num_clips - 1}, got {audio_index.tolist()}")
-        wanted = (audio_index >= 0).sum(dim=1)
-    if bool((wanted > markers[:, -1]).any()):
-        row = int((wanted > markers[:, -1]).nonzero()[0])
-        raise ValueError(
-            f"row {row} has {int(wanted[row])} audios but {int(markers[row, -1])} <audio> markers: give one each"
-        )
-    return audio_index
 
 
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:

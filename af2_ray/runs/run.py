@@ -44,11 +44,8 @@ from af2_ray.storage.files import (
     read_json,
     read_rows,
     remove_leftovers,
-    replace_folder,
     sealed_json,
     sealed_yaml,
-    temporary_of,
-    write_digests,
     write_whole,
 )
 from af2_ray.storage.places import allow, is_remote
@@ -283,30 +280,6 @@ def _saved_recipe(path: Path) -> Recipe:
             f"{error}; put back a copy, or remove it: training then keeps the recipe that it is given"
         ) from error
     return load_recipe(path)
-
-
-@contextmanager
-def replacing(place: Path | str) -> Iterator[Path]:
-    """A temporary folder that takes the place of the folder or address `place` when the block ends well.
-
-    It then has the digests of its files (`files.check_digests`).
-    """
-    if is_remote(place):
-        with tempfile.TemporaryDirectory(prefix="af2_ray_") as name:
-            yield Path(name)
-            write_digests(Path(name))
-            send(_names(Path(name)), Path(name), str(place))
-        return
-    folder = Path(place)
-    temporary = temporary_of(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        write_digests(temporary)
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

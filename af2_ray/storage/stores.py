@@ -22,7 +22,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from af2_ray.storage.files import DIGESTS, Damaged, check_digests
+from af2_ray.storage.files import (
+    DIGESTS,
+    Damaged,
+    check_digests,
+    replace_folder,
+    temporary_of,
+    write_digests,
+)
 from af2_ray.storage.places import Late, check_name, inner_name, is_remote, locate, shown, within
 
 ResultT = TypeVar("ResultT")
@@ -299,3 +306,31 @@ def _remove_unused(copies: Path) -> None:
             if time.time() - other.stat().st_mtime > _UNUSED_S:
                 old = other.replace(copies / f".{other.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing(place: Path | str) -> Iterator[Path]:
+    """A temporary folder that takes the place of the folder or address `place` when the block ends well.
+
+    It then has the digests of its files (`files.check_digests`).
+    """
+    if is_remote(place):
+        with tempfile.TemporaryDirectory(prefix="af2_ray_") as name:
+            yield Path(name)
+            write_digests(Path(name))
+            send(
+                [str(path.relative_to(name)) for path in Path(name).rglob("*") if path.is_file()],
+                Path(name),
+                str(place),
+            )
+        return
+    folder = Path(place)
+    temporary = temporary_of(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        write_digests(temporary)
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

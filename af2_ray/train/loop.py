@@ -23,8 +23,7 @@ from torch import nn
 from af2_ray.config import DeepSpeedSettings
 from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
-from af2_ray.runs.run import replacing
-from af2_ray.storage.stores import model_folder
+from af2_ray.storage.stores import model_folder, replacing
 from af2_ray.train import checkpoint
 from af2_ray.train.checkpoint import State
 from af2_ray.train.deepspeed import checkpoint_activations, start_engine

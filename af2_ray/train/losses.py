@@ -96,8 +96,7 @@ def afclap_loss_sum(
             clips.
 
     Returns:
-        This rank's sum and its number of clips with a positive (0 with zero gradients if none has one). The ranks' sums
-        add up to the sum of one process that holds all clips.
+        This rank's sum and its number of clips with a positive; the ranks' sums add up to that of one process.
     """
     audio, positives, negatives = (_at_least_float32(t) for t in (audio, positives, negatives))
     scale = _at_least_float32(scale)

@@ -27,8 +27,9 @@ from af2_ray.data.samples import CaptionSet, check_samples
 from af2_ray.models.afclap import AfClapModel, load_text_encoder
 from af2_ray.models.from_recipe import afclap_config, audio_tower_config
 from af2_ray.models.processing_afclap import AfClapProcessor
-from af2_ray.runs.run import Run, finished, replacing
+from af2_ray.runs.run import Run, finished
 from af2_ray.runs.tracking import Tracker
+from af2_ray.storage.stores import replacing
 from af2_ray.text import add_special_tokens, train_tokenizer
 from af2_ray.train.task import ClapTask
 from af2_ray.train.trainer import Job, fit

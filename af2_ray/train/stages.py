@@ -31,10 +31,10 @@ from af2_ray.models.from_recipe import model_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
 from af2_ray.runs.card import write_card
-from af2_ray.runs.run import Run, finished, read_metrics, replacing
+from af2_ray.runs.run import Run, finished, read_metrics
 from af2_ray.runs.tracking import Tracker
 from af2_ray.storage.places import is_remote
-from af2_ray.storage.stores import local_model
+from af2_ray.storage.stores import local_model, replacing
 from af2_ray.text import AUDIO, SPECIAL_TOKENS
 from af2_ray.train.cache_features import cache_features
 from af2_ray.train.precision import resolve

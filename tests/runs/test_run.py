@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from af2_ray.config import load_recipe
-from af2_ray.runs.run import Run, finished, mark_finished, read_metrics, replacing
+from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
+from af2_ray.storage.stores import replacing
 
 
 def test_the_same_recipe_continues_and_another_is_refused_with_the_difference(tmp_path):

@@ -12,9 +12,9 @@ from botocore.exceptions import NoCredentialsError
 
 from af2_ray.config import load_recipe
 from af2_ray.runs import run as run_module
-from af2_ray.runs.run import Run, finished, replacing
+from af2_ray.runs.run import Run, finished
 from af2_ray.storage import stores
-from af2_ray.storage.stores import local_model
+from af2_ray.storage.stores import local_model, replacing
 
 URI = "memory://bucket/runs/tiny"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from af2_ray.config import load_recipe
-from af2_ray.runs.run import Run, finished, mark_finished, read_metrics, replacing
+from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
 from af2_ray.storage import files
 from af2_ray.storage.files import Damaged, append_lines, check_digests, check_seal, read_rows, sealed_json, sealed_yaml
-from af2_ray.storage.stores import local_model
+from af2_ray.storage.stores import local_model, replacing
 
 FACTS = {"steps": 3, "loss": 1.5e-07, "name": "é", "nested": {"a": [1, 2]}}
 

@@ -11,10 +11,10 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from af2_ray.runs.run import Run, replacing
+from af2_ray.runs.run import Run
 from af2_ray.storage.files import Damaged
 from af2_ray.storage.places import inner_name
-from af2_ray.storage.stores import fetch, local_model, scratch
+from af2_ray.storage.stores import fetch, local_model, replacing, scratch
 
 KEYS = {
     "model/../../../escaped_1.txt": "..",
