@@ -213,6 +213,24 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cache.tokens_heard, cache.markers = tokens, markers[:, -1]
         return Heard(states, audio_index, tokens, markers, first)
 
+    def _states(
+        self,
+        states: AudioStates | None,
+        cache: AudioCache | None,
+        waveforms: Tensor | None,
+        windows_per_clip: Tensor | Sequence[int] | None,
+        tower_features: Tensor | None,
+    ) -> AudioStates | None:
+        """The states that `forward` was given, or those of the windows it was given, unless the cache has them."""
+        is_given = waveforms is not None or tower_features is not None
+        if is_given and states is None and (cache is None or cache.tokens_heard is None):
+            if windows_per_clip is None:
+                raise ValueError("windows_per_clip is needed beside waveforms: the number of windows of each clip")
+            states = self.encode_audio(waveforms, windows_per_clip, tower_features=tower_features)
+        if states is not None and cache is not None and not isinstance(cache, AudioCache):
+            raise ValueError(f"audio needs an AudioCache for past_key_values, not {type(cache).__name__}")
+        return states
+
     # --- Text -------------------------------------------------------------------------------------------------------
 
     def _lm_inputs(
@@ -286,13 +304,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             tower_features: features [S, F, D] in place of waveforms: what the tower made of them before.
         """
         cache = AudioCache(config=self.config.text_config) if past_key_values is None and use_cache else past_key_values
-        is_given = waveforms is not None or tower_features is not None
-        if is_given and audio_states is None and (cache is None or cache.tokens_heard is None):
-            if windows_per_clip is None:
-                raise ValueError("windows_per_clip is needed beside waveforms: the number of windows of each clip")
-            audio_states = self.encode_audio(waveforms, windows_per_clip, tower_features=tower_features)
-        if audio_states is not None and cache is not None and not isinstance(cache, AudioCache):
-            raise ValueError(f"audio needs an AudioCache for past_key_values, not {type(cache).__name__}")
+        audio_states = self._states(audio_states, cache, waveforms, windows_per_clip, tower_features)
         numbers = text_numbers(attention_mask, self.config.text_config)
         heard = self._hear(input_ids, audio_states, audio_index, cache, numbers) if audio_states or cache else None
         inputs, num_prefix = self._lm_inputs(input_ids, attention_mask, position_ids, heard, cache, numbers)

@@ -60,7 +60,7 @@ def test_evaluate() -> None:
     lines = printed(evaluate._table(details))
     assert max(map(len, lines)) <= 80
     assert lines[2].split()[-2:] == ["only", "chance"], "headings are whole"
-    assert any("…e/train.json)" in line and "12345" in line for line in lines)
+    assert any("short (" in line and "…" in line and "12345" in line for line in lines)
     assert any("identification" in line and "47.5-55.5" in line and "12345" in line for line in lines)
 
 
