@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     limits = {"max_windows": arguments.max_windows, "max_new_tokens": arguments.max_new_tokens}
     answer = answer_one(arguments.model, arguments.file, arguments.question, **limits)
-    console.console.print(answer, markup=False)
+    console.console.print(answer, markup=False, emoji=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ray Serve applications: they bind `af2_ray.serve` to HTTP and do nothing more."""
+"""Ray Serve applications: they bind `af2_ray.engine` to HTTP and do nothing more."""
 
 import os
 

@@ -69,8 +69,10 @@ def read_captions(uri: str, root: str | None = None) -> list[CaptionSet]:
     for number, row in rows:
         try:
             for item in _cut_items(row) if "recording" in row else [row]:
-                texts = [{"caption": item[key]} for key in ("caption", "text", "output") if item.get(key) is not None]
-                sets.append(_caption_set(_renamed(item) | (texts[0] if texts else {}), base))
+                if kind != "lines" or "recording" in row:  # plain lines have the keys that are documented, and no other
+                    caption = item.get("caption") or item.get("text") or item.get("output")
+                    item = _renamed(item) | {"caption": caption}
+                sets.append(_caption_set(item, base))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{uri}, {'line' if kind == 'lines' else 'row'} {number}: {_fault_of(error)}") from error
     return sets
@@ -204,7 +206,7 @@ def _lines(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"{uri}, line {number}: expected an object, got {type(row).__name__}")
                     yield number, row
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{uri}: no such manifest") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{uri}, line {number}: not JSON: {error.msg}") from error

@@ -32,6 +32,8 @@ from af2_ray.storage.stores import version_of
 
 logger = logging.getLogger(__name__)
 
+REFUSED, FAILED = "refused", "failed"  # reasons of results
+_AHEAD = 16  # clips that may be decoded before the engine takes them, up to 10 MB each
 _OFFLINE_TIMEOUT_S = 86_400.0  # nobody waits at the other end
 Row = dict[str, Any]
 """What is written of a question: `index`, `id`, `uri`, `prompt`, and `answer` with its counts, or `error`."""
@@ -70,7 +72,13 @@ class AnswerLimits:
 
 @dataclass(frozen=True)
 class Result:
-    """The answer to a question, or why there is none (`reason` short and stable, `detail` for reading)."""
+    """The answer to a question, or why there is none.
+
+    Attributes:
+        reason: short and stable; `refused` where the engine does not take the question, `failed` where the model could
+            not answer it; else a reason of `audio.decode.AudioError` or `samples.check_samples`.
+        detail: explanation, for reading.
+    """
 
     question: Question
     answer: str | None = None
@@ -84,7 +92,8 @@ class Result:
         question = self.question
         row = {"index": question.index, "id": question.id, "uri": question.stretch.uri, "prompt": question.prompt}
         if self.answer is None:
-            return row | {"error": f"{self.reason}: {self.detail}".rstrip(": ")}
+            is_of_engine = self.reason in (REFUSED, FAILED)
+            return row | {"error": self.detail if is_of_engine else f"{self.reason}: {self.detail}".rstrip(": ")}
         counts = {"completion_tokens": self.completion_tokens, "finish_reason": self.finish_reason}
         return row | {"answer": self.answer} | counts
 
@@ -140,20 +149,19 @@ def answer_all(
     """Greedy answers, in the order of `questions`; each clip is decoded and encoded once."""
     results: dict[int, Result] = {}
     clips = {one.clip_key: one.stretch for one in questions}
-    ahead = 2 * engine.settings.num_slots  # clips that may be decoded before the engine takes them
 
     def listen(place: int, event: Event) -> None:
         one = questions[place]
         if isinstance(event, Answer):
             results[place] = Result(one, event.text, event.completion_tokens, event.finish_reason)
         elif isinstance(event, RequestFailure):
-            results[place] = Result(one, reason=event.message)
+            results[place] = Result(one, reason=REFUSED if event.by_caller else FAILED, detail=event.message)
 
     places: dict[str, list[int]] = {}
     for place, one in enumerate(questions):
         places.setdefault(one.clip_key, []).append(place)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
-        coming = _ahead(pool, ((key, partial(_read, key, stretch, limits)) for key, stretch in clips.items()), ahead)
+        coming = _ahead(pool, ((key, partial(_read, key, stretch, limits)) for key, stretch in clips.items()), _AHEAD)
         done = False
         while not done or engine.num_waiting or engine.num_running:
             while not done and engine.num_waiting < engine.settings.num_slots:
@@ -266,7 +274,7 @@ def model_facts(model: str) -> dict[str, Any]:
 def parts_there(folder: str) -> set[int]:
     """Numbers of the chunks that are done."""
     fs, path = locate(folder)
-    fs.invalidate_cache()  # actors in other processes write there
+    fs.invalidate_cache()
     if not fs.exists(path):
         return set()
     names = [str(file).rsplit("/", 1)[-1] for file in fs.ls(path, detail=False)]

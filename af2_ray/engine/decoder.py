@@ -79,6 +79,7 @@ class Decoder:
             ]
             markers = (ids == self._model.config.audio_token_id).cumsum(dim=1)
             audio = RowsAudio.of_prompts(rows_kv, markers, lengths, self._projection.places)
+        self._changed = True  # whatever becomes of this: a recording may not outlive the slots it was made of
         self._cache.make_room(max(length + new for length, new in zip(lengths, max_new, strict=True)))
         mask = self._cache.before_prefill(lengths, embeds.dtype)
         hidden = self._forward(embeds, mask, torch.arange(embeds.shape[1], device=device)[None], audio)

@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -76,6 +76,7 @@ class Engine:
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
         self.max_windows = max_windows or int(model.config.max_windows)
         self.counts = Counts()
+        self._positions = int(model.config.text_config.max_position_embeddings)  # of text; a prefix comes on top
         self._projection = project = Projection(model)
         memory_bytes, budget = self.settings.audio_memory_mb * 2**20, self.settings.encode_windows
         self.memory = AudioMemory(project, project.states_bytes, project.projected_bytes, memory_bytes)
@@ -125,6 +126,9 @@ class Engine:
     def submit(self, request: Request, emit: Emit) -> Ticket:
         """Take a request; `emit` gets its pieces, and at last an `Answer` or a `RequestFailure` (perhaps at once)."""
         ids = self._read_prompt(request)
+        if not isinstance(ids, RequestFailure):  # an answer ends where the LM has no position left
+            left = self._positions - len(ids)
+            request = replace(request, max_new_tokens=min(request.max_new_tokens, left))
         ticket = Ticket(
             request, emit, [] if isinstance(ids, RequestFailure) else ids, self.tokenizer, self.model.device
         )
@@ -198,26 +202,18 @@ class Engine:
         if not 1 <= request.max_new_tokens <= self.settings.max_new_tokens:
             limit = self.settings.max_new_tokens
             return RequestFailure(f"max_new_tokens={request.max_new_tokens} is not within 1 to {limit}", by_caller=True)
-        room = self._positions(request) - request.max_new_tokens
+        limit = min(self.settings.max_prompt_tokens, self._positions - 1)
         try:
-            text = encode(self.tokenizer, [request.prompt], max_tokens=max(1, room), num_audios=len(request.clips))
+            text = encode(self.tokenizer, [request.prompt], max_tokens=limit, num_audios=len(request.clips))
         except ValueError as error:
             return RequestFailure(str(error), by_caller=True)
-        if text.num_truncated or room < 1:
-            most = f"{max(0, room)} tokens, all that the language model has beside {request.max_new_tokens} new ones"
-            return RequestFailure(f"the prompt is longer than {most}: shorten it, or ask for fewer", by_caller=True)
+        if text.num_truncated:
+            return RequestFailure(f"the prompt is longer than {limit} tokens: shorten it", by_caller=True)
         ids = [int(token) for token in text.input_ids[0]]
         trained = self.model.config.max_text_tokens
         if trained and len(ids) > trained:
             logger.warning("%s: a prompt of %d tokens; the model was trained on %d", request.id, len(ids), trained)
         return ids
-
-    def _positions(self, request: Request) -> int:
-        """Positions of the LM that are left for a request's text."""
-        positions = int(self.model.config.text_config.max_position_embeddings)
-        if not self._projection.is_prefix:
-            return positions
-        return positions - sum(clip.num_windows for clip in request.clips) * self._projection.tokens_per_window
 
     def _drop(self) -> None:
         """End what was cancelled or took too long."""

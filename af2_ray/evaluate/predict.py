@@ -1,7 +1,7 @@
 """Answers of an exported model to many questions, by the engine that serves it: what is scored is what users get.
 
 For the deaf control a question is asked again over another clip: one more request. Clips are encoded once, whatever the
-number of questions over them.
+number of questions over them. As when serving, a GPU answers in bf16 and a CPU in fp32 (`Engine.from_pretrained`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from af2_ray.audio.decode import AudioError, probe
 from af2_ray.audio.hear import Stretch
@@ -16,7 +17,17 @@ from af2_ray.cluster import Actors
 from af2_ray.config import Cluster, Evaluation, Serve
 from af2_ray.data.quarantine import Failure
 from af2_ray.data.samples import Sample, check_samples
-from af2_ray.engine.batch import AnswerLimits, Question, Result, answer_all, answer_on_ray, offline, plan_chunks
+from af2_ray.engine.batch import (
+    FAILED,
+    REFUSED,
+    AnswerLimits,
+    Question,
+    Result,
+    answer_all,
+    answer_on_ray,
+    offline,
+    plan_chunks,
+)
 from af2_ray.engine.engine import Engine
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.storage.places import is_remote, shown
@@ -50,6 +61,7 @@ def predict(
 
     Raises:
         ValueError: no model folder.
+        RuntimeError: the model fails on a question (its memory, for instance): scores of the others would mislead.
     """
     deaf_of, samples = deaf_of or {}, list(samples)
     good, bad = check_samples(samples)
@@ -64,14 +76,19 @@ def predict(
                 questions.append(Question(index + len(samples), f"{sample.id} over another clip", other, sample.prompt))
     log.info("%d questions over %d clips", len(good), len({one.stretch for one in questions}))
     answers: dict[int, str] = {}
-    unread: dict[Stretch, Failure] = {}
+    unread: dict[Any, Failure] = {}
     for result in _answered(model_dir, questions, evaluation, cluster):
         question = result.question
+        stretch = question.stretch
         if result.answer is not None:
             answers[question.index] = result.answer.strip()
-        else:
-            uri, offset_s = question.stretch.uri, question.stretch.offset_s
-            unread.setdefault(question.stretch, Failure(uri, result.reason, offset_s, result.detail))
+        elif result.reason == FAILED:
+            raise RuntimeError(f"{question.id}: {result.detail}")
+        elif result.reason != REFUSED:
+            unread.setdefault(stretch, Failure(stretch.uri, result.reason, stretch.offset_s, result.detail))
+        elif question.index < len(samples):
+            detail = f"{question.id}: {result.detail}"
+            unread[question.index] = Failure(stretch.uri, result.reason, stretch.offset_s, detail)
     predictions = []
     for index, sample in enumerate(samples):
         if index in answers:
@@ -88,6 +105,7 @@ def answer_one(
 
     Raises:
         ValueError: an empty question, or one that is too long; a recording that cannot be used; no model folder.
+        RuntimeError: the model fails.
     """
     if not question.strip():
         raise ValueError("the question is empty: ask something")
@@ -98,6 +116,8 @@ def answer_one(
     except AudioError as error:
         raise ValueError(str(error)) from error
     (result,) = answer_all(engine, [Question(0, "ask", stretch, question)], limits)
+    if result.reason == FAILED:
+        raise RuntimeError(result.detail)
     if result.answer is None:
         raise ValueError(f"{shown(uri)}: {result.reason}" + (f" ({result.detail})" if result.detail else ""))
     return result.answer.strip()

@@ -1,8 +1,9 @@
 """A large language model behind any OpenAI-compatible endpoint: replies in JSON, tried again with a reason, and priced.
 
 A model sometimes writes what was not asked for, and an endpoint is sometimes busy. The client of `openai` asks a busy
-endpoint the same again (`max_retries`); a reply that does not hold is handed back to the model with the reason, as
-often as the caller pays for. Each such try costs the whole prompt once more, and the last reply with its reason.
+endpoint (429, 5xx) the same again, after the time that its Retry-After says (`max_retries`); a reply that does not hold
+is handed back to the model with the reason, as often as the caller pays for. Each such try costs the whole prompt once
+more, and the last reply with its reason.
 """
 
 from __future__ import annotations

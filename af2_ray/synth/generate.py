@@ -31,10 +31,14 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a file of captions, JSON objects with `name` and `caption`.
 
     Raises:
-        ValueError: a line is none (the message names it), or there are no captions.
+        ValueError: no such file, a line that is none (the message names it), or no captions.
     """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     rows = []
-    for number, line in enumerate(path.read_text().split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -144,3 +144,12 @@ def test_objects_within_objects_end_in_an_error_that_names_the_file(tmp_path: Pa
     path.write_text('{"data": ' * 100_000 + "1" + "}" * 100_000)
     with pytest.raises(ValueError, match=rf"train\.{kind}"):
         (read_captions if kind.startswith("captions") else read_samples)(str(path))
+
+
+def test_lines_of_caption_sets_have_the_documented_keys_alone(tmp_path: Path) -> None:
+    """A clip that was cut out keeps `start` as a note: it is no offset."""
+    path = tmp_path / "train.captions.jsonl"
+    path.write_text('{"name": "a.wav", "duration": 10, "caption": "", "text": "a dog", "start": 30}\n')
+    (one,) = read_captions(str(path))
+    assert (one.offset_s, one.caption) == (0.0, "")
+    assert check_samples([one])[1] == [(one, "empty caption")]

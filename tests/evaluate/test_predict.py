@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import serve_toy
 import soundfile as sf
+import torch
 from job_runner import run_job
 from quiz import write_corpus
 from transformers import AutoTokenizer
@@ -98,6 +99,23 @@ def test_bad_clips_are_set_aside_with_the_reason(model_dir: Path, samples: list[
     assert [prediction.sample.id for prediction in predictions] == [sample.id for sample in samples[:2]]
     assert {failure.reason for failure in failures} == {"missing", "silent", "zero duration"}
     assert [prediction.deaf_text is None for prediction in predictions] == [True, False]
+
+
+def test_a_model_that_fails_ends_an_evaluation_and_a_long_question_is_set_aside(
+    model_dir: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = replace(samples[1], id="long", prompt="bell " * 2000)
+    predictions, failures = predict(model_dir, [samples[0], long], LIMITS, deaf_of={0: 1, 1: 0})
+    assert [prediction.sample.id for prediction in predictions] == [samples[0].id]
+    assert [(failure.reason, failure.uri) for failure in failures] == [("refused", long.uri)]
+    assert failures[0].detail.startswith("long: the prompt is longer")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(AudioFlamingo2ForConditionalGeneration, "embed_windows", fail)
+    with pytest.raises(RuntimeError, match=samples[0].id):
+        predict(model_dir, samples[:1], LIMITS)
 
 
 def test_on_ray_the_answers_are_the_same(model_dir: Path, samples: list[Sample], ray_cluster: Any) -> None:

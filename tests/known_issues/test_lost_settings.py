@@ -37,7 +37,9 @@ def test_the_trained_text_length_reaches_the_server(tiny_tokenizer: Any, caplog:
     assert 512 < long.prompt_tokens < positions
     assert caplog.text.count("the model was trained on 20") == 1
     assert isinstance(endless, RequestFailure)
-    assert f"{positions - 4} tokens" in endless.message
+    assert f"{positions - 1} tokens" in endless.message
+    limited = Engine(model, tiny_tokenizer, Serve(max_prompt_tokens=300))
+    assert isinstance(limited.answer([Request(words[1], max_new_tokens=4)])[0], RequestFailure)
 
 
 def test_the_trained_text_length_travels_with_the_processor(tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -215,7 +215,7 @@ def test_bad_requests_are_told_so_and_harm_nobody(client: openai.OpenAI, url: st
         ask(client, b"PK\x03\x04 a zip named wav")
     with pytest.raises(openai.BadRequestError, match="which the model reserves"):
         ask(client, text="<audio> hello")
-    with pytest.raises(openai.BadRequestError, match="longer than 512 tokens"):
+    with pytest.raises(openai.BadRequestError, match="longer than 1023 tokens"):
         ask(client, text="words " * 2000, stream=True)
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here"):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "hello"}])

@@ -14,4 +14,5 @@ SKILLS: dict[str, Skill] = {
     "attribute": attribute.SKILL,
     "caption": caption.SKILL,
 }
+# A kind of pair has one skill that asks for what it exchanges.
 BY_KIND = {skill.kind: (name, skill.asks) for name, skill in SKILLS.items() if skill.asks}
