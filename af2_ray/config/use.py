@@ -60,13 +60,13 @@ class Serve(Strict):
     audio_memory_mb: int = Field(
         1024, ge=1, description="MB of encoded audio that a replica keeps for further questions"
     )
-    max_audio_s: float = Field(300.0, gt=0, strict=False)
-    max_body_mb: int = Field(64, ge=1)
+    max_audio_s: float = Field(300.0, gt=0, strict=False, description="seconds of audio of a request, all clips")
+    max_body_mb: int = Field(64, ge=1, description="MiB of a request, its audio in base64")
     max_new_tokens: int = Field(256, ge=1)
     max_prompt_tokens: int = Field(
         4096, ge=1, description="tokens of a prompt at most; fewer where the language model has fewer positions"
     )
-    request_timeout_s: float = Field(120.0, gt=0, strict=False)
+    request_timeout_s: float = Field(120.0, gt=0, strict=False, description="seconds until a request is given up")
     requests_per_minute: int = Field(0, ge=0, description="limit of one API key, at one ingress replica; 0: none")
     audio_url_hosts: list[str] = Field([], description="hosts that https recordings may be fetched from; `*`: any")
     audio_url_prefixes: list[str] = Field([], description="object-store folders that recordings may be read from")
