@@ -20,7 +20,7 @@ from af2_ray.llm.journal import Journal
 from af2_ray.storage.files import put_in_place, temporary_of
 from af2_ray.synth.captions.by_grammar import GrammarCaptions
 from af2_ray.synth.captions.by_llm import LlmCaptions
-from af2_ray.synth.captions.sets import Engine
+from af2_ray.synth.captions.sets import CaptionEngine
 
 Row = dict[str, Any]
 MOST_IN_CHUNK = 64  # captions that are made anew when an actor is lost
@@ -53,20 +53,20 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def grammar_engine(rows: Sequence[Row], num_positives: int, num_negatives: int, seed: int) -> Engine:
+def grammar_engine(rows: Sequence[Row], num_positives: int, num_negatives: int, seed: int) -> CaptionEngine:
     """The grammar; a wrong caption may name any sound of the other rows."""
     return GrammarCaptions.of((row["caption"] for row in rows), num_positives, num_negatives, seed)
 
 
 def llm_engine(
     endpoint: Endpoint, num_positives: int, num_negatives: int, *, cache: Path | None = None, judged: bool = True
-) -> Engine:
+) -> CaptionEngine:
     """The LLM behind an endpoint; `cache` is the folder of its journal."""
     journal = Journal(cache) if cache else None
     return LlmCaptions(Client(endpoint), num_positives, num_negatives, journal, judged=judged)
 
 
-def make_captions(rows: Sequence[Row], engine: Engine, out: Path, concurrency: int) -> tuple[int, Spent]:
+def make_captions(rows: Sequence[Row], engine: CaptionEngine, out: Path, concurrency: int) -> tuple[int, Spent]:
     """Make the sets of all rows, and write them to `out`; rows without a set go to `failed_path(out)`, with the reason.
 
     Args:
@@ -90,7 +90,7 @@ def make_captions(rows: Sequence[Row], engine: Engine, out: Path, concurrency: i
 class CaptionMaker:
     """One actor: makes the sets of the chunks it is given."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: CaptionEngine) -> None:
         self._engine = engine
 
     def __call__(self, row: Mapping[str, Any]) -> Row:

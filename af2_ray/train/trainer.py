@@ -29,9 +29,9 @@ from af2_ray.runs.tracking import ReportCallback, Tracker
 from af2_ray.storage.files import read_json, sealed_json, write_whole
 from af2_ray.storage.places import is_remote
 from af2_ray.storage.stores import local_model
+from af2_ray.train.feed_start import Feed
 from af2_ray.train.loop import LoopConfig, train_loop
 from af2_ray.train.mend import mend
-from af2_ray.train.restart import Feed
 from af2_ray.train.task import Task
 from af2_ray.train.validation import Band
 

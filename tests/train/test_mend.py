@@ -20,8 +20,8 @@ from af2_ray.runs.run import Run, read_metrics
 from af2_ray.runs.tracking import ReportCallback
 from af2_ray.storage.files import digest, read_rows, sealed_json, write_whole
 from af2_ray.train.checkpoint import read_saved
+from af2_ray.train.feed_start import last_step
 from af2_ray.train.mend import SNAPSHOT, Newest, mend
-from af2_ray.train.restart import last_step
 
 STEPS = (4, 6, 8)
 LARGEST = "engine/zero.pt"

@@ -17,7 +17,7 @@ class Captions:
     negatives: tuple[tuple[str, ...], ...]
 
 
-class Engine(Protocol):
+class CaptionEngine(Protocol):
     """Makes the set of a caption."""
 
     @property
