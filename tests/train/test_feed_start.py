@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from af2_ray.train import restart
+from af2_ray.train import feed_start
 
 
 @pytest.mark.parametrize(("done", "start"), [(0, 0), (3, 12), (9, 36), (10, 36)])
@@ -16,10 +16,10 @@ def test_the_feed_begins_after_the_last_checkpoint(monkeypatch: pytest.MonkeyPat
         step_batches = 4
 
     asked: list[Any] = []
-    monkeypatch.setattr(restart, "last_step", lambda storage: done)
-    monkeypatch.setattr(restart, "make_dataset", lambda *given, **more: asked.append((given, more)))
+    monkeypatch.setattr(feed_start, "last_step", lambda storage: done)
+    monkeypatch.setattr(feed_start, "make_dataset", lambda *given, **more: asked.append((given, more)))
     plan: Any = Plan(range(40))  # ten steps
-    restart.Feed(plan, SimpleNamespace(), "storage", 0.25)()
+    feed_start.Feed(plan, SimpleNamespace(), "storage", 0.25)()
     assert asked[0][1] == {"start": start, "decode_cpus": 0.25}
 
 
