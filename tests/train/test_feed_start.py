@@ -24,4 +24,4 @@ def test_the_feed_begins_after_the_last_checkpoint(monkeypatch: pytest.MonkeyPat
 
 
 def test_before_the_first_checkpoint_no_step_is_done(tmp_path: Any) -> None:
-    assert restart.last_step(str(tmp_path)) == 0
+    assert feed_start.last_step(str(tmp_path)) == 0
