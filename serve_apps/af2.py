@@ -25,14 +25,15 @@ from af2_ray.config import Serve, load_recipe
 from serve_apps import ingress
 from serve_apps.embedding import REQUESTS_PER_PASS, Clap
 from serve_apps.ingress import Ingress, api
-from serve_apps.keys import Keys
+from serve_apps.keys import KeySource
 from serve_apps.replica import Model
 
 APP_NAME = "af2"
 _LEAVING_S = 5.0
 _INGRESS_CPUS = 0.25
 _LEAST_CPUS = 0.1
-_INGRESS_REQUESTS = 64  # a replica of the ingress holds this many bodies at most
+_INGRESS_REQUESTS = 1024  # at one replica of the ingress: slow uploads too; memory is what bounds them
+_INGRESS_LOAD = 16  # requests that a replica of the ingress should have at a time; more: another one
 
 # By value, once the module is whole: `serve.ingress` rewrites the signatures of the handlers in this process, and a
 # replica that imported the module itself would take `self` for a parameter of the request (and answer 422).
@@ -40,7 +41,9 @@ cloudpickle.register_pickle_by_value(ingress)
 # Not as decorators: those would hide the classes, and the replicas would miss every name defined further down.
 _MODEL = serve.deployment(name="Model")(Model)
 _CLAP = serve.deployment(name="Clap", max_ongoing_requests=2 * REQUESTS_PER_PASS)(Clap)
-_INGRESS = serve.deployment(name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS)(serve.ingress(api)(Ingress))
+_INGRESS = serve.deployment(
+    name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS, max_queued_requests=_INGRESS_REQUESTS
+)(serve.ingress(api)(Ingress))
 
 
 class AppArgs(BaseModel):
@@ -101,7 +104,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": _INGRESS_REQUESTS / 4,
+            "target_ongoing_requests": _INGRESS_LOAD,
         },
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
         graceful_shutdown_timeout_s=leaving_s,
@@ -111,7 +114,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         ray_actor_options={"num_cpus": cpus, "num_gpus": settings.embedding_gpus},
         graceful_shutdown_timeout_s=leaving_s,
     )
-    keys = Keys.digests_of_environment()  # of who deploys: a replica's environment may be another
+    keys = KeySource.of_environment()  # of who deploys: a replica's environment may be another
     return front.bind(model.bind(folder, settings), settings, embedder.bind(clap) if clap else None, keys)
 
 
@@ -188,6 +191,7 @@ def run_app(
         RuntimeError: the model's replica did not start (Serve's message has the reason).
     """
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is none
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Protocol
 
 from af2_ray.engine.request import Answer, Event, Piece, RequestFailure
 from serve_apps.limits import failure_error
@@ -15,7 +16,19 @@ from serve_apps.schemas import ApiError, ChatRequest
 
 logger = logging.getLogger("ray.serve")
 
-Begun = tuple[AsyncIterator[Event], Event]
+
+class Stream(Protocol):
+    """The events of an answer that a replica is writing."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    async def __anext__(self) -> Event: ...
+
+    def cancel(self) -> None:
+        """Give the answer up."""
+
+
+Begun = tuple[Stream, Event]
 """A stream and the event that was taken from it already."""
 
 
@@ -64,7 +77,7 @@ class Chunks:
 
 
 async def _pass_on(
-    index: int, stream: AsyncIterator[Event], first: Event, events: asyncio.Queue[tuple[int, Event | Exception]]
+    index: int, stream: Stream, first: Event, events: asyncio.Queue[tuple[int, Event | Exception]]
 ) -> None:
     """Every event of one answer, with its index; what goes wrong on the way is the last."""
     event = first

@@ -283,8 +283,8 @@ class _Sound:
 def _blocks(file: sf.SoundFile, start: int, num_frames: int) -> _Sound:
     """Read up to `num_frames` of the first channel from `start`, resampled as they come.
 
-    Nothing but one block is held at the file's own rate: five minutes at 192 kHz take 20 MB in place of 460. The samples
-    are those of resampling all at once, to the bit.
+    Nothing but one block is held at the file's own rate: five minutes at 192 kHz take 39 MB in place of 440. The
+    samples are those of resampling all at once, to the bit.
 
     16-bit samples are read as they are, and only the channel that is kept is made float, to the same bits: where
     libsndfile converts all of them, a WAV file takes 7 times as long to read.

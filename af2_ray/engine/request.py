@@ -54,6 +54,8 @@ class Request:
     top_logprobs: int | None = None
     """Number of likely tokens that an answer lists at each place, beside the chosen one; none: no probabilities."""
     id: str = ""
+    owner: str = ""
+    """Who asks; nobody: anyone."""
 
     @property
     def audio_s(self) -> float:

@@ -58,10 +58,9 @@ def _embed(items: str) -> str:
 
 def _labels(labels: str, template: str = "a {}") -> str:
     clip = base64.b64encode(wav(0.1)).decode()
-    return (
-        f'{{"model": "af2-clap", "input": {{"type": "input_audio", "input_audio": {{"format": "wav", "data": "{clip}"}}}},'
-        f'"candidate_labels": [{labels}], "hypothesis_template": "{template}"}}'
-    )
+    audio = f'{{"type": "input_audio", "input_audio": {{"format": "wav", "data": "{clip}"}}}}'
+    texts = f'"candidate_labels": [{labels}], "hypothesis_template": "{template}"'
+    return f'{{"model": "af2-clap", "input": {audio}, {texts}}}'
 
 
 def bodies(size: int) -> Iterator[tuple[str, str, bytes]]:
@@ -130,7 +129,19 @@ def bodies(size: int) -> Iterator[tuple[str, str, bytes]]:
         "a long label": _labels(f'"{"x" * (fill - 8192)}"'),
         "many labels": _labels(_many(_LABEL, fill - 8192)),
     }
-    for handler, shapes in ((CHAT, chats), (EMBEDDINGS, embeddings), (LABELS, labels)):
+    few = 16_000  # of the values that one body may have, with the commas and brackets of their own
+    objects = ",".join([_OBJECT] * 2 * few)
+    within = {
+        "many parts": _chat(f"[{','.join([_EMPTY] * 4 * few)}]"),
+        "many parts of text": _chat(f"[{','.join([_TEXT] * few)}]"),
+        "many recordings": _chat(f"[{','.join([_RECORDING] * few)}]"),
+        "many numbers as parts": _chat(f"[{','.join([_ZERO] * 4 * few)}]"),
+        "many unknown objects": _chat('"a"', f', "n": 9, "x": [{objects}]'),
+        "many messages": f'{{"model": "af2", "messages": [{_many(_MESSAGE, few * len(_MESSAGE))}]}}',
+        "many tools": _chat('"a"', f', "tools": [{objects}]'),
+        "many stop strings": _chat('"a"', f', "stop": [{_many(_EMPTY, 12 * few)}]'),
+    }
+    for handler, shapes in ((CHAT, chats), (CHAT, within), (EMBEDDINGS, embeddings), (LABELS, labels)):
         for name, body in shapes.items():
             yield name, handler, body if isinstance(body, bytes) else body.encode()
 
@@ -185,7 +196,7 @@ async def _measure(handler: Callable[[Request], Awaitable[Any]], body: bytes) ->
 async def main(mib: int) -> None:
     """Measure all shapes."""
     resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
-    ingress = Ingress(cast(Any, None), Serve(max_body_mb=mib))
+    ingress = Ingress(cast(Any, None), Serve(max_body_mb=mib, max_audio_s=60.0))
     await _measure(ingress.chat, _chat('"a"', ', "n": 9').encode())  # threads and tables that stay
     found = {}
     for name, handler, body in bodies(mib * 2**20):
