@@ -83,6 +83,7 @@ class DecodePool:
             raise
         except (EOFError, OSError, ValueError, TypeError, KeyError) as error:
             process.kill()
+            process.wait()
             logger.warning("a decoder ended over a recording of %d bytes: %r", len(data), error)
             if is_late.is_set():
                 message = f"{name}: takes more than {self._limit_s:g} s to decode: send it at a lower rate or shorter"
