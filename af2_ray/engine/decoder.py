@@ -119,6 +119,8 @@ class Decoder:
         if row < len(self._rows_kv):
             self._rows_kv[row] = last
         self._changed = True
+        if not self._rows_kv:
+            self._hearing = None  # nothing that was heard is held any longer by who hears nothing
 
     def _forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, audio: RowsAudio | None) -> Tensor:
         """The LM's last hidden states [B, T, D]."""
