@@ -7,7 +7,6 @@ there until another one needs its place; Serve sends its questions to the replic
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -66,15 +65,11 @@ class Places(Generic[ModelT]):
             while self._num_live >= self._num:
                 self._left.clear()
                 await self._left.wait()
-            model = await asyncio.to_thread(self._make_after_others, name)
+            model = await asyncio.to_thread(self._make, name)
             self._live.add(model)
             self._num_live += 1
             weakref.finalize(model, self._tell, asyncio.get_running_loop()).atexit = False
             return model
-
-    def _make_after_others(self, name: str) -> ModelT:
-        gc.collect()  # an engine is a knot of references: without this, its memory would outlive it for a while
-        return self._make(name)
 
     def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
         """A model is gone, in whichever thread held it last; what waits for its place is in the loop's."""

@@ -220,6 +220,11 @@ class Engine:
             self._leave(ticket, _FAILED)
         self._free(dict.fromkeys(self._running, _FAILED))
 
+    def close(self) -> None:
+        """Give every request up, and the device's memory as soon as nobody holds the engine; it answers no more."""
+        self.fail_all()
+        self._decoder.close()
+
     # --- Taking requests -----------------------------------------------------------------------------------------
 
     def _tickets(self) -> tuple[Ticket, ...]:

@@ -121,7 +121,7 @@ class Runner:
             _settle(number, 0)
         for call in calls:
             call.submit_to(self.engine)
-        self.engine.fail_all()
+        self.engine.close()
 
     def _sleep_s(self) -> float:
         """How long there is nothing to do if nobody comes: until the next clip is too old to be kept."""

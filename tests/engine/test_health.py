@@ -97,7 +97,7 @@ def test_answers_that_are_not_numbers_are_failures(engine: Engine, monkeypatch: 
 
 
 def test_a_hostile_request_does_not_make_a_replica_unhealthy(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model fails on one kind of prompt, which somebody sends again and again, among others' questions and alone."""
+    """The model fails on one kind of prompt, which somebody sends on and on, among others' questions and alone."""
     forward, asked = engine._decoder._forward, 0
 
     def explode(embeds: torch.Tensor, *rest: Any) -> torch.Tensor:
