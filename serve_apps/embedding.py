@@ -25,7 +25,7 @@ class Clap:
 
     async def embed(self, items: Sequence[str | Clip]) -> Embedded | RequestFailure:
         """The vectors of a request's items, in order."""
-        tokens = self._embedder.read(items)
+        tokens = await asyncio.to_thread(self._embedder.read, items)  # long texts take seconds
         if isinstance(tokens, RequestFailure):
             return tokens
         embedded: Embedded = await self._pass(items)

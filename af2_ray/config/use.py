@@ -86,6 +86,20 @@ class Serve(Strict):
     decoder_memory_mb: int = Field(512, ge=64, description="MiB that each of these may take")
     audio_url_hosts: list[str] = Field([], description="hosts that https recordings may be fetched from; `*`: any")
     audio_url_prefixes: list[str] = Field([], description="object-store folders that recordings may be read from")
+    answers_per_key: int = Field(
+        0, ge=0, description="answers of one API key that a replica writes at one time; 0: as many as there are slots"
+    )
+    keep_audio_s: float = Field(
+        3600.0,
+        ge=0,
+        strict=False,
+        description="seconds that a replica keeps encoded audio after its last use; 0: not beyond the answer",
+    )
+    max_failed_steps: int = Field(
+        3,
+        ge=1,
+        description="number of failed steps in a row after which a replica tests itself; unhealthy if that fails",
+    )
     stall_s: float = Field(
         60.0, gt=0, strict=False, description="seconds of a step beyond which a replica counts as unhealthy"
     )
