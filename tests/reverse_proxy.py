@@ -135,7 +135,12 @@ class Proxy:
         return client
 
     def ask(
-        self, path: str, body: bytes = b"", headers: Iterable[tuple[str, str | bytes]] = (), *, address: str = "127.0.0.1"
+        self,
+        path: str,
+        body: bytes = b"",
+        headers: Iterable[tuple[str, str | bytes]] = (),
+        *,
+        address: str = "127.0.0.1",
     ) -> tuple[int, Headers, bytes]:
         """Status, headers and body of an answer; with a body it is a POST."""
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10, source_address=(address, 0))
@@ -156,7 +161,9 @@ def started(upstream_port: int, **values: object) -> Iterator[Proxy]:
     port, live = nodes.free_ports(2)
     places = {"LISTEN": f"127.0.0.1:{port}", "LIVE": f"127.0.0.1:{live}", "UPSTREAM": f"127.0.0.1:{upstream_port}"}
     with tempfile.TemporaryDirectory() as folder:  # not pytest's, which no other user may enter
-        environment = {f"AF2_PROXY_{name}": str(value) for name, value in (places | {"FOLDER": folder} | values).items()}
+        environment = {
+            f"AF2_PROXY_{name}": str(value) for name, value in (places | {"FOLDER": folder} | values).items()
+        }
         log = Path(folder) / "log"
         with log.open("a") as file:
             command = ["sh", str(FOLDER / "start.sh")]
