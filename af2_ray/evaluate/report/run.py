@@ -38,7 +38,7 @@ def write_report(
         path: name of the HTML file; its folder is made.
         summary: contents of summary.json.
         losses: pairs (step, loss) by `lm`, `clap` and the stages' names, in order.
-        details: rows by skill, duration and benchmark with controls and intervals (`AnswerScores.to_json`).
+        details: rows by skill, duration and benchmark with controls and intervals (`scoring.score`).
         scene: held-out scene of the summary's `answer`: `uri`, `duration_s` and `events` as in scenes.jsonl
             (`label`, `onsets_s`, `hit_s`).
         predictions: examples to show, rows of predictions.jsonl (`choose_examples`).
