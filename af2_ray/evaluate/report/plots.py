@@ -168,9 +168,9 @@ def points(levels: Mapping[str, Sequence[tuple[float, Sequence[float]]]], key: s
         return svg(figure, key)
 
 
-def parallel(rows: Sequence[tuple[Mapping[str, str], float | None]], keys: Sequence[str], metric: str) -> str:
+def parallel(rows: Sequence[tuple[Mapping[str, Any], float | None]], keys: Sequence[str], metric: str) -> str:
     """Parallel coordinates: a line a row through its values to its metric; faint where there is no metric."""
-    levels = {key: list(dict.fromkeys(values[key] for values, _ in rows)) for key in keys}
+    levels = {key: list(dict.fromkeys(str(values[key]) for values, _ in rows)) for key in keys}
     heights = {key: np.linspace(0, 1, max(2, len(names))).tolist() for key, names in levels.items()}
     found = [score for _, score in rows if score is not None]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
@@ -178,7 +178,7 @@ def parallel(rows: Sequence[tuple[Mapping[str, str], float | None]], keys: Seque
         figure = Figure(figsize=(9.2, 3.2))
         axes = figure.add_subplot()
         for values, score in rows:
-            line = [heights[key][levels[key].index(values[key])] for key in keys]
+            line = [heights[key][levels[key].index(str(values[key]))] for key in keys]
             if score is None:
                 axes.plot(range(len(keys)), line, color=FAINT, linewidth=0.8, marker=".")
                 continue
