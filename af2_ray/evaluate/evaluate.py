@@ -98,7 +98,7 @@ def evaluate_run(
     clap = None
     if clap_dir is not None and evaluation.captions is not None:
         settings = ClapSettings(clap_max_windows, evaluation.batch_windows, evaluation.gallery)
-        clap = evaluate_clap(clap_dir, evaluation.captions, settings)
+        clap = evaluate_clap(ClapModel.load(clap_dir, settings), evaluation.captions)
     failures = [*unusable, *unread, *(clap.failures if clap else ())]
     result = EvaluationResult(details, clap, predictions, seen_predictions, failures)
     if out_dir is not None:
@@ -106,19 +106,17 @@ def evaluate_run(
     return result
 
 
-def evaluate_clap(clap_dir: str | Path, uri: str, settings: ClapSettings, *, root: str | None = None) -> ClapScores:
-    """Scores of an exported AF-CLAP folder on one file of captions or labels.
+def evaluate_clap(clap: ClapModel, uri: str, root: str | None = None) -> ClapScores:
+    """Scores of an AF-CLAP model on one file of captions or labels.
 
     Args:
-        clap_dir: AF-CLAP folder, local or remote.
+        clap: model, and how far it is asked.
         uri: file of a benchmark (`benchmarks.BENCHMARKS`).
-        settings: windows, gallery and templates.
         root: folder of the audio; none: where the benchmark has it.
 
     Raises:
-        ValueError: no model there, a file that cannot be read, or no clip that can.
+        ValueError: a file that cannot be read, or no clip that can.
     """
-    clap = ClapModel.load(clap_dir, settings)
     benchmark = find(uri, EmbeddingBenchmark)
     return benchmark.score(clap, benchmark.read(uri, root))
 
