@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             corpus = clock.time("corpus", partial(console.corpus, recipe.corpus))
             with console.cluster(run.root / "logs"):
                 steps = clock.time("training", lambda: train_run(run, watch=console.watch))
-                scores = clock.time("evaluation", lambda: _evaluate(run))
-                answer = clock.time("serving", lambda: _ask(run))
+                scores = clock.time("evaluation", lambda: _once(run, "evaluation", _evaluate))
+                answer = clock.time("serving", lambda: _once(run, "serving", _ask))
             summary = clock.time("report", lambda: _summarise(run, corpus, steps, scores, answer))
         clock.keep_peak(peak.gib)
         summary |= {"seconds": clock.seconds}
@@ -61,17 +61,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.console.print(f"\nreport:  {report}\nsummary: {run.root / 'summary.json'}\nmodel:   {run.model_dir}")
 
 
+def _once(run: Run, name: str, step: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """A step's facts: made now, or kept where it has been finished."""
+    console.heading(name)
+    if done := finished(run.root / name):
+        console.console.print("done before")
+        return done
+    return mark_finished(run.root / name, step(run))
+
+
 def _evaluate(run: Run) -> dict[str, Any]:
     """Scores of the run's model and encoder on unseen source clips, beside the controls."""
     from af2_ray.evaluate.evaluate import choose_examples, evaluate_run
     from af2_ray.runs.tracking import Tracker
     from af2_ray.synth.sounds.bank import Bank
 
-    console.heading("evaluation")
-    folder = run.root / "evaluation"
-    if done := finished(folder):
-        console.console.print("done before")
-        return done
     recipe = run.recipe
     assert recipe.corpus is not None
     train = {dataset.manifest: dataset for stage in recipe.stages for dataset in stage.data}
@@ -80,7 +84,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
         recipe.evaluation,
         train=list(train.values()),
         clap_dir=run.clap_dir / "model",
-        out_dir=folder,
+        out_dir=run.root / "evaluation",
         cluster=recipe.cluster,
         clap_max_windows=recipe.clap.max_windows if recipe.clap else 1,
         wordings=Bank(Path(recipe.corpus.dir) / "sources").phrases,
@@ -93,7 +97,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     tracker.finish("evaluation")
     examples = [prediction.to_json() for prediction in choose_examples(result.predictions)]
     failures = facts.pop("set_aside")
-    return mark_finished(folder, facts | {"examples": examples, "failures": failures})
+    return facts | {"examples": examples, "failures": failures}
 
 
 def _ask(run: Run) -> dict[str, Any]:
@@ -102,11 +106,6 @@ def _ask(run: Run) -> dict[str, Any]:
 
     from serve_apps.af2 import run_app
 
-    console.heading("serving")
-    folder = run.root / "serving"
-    if done := finished(folder):
-        console.console.print("done before")
-        return done
     sample = _question(run)
     with run_app(run.model_dir, str(run.root / "recipe.yaml")) as url:
         client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
@@ -123,7 +122,7 @@ def _ask(run: Run) -> dict[str, Any]:
     text = reply.choices[0].message.content or ""
     console.console.print(f"POST {url}/chat/completions  {Path(sample.uri).name}\nQ  {sample.prompt}\nA  {text}")
     facts = {"question": sample.prompt, "expected": sample.answer, "text": text, "uri": sample.uri}
-    return mark_finished(folder, facts | {"latency_s": round(latency_s, 2)})
+    return facts | {"latency_s": round(latency_s, 2)}
 
 
 def _question(run: Run) -> Sample:
