@@ -19,6 +19,7 @@ from pathlib import Path
 
 from af2_ray import console
 from af2_ray.llm.client import Client, Endpoint
+from af2_ray.llm.journal import Journal
 from af2_ray.storage.stores import scratch
 from af2_ray.synth.captions.by_grammar import GrammarCaptions
 from af2_ray.synth.captions.by_llm import LlmCaptions
@@ -29,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the sets, and print how many and what they cost; more failures than allowed are exit code 1."""
     args = _arguments(argv)
     endpoint = Endpoint(args.model, args.base_url, *args.price)
+    journal = Journal(args.cache) if args.cache else None
     rows = read_rows(args.captions)
     if args.engine == "llm" and not args.model:
         raise ValueError("--engine llm needs --model")
     engine = (
-        LlmCaptions(Client(endpoint), args.positives, args.negatives, args.cache, judged=not args.no_judge)
+        LlmCaptions(Client(endpoint), args.positives, args.negatives, journal, judged=not args.no_judge)
         if args.engine == "llm"
         else GrammarCaptions.of((row["caption"] for row in rows), args.positives, args.negatives, args.seed)
     )

@@ -9,18 +9,16 @@ the caption. A set costs two requests where the first try holds, and two more fo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from af2_ray.llm.client import Client, NoReply, Spent
-from af2_ray.storage.files import write_whole
+from af2_ray.llm.journal import Journal
+from af2_ray.llm.judge import judge
 from af2_ray.synth.captions.sets import Captions
 
 RELATIONS = ("order", "binding", "count", "position", "loudness", "class")
@@ -63,8 +61,7 @@ class LlmCaptions:
         client: the model.
         num_positives: M of AF-CLAP (docs/paper.md, "AF-CLAP"): the caption and M - 1 paraphrases.
         num_negatives: N of AF-CLAP: wrong captions for each of these M.
-        cache: folder where sets are kept, so that a run that was stopped pays for nothing twice; processes and
-            machines may share it. None: every caption is asked for anew.
+        journal: caption sets of earlier calls; none: every caption is asked for anew.
         attempts: number of times that the model may write a set before it is given up.
         judged: True where a second request asks whether paraphrases are true and wrong captions false.
     """
@@ -72,7 +69,7 @@ class LlmCaptions:
     client: Client
     num_positives: int = 3
     num_negatives: int = 3
-    cache: Path | None = None
+    journal: Journal | None = None
     attempts: int = 3
     judged: bool = True
 
@@ -87,30 +84,22 @@ class LlmCaptions:
         Raises:
             ValueError: the model wrote none that holds, or the endpoint refused; the message has the reason.
         """
-        kept = self.cache / self._kept_at(caption) if self.cache else None
-        if kept and kept.is_file():
+        model, sizes = self.client.endpoint.model, (self.num_positives, self.num_negatives)
+        deciding = [_VERSION, _TASK, self.judged, model, caption, *sizes]
+        if self.journal and (known := self.journal.read(deciding)):
             self.spent["cached"] += 1
-            return _captions(caption, json.loads(kept.read_text()))
+            return _captions(caption, known)
         task = _TASK.format(positives=self.num_positives - 1, negatives=self.num_negatives)
-        messages = [
-            {"role": "system", "content": task},
-            {"role": "user", "content": f"Caption: {caption}\nThe first set is the caption itself, unchanged."},
-        ]
-        schema = _schema(self.num_positives, self.num_negatives)
+        asked = f"Caption: {caption}\nThe first set is the caption itself, unchanged."
+        messages = [{"role": "system", "content": task}, {"role": "user", "content": asked}]
+        fault = partial(self._fault, caption)
         try:
-            sets = self.client.reply_that_holds(messages, "sets", schema, partial(self._fault, caption), self.attempts)
+            sets = self.client.reply_that_holds(messages, "sets", _schema(*sizes), fault, self.attempts)
         except NoReply as error:
             raise ValueError(f"no usable captions for {caption!r}: {error}") from error
-        if kept:
-            write_whole(kept, json.dumps(sets))
+        if self.journal:
+            self.journal.write(deciding, sets)
         return _captions(caption, sets)
-
-    def _kept_at(self, caption: str) -> str:
-        """The file of a set within the cache, by the SHA-256 of all that decides it: another question is another."""
-        model = self.client.endpoint.model
-        deciding = [_VERSION, _TASK, self.judged, model, caption, self.num_positives, self.num_negatives]
-        name = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
-        return f"{name[:2]}/{name}.json"
 
     def _fault(self, caption: str, sets: Any) -> str:
         """What is wrong with a set by its words, or by the judge; empty: nothing."""
@@ -118,24 +107,13 @@ class LlmCaptions:
         return faults(caption, sets, self.num_positives, self.num_negatives) or self._untrue(caption, sets)
 
     def _untrue(self, caption: str, sets: Sequence[dict[str, Any]]) -> str:
-        """The first paraphrase that need not be true or wrong caption that could be, as a reason; empty: none.
-
-        All texts are judged in one request, which costs one prompt in place of twelve. A model that is asked so answers
-        a little less sharply than one that sees each text alone.
-        """
+        """The first paraphrase that need not be true or wrong caption that could be, as a reason; empty: none."""
         paraphrases = [one["text"] for one in sets[1:]]
         texts = [*paraphrases, *(each["text"] for one in sets for each in one["negatives"])]
         if not self.judged or not texts:
             return ""
-        listed = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-        messages = [
-            {"role": "system", "content": _JUDGE},
-            {"role": "user", "content": f"Caption: {caption}\nTexts:\n{listed}"},
-        ]
-        size = {"minItems": len(texts), "maxItems": len(texts)}
-        schema = {"type": "array", "items": {"enum": ["all", "some", "none"]}, **size}
-        verdicts = self.client.reply(messages, "verdicts", schema)
-        if not isinstance(verdicts, list) or len(verdicts) != len(texts):
+        verdicts = judge(self.client, _JUDGE, f"Caption: {caption}", texts, ("all", "some", "none"))
+        if not verdicts:
             return "the check of the set came back incomplete"
         for place, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)):
             if place < len(paraphrases) and verdict != "all":
