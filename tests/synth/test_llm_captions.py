@@ -10,6 +10,7 @@ import pytest
 from scripted import Scripted
 
 from af2_ray.llm.client import Client
+from af2_ray.llm.journal import Journal
 from af2_ray.synth.captions.by_llm import LlmCaptions, faults
 
 CAPTION = "a dog followed by a bell"
@@ -34,7 +35,7 @@ def llm() -> Iterator[Scripted]:
 
 def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, tmp_path: Path) -> None:
     llm.answers = [{"sets": GOOD}, {"verdicts": ["all"] + ["none"] * 4}]
-    engine = LlmCaptions(Client(llm.endpoint), 2, 2, tmp_path)
+    engine = LlmCaptions(Client(llm.endpoint), 2, 2, Journal(tmp_path))
     made = engine(CAPTION)
     assert made.caption == CAPTION
     assert made.paraphrases == ("a bell after a dog",)
@@ -46,7 +47,7 @@ def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, t
     assert "Texts:\n1. a bell after a dog\n2." in llm.asked[1]["messages"][1]["content"]
     assert engine.spent == {"requests": 2, "prompt_tokens": 200, "completion_tokens": 20}
     assert llm.endpoint.cost(engine.spent) == pytest.approx(600e-6)
-    again = LlmCaptions(Client(llm.endpoint), 2, 2, tmp_path)
+    again = LlmCaptions(Client(llm.endpoint), 2, 2, Journal(tmp_path))
     assert again(CAPTION) == made
     assert again.spent == {"cached": 1}
     llm.answers = [{"sets": GOOD}, {"verdicts": ["all"]}]
