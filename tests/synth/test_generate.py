@@ -11,6 +11,7 @@ import pytest
 from scripted import Scripted
 
 from af2_ray.llm.client import Client
+from af2_ray.llm.journal import Journal
 from af2_ray.synth import generate
 from af2_ray.synth.captions.by_grammar import GrammarCaptions
 from af2_ray.synth.captions.by_llm import LlmCaptions
@@ -54,7 +55,7 @@ def test_a_cache_of_an_older_version_is_used(rows: list[dict[str, Any]], tmp_pat
     llm = Scripted()
     llm.answers = [{"sets": SETS}, {"verdicts": ["all", "none", "none"]}]
     out, cache = tmp_path / "sets.jsonl", tmp_path / "cache"
-    engine = LlmCaptions(Client(llm.endpoint), 2, 1, cache)
+    engine = LlmCaptions(Client(llm.endpoint), 2, 1, Journal(cache))
     _, spent = make_captions(rows[:1], engine, out, concurrency=1)
     assert (spent["requests"], spent["cached"]) == (2, 0)
     llm.close()
