@@ -186,4 +186,4 @@ def _quiet(loop: LoopConfig, rank: int) -> None:
     torch.set_num_threads(loop.recipe.cluster.threads_per_worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logger.info("rank %d: %d threads, %s", rank, loop.threads, loop.task)
+    logger.info("rank %d: %d threads, %s", rank, torch.get_num_threads(), loop.task)
