@@ -1,6 +1,7 @@
 """Both losses against loops written from the paper's formula, and what they do with nothing to learn."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
