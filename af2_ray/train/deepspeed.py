@@ -39,8 +39,7 @@ def deepspeed_config(
         "steps_per_print": 10**9,
     }
     if precision == "mixed":  # no module's gradients travel in bf16
-        cast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        config["torch_autocast"] = cast
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return _merge(config, settings.raw)
 
 
