@@ -22,8 +22,8 @@ from af2_ray.storage.files import write_whole
 from af2_ray.storage.places import is_remote
 
 if TYPE_CHECKING:
-    from af2_ray.runs.tracking import Tracker
     from af2_ray.data.samples import Sample
+    from af2_ray.runs.tracking import Tracker
     from af2_ray.synth.corpus import CorpusReport
 
 Result = TypeVar("Result")
