@@ -77,15 +77,15 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path}: is its own base")
     raw = read_yaml(path)
     base = raw.pop("base", None)
-    return raw if base is None else _merge(_read(_find(base), (*seen, path)), raw)
+    return raw if base is None else merge(_read(_find(base), (*seen, path)), raw)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` laid over `below`, block by block; lists and values are replaced whole."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 
