@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES
+from af2_ray.config import Budget
 from af2_ray.data.blend import Blend
 from af2_ray.data.columns import Joined, SampleTable, clip_numbers, durations
-from af2_ray.data.packing import Budget, Index, Rows, deal_steps, fill_rows, share_clips
+from af2_ray.data.packing import Index, Rows, deal_steps, fill_rows, share_clips
 from af2_ray.data.plan_stats import PlanStats, measure
 from af2_ray.data.samples import CaptionSet, Item, ItemT, Sample, fingerprint
 
@@ -265,7 +266,7 @@ def text_lengths(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], 
     if isinstance(samples, SampleTable):
         total = np.full(len(samples), _FRAME_TOKENS, np.int64)
         for name in ("prompt", "answer"):
-            values, codes = samples.texts(name)
+            values, codes = samples.texts[name]
             parts = [_num_tokens(tokenizer, values.slice(i, _TEXTS).to_pylist()) for i in range(0, len(values), _TEXTS)]
             total += np.concatenate(parts or [np.empty(0, np.int64)])[codes]
         return np.minimum(total, max_tokens)
@@ -329,11 +330,10 @@ class _Pool:
         stats = measure(
             windows, rows.text_tokens(self.texts), rows.row_starts, len(rows.entries), cost, budget.step_batches
         )
-        sizes = [name for name in dir(Budget) if not name.startswith("_")]
         origin = {
             "data": fingerprint(self.items),
             "text lengths": _digest("", self.texts),
-            "budget": " ".join(f"{name}={getattr(budget, name)}" for name in sizes),
+            "budget": " ".join(f"{name}={value}" for name, value in sorted(budget)),
             **more,
         }
         mark = _digest(repr(origin), rows.entries, rows.clip_starts, rows.row_starts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,6 @@ class Failure:
     detail: str = ""
     row: int = -1
     num_samples: int = 1
-
-
-def to_json(failures: Iterable[Failure]) -> str:
-    """Failures as the JSON array that travels in a row."""
-    return json.dumps([asdict(failure) for failure in failures])
-
-
-def from_json(text: str) -> tuple[Failure, ...]:
-    """Inverse of `to_json`."""
-    return tuple(Failure(**item) for item in json.loads(text))
 
 
 class TooManyBad(RuntimeError):

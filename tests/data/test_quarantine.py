@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from af2_ray.data.quarantine import Failure, Quarantine, TooManyBad, from_json, to_json
+from af2_ray.data.quarantine import Failure, Quarantine, TooManyBad
 from af2_ray.storage.files import read_rows
 
 BAD = Failure("a.flac", "truncated", 1.0, "half", row=3)
-
-
-def test_json_round_trip() -> None:
-    assert from_json(to_json([BAD, Failure("b.flac", "missing")])) == (BAD, Failure("b.flac", "missing"))
-    assert from_json(to_json([])) == ()
 
 
 def test_listed_once_even_after_a_restart(tmp_path: Path) -> None:
