@@ -128,11 +128,11 @@ def _mark(headers: bytes) -> str:
     return hashlib.sha256(headers).hexdigest()[:16]
 
 
-def open_member(uri: str, whole_bytes: int, limit_s: float | None = None) -> tuple[IO[bytes], int]:
+def open_member(shard: str, member: str, whole_bytes: int, limit_s: float | None = None) -> tuple[IO[bytes], int]:
     """A member as a seekable stream, and its size; one up to `whole_bytes` is fetched in one read.
 
     Args:
-        uri: name `shard.tar#member`.
+        shard, member: names of both (`split_member`).
         whole_bytes: size up to which a member is read at once.
         limit_s: seconds that each read of a larger member may take; none: as long as it likes.
 
@@ -140,10 +140,6 @@ def open_member(uri: str, whole_bytes: int, limit_s: float | None = None) -> tup
         FileNotFoundError: no such shard, or no such member in it.
         ValueError: the shard changes while it is read.
     """
-    split = split_member(uri)
-    if split is None:
-        raise ValueError(f"{uri}: not the uri of a file in a shard (shard.tar#member)")
-    shard, member = split
     fs, path = locate(shard)
     for anew in (False, True):
         index = _index(shard, anew=anew)

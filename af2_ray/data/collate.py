@@ -229,9 +229,8 @@ class ClapCollator:
         )
 
     def _hear(self, stretch: Stretch, place: int) -> NDArray[np.int16]:
-        rng = np.random.default_rng((self.seed, place))
-        settings = self.clap
-        return hear(stretch, settings.max_windows, short_clips=settings.short_clips, augment=settings.augment, rng=rng)
+        clap, seed = self.clap, (self.seed, place)
+        return hear(stretch, clap.max_windows, short_clips=clap.short_clips, augment=clap.augment, seed=seed)
 
 
 def _end_to_end(encoded: text.TextBatch, sizes: list[int], pad_id: int) -> tuple[NDArray[np.int64], ...]:

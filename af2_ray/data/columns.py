@@ -141,7 +141,7 @@ class SampleTable(Sequence[Sample]):
 
 
 class Joined(Sequence[ItemT], Generic[ItemT]):
-    """Several sequences read as one, none of them copied."""
+    """Several sequences read as one by index, none of them copied."""
 
     def __init__(self, parts: Sequence[Sequence[ItemT]]) -> None:
         self.parts = tuple(parts)
@@ -150,13 +150,7 @@ class Joined(Sequence[ItemT], Generic[ItemT]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, place: int) -> ItemT: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[ItemT]: ...
-    def __getitem__(self, place: int | slice) -> ItemT | Sequence[ItemT]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def __getitem__(self, place: Any) -> Any:
         place = range(len(self))[place]
         part = bisect.bisect_right(self._ends, place)
         return self.parts[part][place - (self._ends[part - 1] if part else 0)]
@@ -184,16 +178,9 @@ class Pickled(Sequence[ItemT], Generic[ItemT]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> ItemT: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[ItemT]: ...
-    def __getitem__(self, place: int | slice) -> ItemT | Sequence[ItemT]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def __getitem__(self, place: Any) -> Any:
         place = range(len(self))[place]
-        item: ItemT = pickle.loads(self._bytes[self._starts[place] : self._starts[place + 1]].data)  # noqa: S301
-        return item
+        return pickle.loads(self._bytes[self._starts[place] : self._starts[place + 1]].data)  # noqa: S301
 
 
 def portable(items: Sequence[ItemT]) -> Sequence[ItemT]:
