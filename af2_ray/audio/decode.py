@@ -178,7 +178,7 @@ def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
     if split := shards.split_member(uri):
         if not is_remote(uri):
             return shards.open_member(*split, whole_bytes)
-        retried(lambda: shards.member_places(split[0]), limit_s=_INDEX_S)
+        retried(lambda: shards.index_of(split[0]), limit_s=_INDEX_S)
         return retried(lambda: shards.open_member(*split, whole_bytes, READ_S), limit_s=READ_S)
     fs, path = locate(uri)
     info = retried(lambda: fs.info(path), limit_s=READ_S)

@@ -46,10 +46,10 @@ class Blend:
 
         They are grouped by dataset and bucket; a weight above 1 repeats an index.
         """
-        chosen = []
-        for weight, seed, members, starts, order in self._buckets:
-            taken = members[epoch_slice(len(members), weight, epoch, seed)]
-            chosen.append(order[ragged(starts, taken)[0]])
+        chosen = [
+            order[ragged(starts, members[epoch_slice(len(members), weight, epoch, seed)])[0]]
+            for weight, seed, members, starts, order in self._buckets
+        ]
         return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
 
 

@@ -40,13 +40,15 @@ SILENCE = np.zeros((1, WINDOW_SAMPLES), np.int16)
 
 @dataclass(frozen=True)
 class _Batch:
-    """The fields that both batches have beside their tensors, and their way through the object store."""
+    """The fields that both batches have, and their way through the object store."""
 
     row: int  # its number in the plan
     num_clips: int  # planned, the failed ones included
     failures: tuple[Failure, ...]
     sample_ids: tuple[str, ...]
     num_truncated: int
+    waveforms: Array = field(kw_only=True)  # int16 [S, 160000], or from a `FeatureStore` the tower's features [S, F, D]
+    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
 
     def to_row(self) -> dict[str, Any]:
         """A flat dict of 1-D arrays, shapes and one JSON string: what Arrow stores without copies or objects."""
@@ -98,8 +100,6 @@ class LmBatch(_Batch):
     `attention_mask`. `sample_ids` has one entry a question.
     """
 
-    waveforms: Array = field(kw_only=True)  # int16 [S, 160000], or from a `FeatureStore` the tower's features [S, F, D]
-    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
     audio_index: Array = field(kw_only=True)  # int64 [B, K]
     input_ids: Array = field(kw_only=True)  # int64 [B, T]
     attention_mask: Array = field(kw_only=True)  # int64 [B, T], 0 at padding, 1, 2 ... in a row's questions
@@ -114,8 +114,6 @@ class ClapBatch(_Batch):
     positive itself or n+1 for its negative n. `sample_ids` has one entry a clip.
     """
 
-    waveforms: Array = field(kw_only=True)  # int16 [S, 160000]
-    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
     text_ids: Array = field(kw_only=True)  # int64 [N, T]
     text_mask: Array = field(kw_only=True)  # int64 [N, T]
     caption_owner: Array = field(kw_only=True)  # int64 [N], clip

@@ -50,8 +50,6 @@ class Quarantine:
     def __init__(
         self, path: str, max_bad_share: float = 0.02, *, min_items: int = 200, name: str | None = None
     ) -> None:
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={max_bad_share}: give a share from 0 to 1")
         self.path, self.max_bad_share, self.min_items = path, max_bad_share, min_items
         self._name = name or path
         self.num_items = self.num_bad = 0

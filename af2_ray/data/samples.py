@@ -79,8 +79,7 @@ def check_samples(
         the one recording), `empty answer`, `empty caption`, `ragged captions`.
     """
     if of_columns := getattr(samples, "checked", None):  # a table makes objects of bad samples only
-        checked: tuple[Sequence[ItemT], list[tuple[ItemT, str]]] = of_columns(unread)
-        return checked
+        return of_columns(unread)
     good, bad = [], []
     for sample in samples:
         reason = _fault(sample)
