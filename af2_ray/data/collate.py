@@ -131,7 +131,7 @@ def _tensor(array: NDArray[Any]) -> Any:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        return torch.as_tensor(array)
 
 
 # --- Collators ---------------------------------------------------------------------------------------------------
