@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from af2_ray.audio.hear import Stretch
-from af2_ray.data.durations import ItemT, fill_durations
+from af2_ray.data.durations import fill_durations
 from af2_ray.data.quarantine import Failure
-from af2_ray.data.samples import CaptionSet, Sample, check_samples
+from af2_ray.data.samples import CaptionSet, ItemT, Sample, check_samples
 from af2_ray.storage.stores import scratch
 
 WHOLE_S = math.inf

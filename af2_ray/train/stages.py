@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from af2_ray.config import Dataset, Stage
 from af2_ray.data.batching import Plan, plan_epoch, plan_steps, text_lengths, window_counts
-from af2_ray.data.collate import AudioSource, LmCollator
+from af2_ray.data.collate import LmCollator
 from af2_ray.data.feature_store import FeatureStore
 from af2_ray.data.manifest import read_samples
 from af2_ray.data.samples import Sample
@@ -84,7 +84,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     max_tokens = run.recipe.model.max_text_tokens
     made = plan_stage(run, stage, tokenizer)
     began = time.perf_counter()
-    source = _features(run, stage, start, made) if stage.features == "cached" else AudioSource()
+    source = _features(run, stage, start, made) if stage.features == "cached" else None
     job = Job(
         name=stage.name,
         folder=folder,

@@ -4,7 +4,6 @@ import pytest
 import torch
 from small import AUDIO, LM_ROWS, PAD, make_ids, make_lm, make_model, make_windows
 
-from af2_ray.models.audio_states import AudioStates
 from af2_ray.train.losses import token_loss_sum
 
 
@@ -187,16 +186,6 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-5)
-
-
-def test_states_select_and_concat() -> None:
-    model, windows = make_model(), make_windows(3)
-    states = model.encode_audio(windows, [1, 2])
-    assert states.hidden.shape == (2, 128, model.audio_tower.output_size)
-    assert states.select([0]).hidden.shape[1] == 64
-    joined = AudioStates.concat([states.select([0]), states.select([1])])
-    assert torch.equal(joined.mask, states.mask)
-    assert torch.equal(joined.hidden[states.mask], states.hidden[states.mask])
 
 
 @pytest.mark.parametrize(
