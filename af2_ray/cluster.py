@@ -81,18 +81,14 @@ def prospect() -> dict[str, float] | None:
         return None if ray._private.worker.global_worker.mode == ray.WORKER_MODE else capacity()
     address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)  # as `ray.init` chooses
     if address in (None, "local"):
-        return {"CPU": float(usable_cpus()), "GPU": float(_local_gpus())}
+        import torch  # a server's ingress does without
+
+        return {"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}
     connect(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         return capacity()
     finally:
         ray.shutdown()
-
-
-def _local_gpus() -> int:
-    import torch  # a server's ingress does without
-
-    return torch.cuda.device_count()
 
 
 def uses_gpu(cluster: Cluster) -> bool:
@@ -200,23 +196,19 @@ def preflight(cluster: Cluster, *, wait_s: float = WAIT_S, in_sweep: bool = Fals
             f"the recipe needs {missing} more than this Ray cluster can give: cluster.num_workers="
             f"{num_workers} of {cluster.cpus_per_worker:g} CPUs; lower them, or start more nodes"
         )
-    whole = not shortage(need, ray.cluster_resources())
-    if (
-        whole
-        and capacity() == ray.cluster_resources()
-        and workers_that_fit(cluster, use_gpu=uses_gpu(cluster)) < num_workers
-    ):
+    if shortage(need, ray.cluster_resources()):
+        return  # the autoscaler has to bring the nodes first
+    if capacity() == ray.cluster_resources() and workers_that_fit(cluster, use_gpu=uses_gpu(cluster)) < num_workers:
         raise ValueError(
             f"{num_workers} workers of {cluster.cpus_per_worker:g} CPUs: each has to fit on one node, and the nodes of "
             "this cluster have enough only together; lower cluster.cpus_per_worker, or start larger nodes"
         )
-    if whole:  # otherwise the autoscaler has to bring the nodes first
-        while (missing := shortage(need, ray.available_resources())) and time.monotonic() < end:
-            time.sleep(min(1.0, wait_s))
-        if missing:
-            raise RuntimeError(
-                f"{missing} are free too few: other jobs hold the rest; `ray status` shows them, wait or end them"
-            )
+    while (missing := shortage(need, ray.available_resources())) and time.monotonic() < end:
+        time.sleep(min(1.0, wait_s))
+    if missing:
+        raise RuntimeError(
+            f"{missing} are free too few: other jobs hold the rest; `ray status` shows them, wait or end them"
+        )
 
 
 def max_trials(cluster: Cluster) -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Table
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from af2_ray.synth.corpus import CorpusReport
 
 POLL_S = 0.5
-EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_CODES = """
 exit codes:
   0    done
@@ -90,12 +91,10 @@ def main(job: Callable[[], None]) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         if is_bad_input(error):
-            errors.print("[bold red]bad input:[/]", end=" ")
-            errors.print(str(error), markup=False)
+            errors.print(f"[bold red]bad input:[/] {escape(str(error))}")
             sys.exit(EXIT_BAD_INPUT)
         logging.getLogger(__name__).exception("the job ended")
-        errors.print("[bold red]failed:[/]", end=" ")
-        errors.print(f"{type(error).__name__}: {error}", markup=False)
+        errors.print(f"[bold red]failed:[/] {type(error).__name__}: {escape(str(error))}")
         sys.exit(EXIT_FAILED)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -112,20 +111,14 @@ def _hide_loading_bars() -> None:
 
 def is_bad_input(error: BaseException) -> bool:
     """Whether repeating the same command is of no use: a `ValueError`, or credentials that are missing or refused."""
-    if isinstance(error, ValueError | PermissionError):
-        return True
-    if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}:
-        return True
     response = getattr(error, "response", None)  # botocore's ClientError
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return code in {
-        "403",
-        "AccessDenied",
-        "InvalidAccessKeyId",
-        "SignatureDoesNotMatch",
-        "ExpiredToken",
-        "InvalidToken",
-    }
+    return (
+        isinstance(error, ValueError | PermissionError)
+        or type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}
+        or code
+        in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+    )
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +12,6 @@ import psutil
 
 SAMPLE_S = 20.0  # reading the page tables of a Ray cluster takes a second of CPU
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # `QUOTA PERIOD` in microseconds, or `max PERIOD`
-_PSS = re.compile(r"^Pss:\s+(\d+) kB", re.MULTILINE)
 
 
 def usable_cpus() -> int:
@@ -51,12 +49,11 @@ def tree_pss_gib() -> float:
     count them once a process and report several times the truth.
     """
     me = psutil.Process()
-    total_kib = 0
+    total = 0
     for process in [me, *me.children(recursive=True)]:
-        with suppress(OSError, psutil.Error):  # it may have ended meanwhile
-            found = _PSS.search(Path(f"/proc/{process.pid}/smaps_rollup").read_text())
-            total_kib += int(found[1]) if found else 0
-    return total_kib / 2**20
+        with suppress(psutil.Error):  # it may have ended meanwhile
+            total += process.memory_full_info().pss
+    return total / 2**30
 
 
 class PeakMemory:

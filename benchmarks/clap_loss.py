@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from af2_ray.train.losses import afclap_loss
+from af2_ray.train.losses import afclap_loss_sum
 
 BATCHES = (64, 256, 1024, 4096)
 QUICK_BATCHES = (64, 4096)
@@ -51,10 +51,10 @@ def formula(
     own_negatives = own_negatives.masked_fill(~negative_mask, lowest)
     own = to_positives.diagonal(dim1=0, dim2=1).T
     everything = torch.cat([to_positives.flatten(1), own_negatives.flatten(1)], dim=1)
-    return (everything.logsumexp(dim=1) - own.logsumexp(dim=1)).mean()
+    return (everything.logsumexp(dim=1) - own.logsumexp(dim=1)).sum()
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"ours": afclap_loss, "formula": formula}
+LOSSES: dict[str, Callable[..., Tensor]] = {"ours": afclap_loss_sum, "formula": formula}
 
 
 def inputs(num_sets: int, width: int) -> list[Tensor]:

@@ -163,7 +163,7 @@ def measure(name: str, stage_name: str | None, rows: int) -> dict[str, float]:
     recipe = load_recipe(name)
     if stage_name is None:
         return serve(recipe)
-    stage = recipe.stage(stage_name)
+    stage = {stage.name: stage for stage in recipe.stages}[stage_name]
     size = {key: rows * getattr(stage.budget, key) for key in ("windows_per_row", "text_tokens_per_row")}
     stage = stage.model_copy(update={"budget": stage.budget.model_copy(update=size)})
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 from af2_ray.config import Budget
 from af2_ray.data.batching import plan_epoch, window_counts
-from af2_ray.data.blend import blend
+from af2_ray.data.blend import Blend
 from af2_ray.data.columns import SampleTable
 
 WORKERS = 128
@@ -72,7 +72,7 @@ def measure_plan(num: int) -> dict[str, float]:
     texts = np.clip(rng.lognormal(np.log(60), 0.6, num), 4, 512).astype(np.int32)
     budget = Budget(windows_per_row=64, text_tokens_per_row=2048, questions_per_clip=3, step_batches=WORKERS)
     wall, cpu = time.perf_counter(), time.process_time()
-    index = blend([(table, 1.0)], epoch=0, seed=0)
+    index = Blend([(table, 1.0)], seed=0).epoch(0)
     made = plan_epoch(table, windows=window_counts(table, 9), text_lengths=texts, budget=budget, seed=0, index=index)
     return {
         "samples": num,

@@ -46,7 +46,6 @@ from af2_ray import console
 from af2_ray.config import Recipe, load_recipe
 from af2_ray.data.batching import plan_epoch, text_lengths, window_counts
 from af2_ray.data.collate import LmCollator
-from af2_ray.data.feed import iter_local
 from af2_ray.data.manifest import read_samples
 from af2_ray.runs.fork import fork
 from af2_ray.runs.run import Run, finished, read_metrics
@@ -211,7 +210,7 @@ def plain_questions_per_s(run: Run, folder: Path) -> float:
     stage = run.recipe.stages[0]
     tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
     collator = LmCollator(tokenizer, max_windows=stage.max_windows, max_text_tokens=run.recipe.model.max_text_tokens)
-    rows = list(iter_local(plan_stage(run, stage, tokenizer), collator))
+    rows = [collator(row).tensors() for row in plan_stage(run, stage, tokenizer).rows()]
     rows_path, result = folder / "rows.pt", folder / "plain_s.txt"
     torch.save(rows, rows_path)
     start = str(run.start_dir / "model")

@@ -23,6 +23,7 @@ from af2_ray.storage.places import is_remote
 
 if TYPE_CHECKING:
     from af2_ray.data.samples import Sample
+    from af2_ray.runs.tracking import Tracker
     from af2_ray.synth.corpus import CorpusReport
 
 Result = TypeVar("Result")
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = console.parser(__doc__, epilog="example:\n  python jobs/demo.py tiny --run runs/demo", default="tiny")
     parser.add_argument("--run", metavar="DIR", default="runs/demo", help="run directory (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    from af2_ray.train.stages import train_run  # heavy imports after the arguments are checked
+    from af2_ray.runs.tracking import Tracker  # heavy imports after the arguments are checked
+    from af2_ray.train.stages import train_run
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.corpus is None or recipe.clap is None:
@@ -49,29 +51,33 @@ def main(argv: Sequence[str] | None = None) -> None:
             corpus = clock.time("corpus", partial(console.corpus, recipe.corpus))
             with console.cluster(run.root / "logs"):
                 steps = clock.time("training", lambda: train_run(run, watch=console.watch))
-                scores = clock.time("evaluation", lambda: _evaluate(run))
-                answer = clock.time("serving", lambda: _ask(run))
-            summary = clock.time("report", lambda: _summarise(run, corpus, steps, scores, answer))
+                tracker = Tracker(run)  # with the MLflow runs that training has made
+                scores = clock.time("evaluation", lambda: _once(run, "evaluation", partial(_evaluate, tracker=tracker)))
+                answer = clock.time("serving", lambda: _once(run, "serving", _ask))
+            summary = clock.time("report", lambda: _summarise(run, tracker, corpus, steps, scores, answer))
         clock.keep_peak(peak.gib)
-        summary |= {"seconds": clock.seconds}
-        summary |= {"total_s": round(sum(clock.seconds.values()), 1), "peak_rss_gib": round(clock.peak_gib, 2)}
+        total_s = round(sum(clock.seconds.values()), 1)
+        summary |= {"seconds": clock.seconds, "total_s": total_s, "peak_rss_gib": round(clock.peak_gib, 2)}
         write_whole(run.root / "summary.json", json.dumps(summary, indent=1))
-        report = _report(run, summary, scores)
+        report = _report(run, tracker, summary, scores, answer)
     _show(summary)
     console.console.print(f"\nreport:  {report}\nsummary: {run.root / 'summary.json'}\nmodel:   {run.model_dir}")
 
 
-def _evaluate(run: Run) -> dict[str, Any]:
-    """Scores of the run's model and encoder on unseen source clips, beside the controls."""
-    from af2_ray.evaluate.evaluate import choose_examples, evaluate_run
-    from af2_ray.runs.tracking import Tracker
-    from af2_ray.synth.sounds.bank import Bank
-
-    console.heading("evaluation")
-    folder = run.root / "evaluation"
-    if done := finished(folder):
+def _once(run: Run, name: str, step: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """A step's facts: made now, or kept where it has been finished."""
+    console.heading(name)
+    if done := finished(run.root / name):
         console.console.print("done before")
         return done
+    return mark_finished(run.root / name, step(run))
+
+
+def _evaluate(run: Run, tracker: Tracker) -> dict[str, Any]:
+    """Scores of the run's model and encoder on unseen source clips, beside the controls."""
+    from af2_ray.evaluate.evaluate import choose_examples, evaluate_run
+    from af2_ray.synth.sounds.bank import Bank
+
     recipe = run.recipe
     assert recipe.corpus is not None
     train = {dataset.manifest: dataset for stage in recipe.stages for dataset in stage.data}
@@ -80,20 +86,19 @@ def _evaluate(run: Run) -> dict[str, Any]:
         recipe.evaluation,
         train=list(train.values()),
         clap_dir=run.clap_dir / "model",
-        out_dir=folder,
+        out_dir=run.root / "evaluation",
         cluster=recipe.cluster,
         clap_max_windows=recipe.clap.max_windows if recipe.clap else 1,
         wordings=Bank(Path(recipe.corpus.dir) / "sources").phrases,
     )
-    tracker = Tracker(run)
     child = tracker.child("evaluation", {"model": str(run.model_dir)})
     facts = result.to_json()
-    numbers = {f"{name}/{key}": value for name in ("accuracy", "clap") for key, value in facts[name].items()}
-    tracker.log_metrics(child, {key: value for key, value in numbers.items() if isinstance(value, int | float)})
+    scores = {f"{name}/{key}": value for name in ("accuracy", "clap") for key, value in facts[name].items()}
+    tracker.log_history(child, [{"step": 0, **scores}])
     tracker.finish("evaluation")
     examples = [prediction.to_json() for prediction in choose_examples(result.predictions)]
     failures = facts.pop("set_aside")
-    return mark_finished(folder, facts | {"examples": examples, "failures": failures})
+    return facts | {"examples": examples, "failures": failures}
 
 
 def _ask(run: Run) -> dict[str, Any]:
@@ -102,11 +107,6 @@ def _ask(run: Run) -> dict[str, Any]:
 
     from serve_apps.af2 import run_app
 
-    console.heading("serving")
-    folder = run.root / "serving"
-    if done := finished(folder):
-        console.console.print("done before")
-        return done
     sample = _question(run)
     with run_app(run.model_dir, str(run.root / "recipe.yaml")) as url:
         client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
@@ -123,7 +123,7 @@ def _ask(run: Run) -> dict[str, Any]:
     text = reply.choices[0].message.content or ""
     console.console.print(f"POST {url}/chat/completions  {Path(sample.uri).name}\nQ  {sample.prompt}\nA  {text}")
     facts = {"question": sample.prompt, "expected": sample.answer, "text": text, "uri": sample.uri}
-    return mark_finished(folder, facts | {"latency_s": round(latency_s, 2)})
+    return facts | {"latency_s": round(latency_s, 2)}
 
 
 def _question(run: Run) -> Sample:
@@ -138,14 +138,15 @@ def _question(run: Run) -> Sample:
 
 
 def _summarise(
-    run: Run, corpus: CorpusReport, steps: list[dict[str, Any]], scores: dict[str, Any], answer: dict[str, Any]
+    run: Run,
+    tracker: Tracker,
+    corpus: CorpusReport,
+    steps: list[dict[str, Any]],
+    scores: dict[str, Any],
+    answer: dict[str, Any],
 ) -> dict[str, Any]:
     """The facts of the run, as `summary.json` has them."""
-    from af2_ray.runs.tracking import Tracker
-
-    tracker = Tracker(run)
-    parent = tracker.parent()
-    tracker.log_params(parent, {"corpus.sha256": corpus.sha256})
+    tracker.log_params(tracker.parent(), {"corpus.sha256": corpus.sha256})
     keys = (
         "name",
         "steps",
@@ -173,15 +174,15 @@ def _summarise(
     }
 
 
-def _report(run: Run, summary: dict[str, Any], scores: dict[str, Any]) -> Path:
+def _report(
+    run: Run, tracker: Tracker, summary: dict[str, Any], scores: dict[str, Any], answer: dict[str, Any]
+) -> Path:
     """Write `report.html` and log it with the summary."""
     from af2_ray.evaluate.report.run import licence_rows, write_report
     from af2_ray.evaluate.scenes import read_scenes, scenes_uri_of
-    from af2_ray.runs.tracking import Tracker
 
     path = run.root / "report.html"
     folders = {"lm": run.lm_dir, "clap": run.clap_dir} | {s.name: run.stage_dir(s.name) for s in run.recipe.stages}
-    answer = finished(run.root / "serving") or {}
     scene = read_scenes(scenes_uri_of(run.recipe.evaluation.manifests[0].manifest)).get(Path(answer["uri"]).name)
     assert run.recipe.corpus is not None
     write_report(
@@ -193,7 +194,6 @@ def _report(run: Run, summary: dict[str, Any], scores: dict[str, Any]) -> Path:
         predictions=scores["examples"],
         corpus=licence_rows(Path(run.recipe.corpus.dir) / "sources.csv"),
     )
-    tracker = Tracker(run)
     for file in (path, run.root / "summary.json"):
         tracker.log_artifact(tracker.parent(), file)
     return path

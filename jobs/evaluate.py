@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_new_tokens=args.max_new_tokens,
     )
     result = _evaluate(evaluation, args)
-    details = result.answers.to_json()
-    console.console.print(_table(details))
-    for line in _closing_lines(result, details, args.out):
+    console.console.print(_table(result.details))
+    for line in _closing_lines(result, args.out):
         console.console.print(line)
 
 
@@ -83,14 +82,14 @@ def _shortened(name: str, names: Sequence[str]) -> str:
     return f"…{rest[: MOST_LETTERS - 1]}" if same else f"{rest[: MOST_LETTERS - 1]}…"
 
 
-def _closing_lines(result: Any, details: dict[str, Any], out: Path) -> list[str]:
-    row, lines = details.get("all", {}), []
+def _closing_lines(result: Any, out: Path) -> list[str]:
+    row, lines = result.details.get("all", {}), []
     if "best_control" in row:
         low, high = row["above_best_control_ci95"]
         lead = 100 * row["above_best_control"]
         lines.append(f"{lead:+.1f} points over {row['best_control']} (95 %: {100 * low:+.1f} to {100 * high:+.1f})")
-    if captions := result.answers.captions:
-        lines.append(f"captions: {captions.captions}, event F1 {captions.event_f1}")
+    if captions := result.details.get("captions"):
+        lines.append(f"captions: {captions['captions']}, event F1 {captions['event_f1']}")
     if result.failures:
         first = result.failures[0]
         lines.append(f"set aside: {len(result.failures)}, for instance {shown(first.uri)}: {first.reason}")

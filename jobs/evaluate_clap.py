@@ -27,16 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score each file, print its figures, write all of them."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from af2_ray.evaluate.benchmarks import find  # heavy imports after the arguments are checked
-    from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark
     from af2_ray.evaluate.clap_embed import TEMPLATES, ClapModel, ClapSettings
+    from af2_ray.evaluate.evaluate import evaluate_clap  # heavy imports after the arguments are checked
 
     results = {}
     settings = ClapSettings(args.max_windows, args.batch_windows, args.gallery, args.template or TEMPLATES)
     clap = ClapModel.load(args.model, settings)
     for uri in args.data:
-        benchmark = find(uri, EmbeddingBenchmark)
-        scores = benchmark.score(clap, benchmark.read(uri, args.root))
+        scores = evaluate_clap(clap, uri, args.root)
         console.heading(uri)
         _show(scores.figures)
         if failures := scores.failures:

@@ -86,15 +86,14 @@ def _check_same_job(folder: str, facts: dict[str, object]) -> None:
     """Chunks of another job must not be taken for this one's."""
     fs, path = locate(folder)
     file, text = f"{path}/job.json", json.dumps(facts, sort_keys=True)
-    if fs.exists(file):
-        if fs.cat_file(file).decode() != text:
-            mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-            raise ValueError(
-                f"{folder} holds the chunks of another model, manifest or setting: choose another --out "
-                f"(for instance with {mark} in its name) or remove that folder"
-            )
-        return
-    write_text(f"{folder}/job.json", text)
+    if not fs.exists(file):
+        write_text(f"{folder}/job.json", text)
+    elif fs.cat_file(file).decode() != text:
+        mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+        raise ValueError(
+            f"{folder} holds the chunks of another model, manifest or setting: choose another --out "
+            f"(for instance with {mark} in its name) or remove that folder"
+        )
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,23 +18,26 @@ from functools import partial
 from pathlib import Path
 
 from af2_ray import console
-from af2_ray.llm.client import Endpoint
+from af2_ray.llm.client import Client, Endpoint
+from af2_ray.llm.journal import Journal
 from af2_ray.storage.stores import scratch
-from af2_ray.synth.generate import failed_path, grammar_engine, llm_engine, make_captions, read_rows
+from af2_ray.synth.captions.by_grammar import GrammarCaptions
+from af2_ray.synth.captions.by_llm import LlmCaptions
+from af2_ray.synth.generate import failed_path, make_captions, read_rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the sets, and print how many and what they cost; more failures than allowed are exit code 1."""
     args = _arguments(argv)
-    prompt, completion = args.price
-    endpoint = Endpoint(args.model, args.base_url, price_prompt=prompt, price_completion=completion)
+    endpoint = Endpoint(args.model, args.base_url, *args.price)
+    journal = Journal(args.cache) if args.cache else None
     rows = read_rows(args.captions)
     if args.engine == "llm" and not args.model:
         raise ValueError("--engine llm needs --model")
     engine = (
-        llm_engine(endpoint, args.positives, args.negatives, cache=args.cache, judged=not args.no_judge)
+        LlmCaptions(Client(endpoint), args.positives, args.negatives, journal, judged=not args.no_judge)
         if args.engine == "llm"
-        else grammar_engine(rows, args.positives, args.negatives, args.seed)
+        else GrammarCaptions.of((row["caption"] for row in rows), args.positives, args.negatives, args.seed)
     )
     with console.cluster(scratch("captions")):
         failed, spent = make_captions(rows, engine, args.out, args.concurrency)
@@ -43,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if failed:
         write(f"{failed} have not: {failed_path(args.out)} says why")
     if args.engine == "llm":
-        tokens = f"{spent.prompt_tokens:,} + {spent.completion_tokens:,} tokens"
-        cost = spent.cost(endpoint)
-        write(f"{spent.requests} requests ({spent.cached} captions from the cache), {tokens}, cost {cost:.2f}")
+        tokens = f"{spent['prompt_tokens']:,} + {spent['completion_tokens']:,} tokens"
+        requests = f"{spent['requests']} requests ({spent['cached']} captions from the cache)"
+        write(f"{requests}, {tokens}, cost {endpoint.cost(spent):.2f}")
     if failed > args.max_bad_share * len(rows):
         sys.exit(console.EXIT_FAILED)
 

@@ -62,9 +62,8 @@ def device_gib(recipe: Recipe) -> float:
 
 def with_budgets(recipe: Recipe, found: list[LargestBudget]) -> Recipe:
     """The recipe with the budgets found, and as many rows a step as keep its windows about as they are."""
-    stages = []
-    for stage, best in zip(recipe.stages, found, strict=True):
-        stages.append(_with_budget(stage, best, recipe.cluster.num_workers))
+    workers = recipe.cluster.num_workers
+    stages = [_with_budget(stage, best, workers) for stage, best in zip(recipe.stages, found, strict=True)]
     return recipe.model_copy(update={"stages": stages})
 
 

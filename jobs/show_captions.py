@@ -8,20 +8,16 @@ The page is one file: recordings are in it (OGG, the first 30 s). A judge ticks 
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 
 from af2_ray import console
 from af2_ray.audio.decode import AudioError, decode
-from af2_ray.audio.windows import SAMPLE_RATE
 from af2_ray.data.manifest import read_captions
 from af2_ray.data.samples import CaptionSet
-from af2_ray.evaluate.report.page import render
+from af2_ray.evaluate.report.page import audio_uri, render
 
 MOST_AUDIO_S = 30.0
 
@@ -48,26 +44,11 @@ def page_of(sets: Sequence[CaptionSet], source: str, total: int) -> tuple[str, i
     clips, lost = [], []
     for each in sets:
         try:
-            audio = _ogg(each)
+            clips.append((each, audio_uri(decode(each.uri, each.offset_s, min(each.duration_s, MOST_AUDIO_S)), "ogg")))
         except AudioError as error:
             lost.append(str(error))
-            continue
-        wrong = [text for negatives in each.negatives for text in negatives]
-        true = [each.caption, *each.positives]
-        relations = ", ".join(each.relations)
-        clips.append({"id": each.id, "relations": relations, "audio": audio, "true": true, "wrong": wrong})
     page = render("captions.html", title="Captions to judge", clips=clips, lost=lost, source=source, total=total)
     return page, len(clips)
-
-
-def _ogg(each: CaptionSet) -> str:
-    """The clip as base64 of OGG, a tenth of its samples."""
-    mono = decode(each.uri, each.offset_s, min(each.duration_s, MOST_AUDIO_S))
-    file = io.BytesIO()
-    with sf.SoundFile(file, "w", SAMPLE_RATE, 1, format="OGG", subtype="VORBIS") as ogg:
-        for start in range(0, len(mono), SAMPLE_RATE):  # the encoder falls over a minute in one call
-            ogg.write(mono[start : start + SAMPLE_RATE])
-    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_the_paper_s_figures():
 
 def test_overrides_reach_into_lists_by_name_and_by_index():
     recipe = load_recipe("tiny", ["stages.pretrain.steps=5", "stages.1.optimizer.lr=1e-4", "seed=7"])
-    assert recipe.stage("pretrain").steps == 5
+    assert recipe.stages[0].steps == 5
     assert recipe.stages[1].optimizer.lr == 1e-4
     assert recipe.seed == 7
 

@@ -178,9 +178,9 @@ def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
     whole_bytes = min(_WHOLE_BYTES, max_bytes)
     if split := shards.split_member(uri):
         if not is_remote(uri):
-            return shards.open_member(uri, whole_bytes)
-        retried(lambda: shards.member_places(split[0]), limit_s=_INDEX_S)
-        return retried(lambda: shards.open_member(uri, whole_bytes, READ_S), limit_s=READ_S)
+            return shards.open_member(*split, whole_bytes)
+        retried(lambda: shards.index_of(split[0]), limit_s=_INDEX_S)
+        return retried(lambda: shards.open_member(*split, whole_bytes, READ_S), limit_s=READ_S)
     fs, path = locate(uri)
     info = retried(lambda: fs.info(path), limit_s=READ_S)
     if info.get("size") is None:
@@ -330,8 +330,7 @@ def _is_cut(file: sf.SoundFile) -> bool:
 
     A claim of all ones is a stream's way of saying that the length was not known.
     """
-    claims = re.findall(r"(?:data|SSND) : (\d+) \(should be", file.extra_info)
-    return any(int(claim) < 0x7FFFF000 for claim in claims)
+    return any(int(claim) < 0x7FFFF000 for claim in re.findall(r"(?:data|SSND) : (\d+) \(should be", file.extra_info))
 
 
 def _check_content(uri: str, sound: _Sound, allow_silent: bool) -> None:

@@ -6,6 +6,7 @@ windows of 10 s, a short clip filled up as the model wants it, silence refused w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from af2_ray.audio.augment import random_eq, random_noise
 from af2_ray.audio.decode import AudioError, decode
 from af2_ray.audio.windows import WINDOW_S, ShortClips, num_windows_for, to_windows
 from af2_ray.config import Augment
+
+_AS_IT_IS = Augment()
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,8 +48,8 @@ def hear(
     *,
     short_clips: ShortClips = "silence",
     allow_silent: bool = False,
-    augment: Augment | None = None,
-    rng: np.random.Generator | None = None,
+    augment: Augment = _AS_IT_IS,
+    seed: Sequence[int] = (0,),
 ) -> NDArray[np.int16]:
     """Windows int16 [W, 160000] of a stretch; no more of the file is read than they hold.
 
@@ -54,22 +57,12 @@ def hear(
         max_windows: most windows that are read; the rest is not heard, unless `augment` crops elsewhere.
         short_clips: what fills the window of a clip of less than 10 s (`to_windows`).
         allow_silent: whether silence and a constant may be heard.
-        augment: changes of the sound, drawn from `rng`; none: the sound as it is.
+        augment: changes of the sound, drawn by `seed`; the default: the sound as it is.
 
     Raises:
         AudioError: the stretch cannot be used; see its reasons.
     """
-    if augment is None or rng is None:
-        first = stretch.first(max_windows)
-        mono = decode(first.uri, first.offset_s, first.duration_s, allow_silent=allow_silent)
-    else:
-        mono = _varied(stretch, max_windows, allow_silent, augment, rng)
-    return to_windows(mono, max_windows, short_clips=short_clips)
-
-
-def _varied(
-    stretch: Stretch, max_windows: int, allow_silent: bool, augment: Augment, rng: np.random.Generator
-) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
     mono = _cropped(stretch, max_windows, allow_silent, rng) if augment.crop else None
     if mono is None:
         first = stretch.first(max_windows)
@@ -78,7 +71,7 @@ def _varied(
         mono = random_eq(mono, augment.eq_db, rng)
     if augment.noise_snr_db:
         mono = random_noise(mono, augment.noise_snr_db, rng)
-    return mono
+    return to_windows(mono, max_windows, short_clips=short_clips)
 
 
 def _cropped(

@@ -44,12 +44,12 @@ Places = dict[str, Place]
 
 
 @dataclass(frozen=True)
-class _Index:
+class Index:
     version: str  # of the shard, by what its store tells
     files: Places
 
 
-_known: dict[str, _Index] = {}
+_known: dict[str, Index] = {}
 _lock = threading.Lock()  # of `_known`: clips are probed by many threads
 
 
@@ -59,18 +59,16 @@ def split_member(uri: str) -> tuple[str, str] | None:
     return (shard + _MARK[:-1], member) if mark and member else None
 
 
-def member_places(shard: str) -> Places:
+def index_of(shard: str, *, anew: bool = False) -> Index:
     """Where each file of a shard is, from its index, which is made where there is none.
+
+    Args:
+        anew: whether it is made in any case, for the one that is there is wrong.
 
     Raises:
         FileNotFoundError: there is no such shard.
         ValueError: it is not a tar file, or cut.
     """
-    return _index(shard).files
-
-
-def _index(shard: str, *, anew: bool = False) -> _Index:
-    """The index of a shard; `anew`: made in any case, for the one that is there is wrong."""
     with _lock:
         index = None if anew else _known.get(shard)
     if index is None:
@@ -82,7 +80,7 @@ def _index(shard: str, *, anew: bool = False) -> _Index:
     return index
 
 
-def _read_index(shard: str, anew: bool) -> _Index:
+def _read_index(shard: str, anew: bool) -> Index:
     fs, path = locate(shard)
     # Not by its size: tars come in whole blocks of 10 kB, and the same clips in another order are as many.
     beside, version = f"{path}.index.json", version_of(fs.info(path))
@@ -90,7 +88,7 @@ def _read_index(shard: str, anew: bool) -> _Index:
         check_regular(fs, beside)
         known = {} if anew else json.loads(fs.cat_file(beside))
         if known["format"] == _FORMAT and known["version"] == version:
-            return _Index(version, {name: _place(*entry) for name, entry in known["files"].items()})
+            return Index(version, {name: _place(*entry) for name, entry in known["files"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         pass  # none yet, half written, of another form or of another shard: made anew
     try:
@@ -104,7 +102,7 @@ def _read_index(shard: str, anew: bool) -> _Index:
         put_text(fs, beside, json.dumps({"format": _FORMAT, "version": version, "files": files}))
     except OSError as error:
         logger.info("%s: the index is kept in memory only: %s", shard, error)
-    return _Index(version, files)
+    return Index(version, files)
 
 
 def _place(start: int, offset: int, size: int, mark: str) -> Place:
@@ -128,11 +126,11 @@ def _mark(headers: bytes) -> str:
     return hashlib.sha256(headers).hexdigest()[:16]
 
 
-def open_member(uri: str, whole_bytes: int, limit_s: float | None = None) -> tuple[IO[bytes], int]:
+def open_member(shard: str, member: str, whole_bytes: int, limit_s: float | None = None) -> tuple[IO[bytes], int]:
     """A member as a seekable stream, and its size; one up to `whole_bytes` is fetched in one read.
 
     Args:
-        uri: name `shard.tar#member`.
+        shard, member: names of both (`split_member`).
         whole_bytes: size up to which a member is read at once.
         limit_s: seconds that each read of a larger member may take; none: as long as it likes.
 
@@ -140,13 +138,9 @@ def open_member(uri: str, whole_bytes: int, limit_s: float | None = None) -> tup
         FileNotFoundError: no such shard, or no such member in it.
         ValueError: the shard changes while it is read.
     """
-    split = split_member(uri)
-    if split is None:
-        raise ValueError(f"{uri}: not the uri of a file in a shard (shard.tar#member)")
-    shard, member = split
     fs, path = locate(shard)
     for anew in (False, True):
-        index = _index(shard, anew=anew)
+        index = index_of(shard, anew=anew)
         place = index.files.get(member)
         if place is None and (anew or index.version == version_of(fs.info(path))):
             raise FileNotFoundError(f"{shard} has no {member}")

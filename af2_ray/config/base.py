@@ -19,22 +19,7 @@ class Strict(BaseModel):
 def later(default: Any, **options: Any) -> Any:
     """A `Field` for a key that is added while runs without it are kept: they go on, as long as it has its default.
 
-    Fingerprints (`Recipe.fingerprint`) leave it out while it has its default; `default` must mean what was done before.
+    Dumps, and so fingerprints (`Recipe.fingerprint`), leave it out while it has its default, which must mean what was
+    done before.
     """
-    return Field(default, json_schema_extra={"later": True}, **options)
-
-
-def without_neutral(block: BaseModel, dump: dict[str, Any]) -> dict[str, Any]:
-    """The dump of a block without `later` keys that have their default, in the blocks within it too."""
-    kept: dict[str, Any] = {}
-    for name, value in dump.items():
-        field, given = type(block).model_fields[name], getattr(block, name)
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("later") and given == field.get_default(call_default_factory=True):
-            continue
-        if isinstance(given, BaseModel):
-            value = without_neutral(given, value)
-        elif isinstance(given, list) and given and all(isinstance(item, BaseModel) for item in given):
-            value = [without_neutral(item, inner) for item, inner in zip(given, value, strict=True)]
-        kept[name] = value
-    return kept
+    return Field(default, exclude_if=lambda value: value == default, **options)

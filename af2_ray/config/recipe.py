@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from af2_ray.config.base import Strict, without_neutral
+from af2_ray.config.base import Strict
 from af2_ray.config.data import Access, Corpus, Faults
 from af2_ray.config.model import ModelSettings
 from af2_ray.config.training import Checkpoints, Clap, Cluster, DeepSpeedSettings, FeatureCache, Stage
@@ -92,13 +92,6 @@ class Recipe(Strict):
             )
         return self
 
-    def stage(self, name: str) -> Stage:
-        """Return the stage called `name`; `ValueError` lists the names there are."""
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ValueError(f"no stage {name!r} in recipe {self.name!r}; it has {[s.name for s in self.stages]}")
-
     def licence_of(self, name: str) -> str:
         """The licence of a model or a manifest: its own, or that of the nearest folder that has one."""
         while name:
@@ -135,7 +128,7 @@ class Recipe(Strict):
             "clap": {"checkpoint_every": True},
             "stages": {"__all__": {"checkpoint_every": True, "validation": True}},
         }
-        kept = without_neutral(self, self.model_dump(mode="json", exclude=exclude))
+        kept = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from af2_ray.config.base import Strict
-from af2_ray.config.read import RECIPE_DIR, load_recipe, read_yaml
+from af2_ray.config.read import RECIPE_DIR, checked, find_yaml, load_recipe, read_yaml, yaml_names
 from af2_ray.config.recipe import Recipe
 
 SWEEP_DIR = RECIPE_DIR / "sweeps"
@@ -126,7 +125,7 @@ def _made_from(step: str, recipe: Recipe) -> tuple[Any, ...]:
 
 def sweep_names() -> list[str]:
     """Names of the sweeps that ship with the package."""
-    return sorted(path.stem for path in SWEEP_DIR.glob("*.yaml"))
+    return yaml_names(SWEEP_DIR)
 
 
 def load_sweep(name: str | Path) -> Sweep:
@@ -135,25 +134,8 @@ def load_sweep(name: str | Path) -> Sweep:
     Raises:
         ValueError: no such sweep, an unknown key (the nearest right one is named) or a bad value.
     """
-    path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else SWEEP_DIR / f"{name}.yaml"
-    if not path.is_file():
-        near = difflib.get_close_matches(str(name), sweep_names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no sweep {str(name)!r}{hint} (shipped: {', '.join(sweep_names())}; or give a .yaml file)")
-    try:
-        return Sweep.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise ValueError(f"{path}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
-
-
-def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"]) or "sweep"
-    if item["type"] != "extra_forbidden":
-        return f"  {key}: {item['msg'].removeprefix('Value error, ')}"
-    near = difflib.get_close_matches(str(item["loc"][-1]), Sweep.model_fields, n=1)
-    return f"  {key}: unknown key; " + (
-        f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Sweep.model_fields)}"
-    )
+    path = find_yaml(name, SWEEP_DIR, "sweep")
+    return checked(Sweep, read_yaml(path), path)
 
 
 def _yaml(value: Any) -> str:

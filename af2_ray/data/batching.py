@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES
+from af2_ray.config import Budget
 from af2_ray.data.blend import Blend
 from af2_ray.data.columns import Joined, SampleTable, clip_numbers, durations
-from af2_ray.data.packing import Budget, Index, Rows, deal_steps, fill_rows, share_clips
+from af2_ray.data.packing import Index, Rows, deal_steps, fill_rows, share_clips
 from af2_ray.data.plan_stats import PlanStats, measure
 from af2_ray.data.samples import CaptionSet, Item, ItemT, Sample, fingerprint
 
@@ -201,13 +202,14 @@ def plan_captions(
     negative. What does not fill a whole step is left out of that epoch.
     """
     size = clips_per_row * step_batches
-    parts: list[Index] = []
-    offset = 0
-    for number, (sets, num_steps) in enumerate(phases):
-        parts.append(_contrastive_steps(sets, num_steps, size, (seed, number)) + offset)
-        offset += len(sets)
     items = [item for sets, _ in phases for item in sets]
-    entries = np.concatenate(parts)
+    starts = np.cumsum([0, *(len(sets) for sets, _ in phases)])
+    entries = np.concatenate(
+        [
+            starts[number] + _contrastive_steps(sets, num_steps, size, (seed, number))
+            for number, (sets, num_steps) in enumerate(phases)
+        ]
+    )
     windows = window_counts(items, max_windows)[entries]
     row_starts = np.arange(0, len(entries) + 1, clips_per_row)
     cost = windows.reshape(-1, clips_per_row).sum(1).astype(float)
@@ -262,22 +264,16 @@ def text_lengths(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], 
     if isinstance(samples, Joined):
         parts = [text_lengths(tokenizer, part, max_tokens=max_tokens) for part in samples.parts]
         return np.concatenate(parts or [np.empty(0, np.int64)])
-    if isinstance(samples, SampleTable):
-        total = np.full(len(samples), _FRAME_TOKENS, np.int64)
-        for name in ("prompt", "answer"):
-            values, codes = samples.texts(name)
-            parts = [_num_tokens(tokenizer, values.slice(i, _TEXTS).to_pylist()) for i in range(0, len(values), _TEXTS)]
-            total += np.concatenate(parts or [np.empty(0, np.int64)])[codes]
-        return np.minimum(total, max_tokens)
-    texts = list(dict.fromkeys(text for s in samples for text in (s.prompt, s.answer)))
-    length = dict(zip(texts, _num_tokens(tokenizer, texts).tolist(), strict=True))
-    lengths = (length[s.prompt] + length[s.answer] + _FRAME_TOKENS for s in samples)
-    return np.minimum(np.fromiter(lengths, np.int64, len(samples)), max_tokens)
+    table = samples if isinstance(samples, SampleTable) else SampleTable.from_samples(samples)
+    total = np.full(len(table), _FRAME_TOKENS, np.int64)
+    for name in ("prompt", "answer"):
+        values, codes = table.texts[name]
+        parts = [_num_tokens(tokenizer, values.slice(i, _TEXTS).to_pylist()) for i in range(0, len(values), _TEXTS)]
+        total += np.concatenate(parts or [np.empty(0, np.int64)])[codes]
+    return np.minimum(total, max_tokens)
 
 
 def _num_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Index:
-    if not texts:
-        return np.empty(0, np.int64)
     ids = tokenizer([text.strip().lower() for text in texts], add_special_tokens=False)["input_ids"]
     return np.fromiter(map(len, ids), np.int64, len(texts))
 
@@ -329,11 +325,10 @@ class _Pool:
         stats = measure(
             windows, rows.text_tokens(self.texts), rows.row_starts, len(rows.entries), cost, budget.step_batches
         )
-        sizes = [name for name in dir(Budget) if not name.startswith("_")]
         origin = {
             "data": fingerprint(self.items),
             "text lengths": _digest("", self.texts),
-            "budget": " ".join(f"{name}={getattr(budget, name)}" for name in sizes),
+            "budget": " ".join(f"{name}={value}" for name, value in sorted(budget)),
             **more,
         }
         mark = _digest(repr(origin), rows.entries, rows.clip_starts, rows.row_starts)

@@ -42,26 +42,15 @@ class Blend:
             base += len(samples)
 
     def epoch(self, epoch: int) -> Index:
-        """The samples of one epoch, from 0 on: int64 [N], see `blend`."""
-        chosen = []
-        for weight, seed, members, starts, order in self._buckets:
-            taken = members[epoch_slice(len(members), weight, epoch, seed)]
-            chosen.append(order[ragged(starts, taken)[0]])
+        """The samples of one epoch, from 0 on: int64 [N], indices into the datasets laid end to end.
+
+        They are grouped by dataset and bucket; a weight above 1 repeats an index.
+        """
+        chosen = [
+            order[ragged(starts, members[epoch_slice(len(members), weight, epoch, seed)])[0]]
+            for weight, seed, members, starts, order in self._buckets
+        ]
         return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
-
-
-def blend(datasets: Sequence[tuple[Sequence[Item], float]], epoch: int, seed: int) -> Index:
-    """Choose the samples of one epoch.
-
-    Args:
-        datasets: samples and weight of each dataset.
-        epoch: number of the epoch, from 0 on.
-        seed: seed of the shuffles.
-
-    Returns:
-        int64 [N]: indices into the datasets laid end to end, grouped by dataset; a weight above 1 repeats an index.
-    """
-    return Blend(datasets, seed).epoch(epoch)
 
 
 def epoch_slice(n: int, weight: float, epoch: int, seed: tuple[int, ...]) -> Index:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,28 +24,31 @@ from af2_ray.audio.decode import AudioError
 from af2_ray.audio.hear import Stretch, hear
 from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Clap
-from af2_ray.data import quarantine
 from af2_ray.data.batching import Row
 from af2_ray.data.quarantine import Failure
-from af2_ray.data.samples import CaptionSet, Sample
+from af2_ray.data.samples import CaptionSet, ItemT, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from af2_ray.data.feature_store import FeatureStore
+
 Array = Any  # numpy in a decode task, torch in the trainer
 CAPTION_TOKENS = 77  # most of a caption
-ItemT = TypeVar("ItemT", Sample, CaptionSet)
+SILENCE = np.zeros((1, WINDOW_SAMPLES), np.int16)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The fields that both batches have beside their tensors, and their way through the object store."""
+    """The fields that both batches have, and their way through the object store."""
 
     row: int  # its number in the plan
     num_clips: int  # planned, the failed ones included
     failures: tuple[Failure, ...]
     sample_ids: tuple[str, ...]
     num_truncated: int
+    waveforms: Array = field(kw_only=True)  # int16 [S, 160000], or from a `FeatureStore` the tower's features [S, F, D]
+    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
 
     def to_row(self) -> dict[str, Any]:
         """A flat dict of 1-D arrays, shapes and one JSON string: what Arrow stores without copies or objects."""
@@ -59,7 +62,7 @@ class _Batch:
             "row": self.row,
             "num_clips": self.num_clips,
             "num_truncated": self.num_truncated,
-            "failures": quarantine.to_json(self.failures),
+            "failures": json.dumps([asdict(failure) for failure in self.failures]),
             "sample_ids": json.dumps(self.sample_ids),
         }
 
@@ -74,24 +77,19 @@ class _Batch:
             row=int(row["row"]),
             num_clips=int(row["num_clips"]),
             num_truncated=int(row["num_truncated"]),
-            failures=quarantine.from_json(str(row["failures"])),
+            failures=tuple(Failure(**facts) for facts in json.loads(str(row["failures"]))),
             sample_ids=tuple(json.loads(str(row["sample_ids"]))),
             **tensors,
         )
 
     def tensors(self) -> Self:
         """The same batch with torch tensors in place of numpy arrays."""
-        return type(self)(
-            **{
-                f.name: _tensor(value) if isinstance(value := getattr(self, f.name), np.ndarray) else value
-                for f in fields(self)
-            }
-        )
+        return replace(self, **{name: _tensor(getattr(self, name)) for name in _array_names(type(self))})
 
     def to(self, device: Any) -> Self:
         """The same batch with its tensors on `device`."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _array_names(type(self))}
-        return type(self)(**({f.name: getattr(self, f.name) for f in fields(self)} | moved))
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ class LmBatch(_Batch):
     `attention_mask`. `sample_ids` has one entry a question.
     """
 
-    waveforms: Array = field(kw_only=True)  # int16 [S, 160000], or from a `Source` the tower's features [S, F, D]
-    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
     audio_index: Array = field(kw_only=True)  # int64 [B, K]
     input_ids: Array = field(kw_only=True)  # int64 [B, T]
     attention_mask: Array = field(kw_only=True)  # int64 [B, T], 0 at padding, 1, 2 ... in a row's questions
@@ -118,8 +114,6 @@ class ClapBatch(_Batch):
     positive itself or n+1 for its negative n. `sample_ids` has one entry a clip.
     """
 
-    waveforms: Array = field(kw_only=True)  # int16 [S, 160000]
-    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
     text_ids: Array = field(kw_only=True)  # int64 [N, T]
     text_mask: Array = field(kw_only=True)  # int64 [N, T]
     caption_owner: Array = field(kw_only=True)  # int64 [N], clip
@@ -137,33 +131,10 @@ def _tensor(array: NDArray[Any]) -> Any:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        return torch.as_tensor(array)
 
 
 # --- Collators ---------------------------------------------------------------------------------------------------
-
-
-class Source(Protocol):
-    """Where a clip's windows come from: `AudioSource`, or what is kept of it (`feature_store.FeatureStore`)."""
-
-    @property
-    def silence(self) -> NDArray[Any]:
-        """One window without any sound, for a row with no clip left."""
-
-    def read(self, stretch: Stretch, max_windows: int) -> NDArray[Any]:
-        """The windows of a stretch, [W, ...]; `AudioError` where it cannot be used."""
-
-
-@dataclass(frozen=True)
-class AudioSource:
-    """The audio itself, decoded."""
-
-    @property
-    def silence(self) -> NDArray[np.int16]:
-        return np.zeros((1, WINDOW_SAMPLES), np.int16)
-
-    def read(self, stretch: Stretch, max_windows: int) -> NDArray[np.int16]:
-        return hear(stretch, max_windows)
 
 
 @dataclass(frozen=True)
@@ -174,19 +145,18 @@ class LmCollator:
         tokenizer: the LM's, with the model's special tokens.
         max_windows: windows of a clip that are read at most.
         max_text_tokens: tokens of a question with its answer at most.
-        source: source of the windows.
+        source: store of the features of a frozen tower, to take in place of windows; none: the audio itself.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_windows: int
     max_text_tokens: int = 512
-    source: Source = AudioSource()
+    source: FeatureStore | None = None
 
     def __call__(self, row: Row[Sample]) -> LmBatch:
         """Decode and collate one row."""
-        clips, waveforms, failures = _read(
-            row, lambda number, stretch: self.source.read(stretch, self.max_windows), self.source.silence
-        )
+        read, silence = (self.source.read, self.source.silence) if self.source else (hear, SILENCE)
+        clips, waveforms, failures = _read(row, lambda number, stretch: read(stretch, self.max_windows), silence)
         samples = [sample for clip in clips for sample in clip]
         encoded = text.encode(
             self.tokenizer,
@@ -232,9 +202,7 @@ class ClapCollator:
     def __call__(self, row: Row[CaptionSet]) -> ClapBatch:
         """Decode and collate one row."""
         first = row.index * len(row.clips)  # place of its first clip in the plan
-        clips, waveforms, failures = _read(
-            row, lambda number, clip: self._hear(clip, first + number), AudioSource().silence
-        )
+        clips, waveforms, failures = _read(row, lambda number, clip: self._hear(clip, first + number), SILENCE)
         captions, places = [], []
         for owner, (clip, *_) in enumerate(clips):
             for slot, positive in enumerate((clip.caption, *clip.positives)[: self.clap.num_positives]):
@@ -259,9 +227,8 @@ class ClapCollator:
         )
 
     def _hear(self, stretch: Stretch, place: int) -> NDArray[np.int16]:
-        rng = np.random.default_rng((self.seed, place))
-        settings = self.clap
-        return hear(stretch, settings.max_windows, short_clips=settings.short_clips, augment=settings.augment, rng=rng)
+        clap, seed = self.clap, (self.seed, place)
+        return hear(stretch, clap.max_windows, short_clips=clap.short_clips, augment=clap.augment, seed=seed)
 
 
 def _end_to_end(encoded: text.TextBatch, sizes: list[int], pad_id: int) -> tuple[NDArray[np.int64], ...]:

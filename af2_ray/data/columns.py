@@ -48,11 +48,11 @@ class SampleTable(Sequence[Sample]):
         remarks: Sequence[str] = (),
     ) -> None:
         self.remarks = tuple(remarks)
-        self._texts = dict(texts)
+        self.texts = dict(texts)
         self.offset_s, self.duration_s = offset_s, duration_s
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Any]) -> SampleTable:
+    def from_columns(cls, columns: Mapping[str, Any], remarks: Sequence[str] = ()) -> SampleTable:
         """A table from columns: strings as Arrow arrays or lists, seconds as numbers (none: no duration).
 
         Columns other than `id`, `uri`, `prompt`, `answer` and `duration_s` may be missing.
@@ -63,7 +63,7 @@ class SampleTable(Sequence[Sample]):
             texts[name] = _encoded(columns[name]) if name in columns else (_strings([""]), np.zeros(num, np.uint8))
         offset_s = np.asarray(columns["offset_s"], np.float64) if "offset_s" in columns else np.zeros(num)
         pa.default_memory_pool().release_unused()  # what encoding took, as much again as the table
-        return cls(texts, offset_s, np.asarray(columns["duration_s"], np.float64))
+        return cls(texts, offset_s, np.asarray(columns["duration_s"], np.float64), remarks)
 
     @classmethod
     def from_samples(cls, samples: Sequence[Sample], remarks: Sequence[str] = ()) -> SampleTable:
@@ -73,9 +73,7 @@ class SampleTable(Sequence[Sample]):
         columns["meta"] = [json.dumps(dict(s.meta), ensure_ascii=False) if s.meta else "" for s in samples]
         columns["offset_s"] = np.fromiter((s.offset_s for s in samples), np.float64, len(samples))
         columns["duration_s"] = np.fromiter((s.duration_s for s in samples), np.float64, len(samples))
-        table = cls.from_columns(columns)
-        table.remarks = tuple(remarks)
-        return table
+        return cls.from_columns(columns, remarks)
 
     def __len__(self) -> int:
         return len(self.offset_s)
@@ -88,16 +86,16 @@ class SampleTable(Sequence[Sample]):
         if isinstance(place, slice):
             return self.take(np.arange(*place.indices(len(self))))
         place = range(len(self))[place]
-        texts = {name: values[int(codes[place])].as_py() for name, (values, codes) in self._texts.items()}
+        texts = {name: values[int(codes[place])].as_py() for name, (values, codes) in self.texts.items()}
         return _sample(texts, float(self.offset_s[place]), float(self.duration_s[place]))
 
     def __iter__(self) -> Iterator[Sample]:
         for start in range(0, len(self), _BATCH):
             part = slice(start, start + _BATCH)
-            columns = [values.take(pa.array(codes[part])).to_pylist() for values, codes in self._texts.values()]
+            columns = [values.take(pa.array(codes[part])).to_pylist() for values, codes in self.texts.values()]
             seconds = zip(self.offset_s[part].tolist(), self.duration_s[part].tolist(), strict=True)
             for row, (offset_s, duration_s) in zip(zip(*columns, strict=True), seconds, strict=True):
-                yield _sample(dict(zip(self._texts, row, strict=True)), offset_s, duration_s)
+                yield _sample(dict(zip(self.texts, row, strict=True)), offset_s, duration_s)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
@@ -106,27 +104,19 @@ class SampleTable(Sequence[Sample]):
 
     def take(self, places: NDArray[Any]) -> SampleTable:
         """The samples at `places` (or where a mask is true), sharing the texts with this table."""
-        texts = {name: (values, codes[places]) for name, (values, codes) in self._texts.items()}
+        texts = {name: (values, codes[places]) for name, (values, codes) in self.texts.items()}
         return SampleTable(texts, self.offset_s[places], self.duration_s[places])
-
-    def texts(self, name: str) -> tuple[pa.Array, NDArray[Any]]:
-        """Distinct texts of a column and each sample's code."""
-        return self._texts[name]
-
-    def with_durations(self, duration_s: NDArray[np.float64]) -> SampleTable:
-        """The same samples with other durations, [N]."""
-        return SampleTable(self._texts, self.offset_s, duration_s)
 
     def checked(self, unread: Mapping[str, str] = MappingProxyType({})) -> tuple[SampleTable, list[tuple[Sample, str]]]:
         """What `samples.check_samples` returns, for columns: an object is made of a bad sample only."""
         seconds, offset_s = self.duration_s, self.offset_s
         good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
-        uris, codes = self._texts["uri"]
+        uris, codes = self.texts["uri"]
         good &= _openable(uris)[codes]
         for name in ("prompt", "answer"):
-            values, codes = self._texts[name]
+            values, codes = self.texts[name]
             good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
-        prompts, codes = self._texts["prompt"]
+        prompts, codes = self.texts["prompt"]
         num_markers = pc.count_substring(prompts, AUDIO, ignore_case=True)
         good &= pc.less_equal(num_markers, 1).to_numpy(zero_copy_only=False)[codes]
         bad = check_samples(list(self.take(~good)), unread)[1]
@@ -136,7 +126,7 @@ class SampleTable(Sequence[Sample]):
         """The same as `samples.fingerprint`, from columns: what the samples say, in order, wherever the audio lies."""
         digest = hashlib.sha256()
         for name in ("uri", "id", "prompt", "answer"):
-            values, codes = self._texts[name]
+            values, codes = self.texts[name]
             for start in range(0, len(values), 2**20):
                 part = values.slice(start, 2**20)
                 if name == "uri":
@@ -151,7 +141,7 @@ class SampleTable(Sequence[Sample]):
 
 
 class Joined(Sequence[ItemT], Generic[ItemT]):
-    """Several sequences read as one, none of them copied."""
+    """Several sequences read as one by index, none of them copied."""
 
     def __init__(self, parts: Sequence[Sequence[ItemT]]) -> None:
         self.parts = tuple(parts)
@@ -160,13 +150,7 @@ class Joined(Sequence[ItemT], Generic[ItemT]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, place: int) -> ItemT: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[ItemT]: ...
-    def __getitem__(self, place: int | slice) -> ItemT | Sequence[ItemT]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def __getitem__(self, place: Any) -> Any:
         place = range(len(self))[place]
         part = bisect.bisect_right(self._ends, place)
         return self.parts[part][place - (self._ends[part - 1] if part else 0)]
@@ -194,16 +178,9 @@ class Pickled(Sequence[ItemT], Generic[ItemT]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> ItemT: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[ItemT]: ...
-    def __getitem__(self, place: int | slice) -> ItemT | Sequence[ItemT]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def __getitem__(self, place: Any) -> Any:
         place = range(len(self))[place]
-        item: ItemT = pickle.loads(self._bytes[self._starts[place] : self._starts[place + 1]].data)  # noqa: S301
-        return item
+        return pickle.loads(self._bytes[self._starts[place] : self._starts[place + 1]].data)  # noqa: S301
 
 
 def portable(items: Sequence[ItemT]) -> Sequence[ItemT]:
@@ -252,16 +229,11 @@ def clip_numbers(samples: Sequence[Item]) -> NDArray[np.int64]:
 
 
 def _clip_numbers_of_tables(tables: Sequence[SampleTable]) -> NDArray[np.int64]:
-    uri = tables[0].texts("uri")[1].astype(np.int64)
-    if len(tables) > 1:
-        known = _strings([]) if not tables else pa.concat_arrays([table.texts("uri")[0] for table in tables])
-        merged = known.dictionary_encode().indices.to_numpy(zero_copy_only=False)
-        bases = np.cumsum([0, *(len(table.texts("uri")[0]) for table in tables)])
-        uri = np.concatenate([merged[b + t.texts("uri")[1].astype(np.int64)] for t, b in zip(tables, bases)])
-        uri = uri.astype(np.int64)
-    offset_s = np.concatenate([table.offset_s for table in tables]) if len(tables) > 1 else tables[0].offset_s
-    duration_s = np.concatenate([table.duration_s for table in tables]) if len(tables) > 1 else tables[0].duration_s
-    key = uri
+    known = pa.concat_arrays([table.texts["uri"][0] for table in tables])
+    merged = known.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    bases = np.cumsum([0, *(len(table.texts["uri"][0]) for table in tables)])
+    key = np.concatenate([merged[base:][table.texts["uri"][1]] for table, base in zip(tables, bases)])
+    offset_s, duration_s = (np.concatenate([getattr(t, n) for t in tables]) for n in ("offset_s", "duration_s"))
     for seconds in (offset_s, duration_s):  # most corpora have one stretch a file: nothing to tell apart
         first = np.zeros(int(key.max()) + 1)
         first[key] = seconds
@@ -290,14 +262,12 @@ def _strings(values: Any) -> pa.Array:
 
 def _encoded(column: Any) -> tuple[pa.Array, NDArray[Any]]:
     """Distinct texts of a column and the code of each sample in the smallest integers that hold it."""
+    if not isinstance(column, pa.Array | pa.ChunkedArray):
+        column = _strings(column)
+    if not pa.types.is_dictionary(column.type):
+        column = column.cast(pa.large_string()).dictionary_encode()
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    if not isinstance(column, pa.Array):
-        column = _strings(column)
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks)
-    if not isinstance(column, pa.DictionaryArray):
-        column = column.cast(pa.large_string()).dictionary_encode()
     values, codes = column.dictionary.cast(pa.large_string()), column.indices
     if column.null_count or values.null_count:
         codes = pc.fill_null(codes, len(values))

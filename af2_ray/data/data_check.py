@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from af2_ray.audio.decode import AudioError, probe
 from af2_ray.config import Dataset
-from af2_ray.data.durations import fill_durations
+from af2_ray.data.durations import fill_durations, read_durations
 from af2_ray.data.manifest import read_samples
 from af2_ray.data.samples import Sample, check_samples
 from af2_ray.storage.places import shown
 
 HOUR_S = 3600.0
-_THREADS = 16
 _MOST_NAMED = 20
 
 
@@ -88,7 +85,7 @@ def survey(dataset: Dataset, split: str, *, most_probed: int | None = None, seed
         duration_s=tuple(stretch.duration_s for stretch in clips),
         text_words=tuple(len(s.prompt.split()) + len(s.answer.split()) for s in good),
         set_aside=dict(Counter(reason for _, reason in bad)),
-        unreadable=_unreadable(uris),
+        unreadable=read_durations(uris)[1],
         num_probed=len(uris),
         duplicates=tuple(f"{uri}: {prompt}" for (uri, _, prompt, _), count in asked.items() if count > 1),
         clips=frozenset((_name(sample), sample.offset_s) for sample in clips.values()),
@@ -132,18 +129,6 @@ def faults(surveys: Sequence[Survey], max_bad_share: float) -> list[str]:
 def shorten(lines: Sequence[str], most: int = _MOST_NAMED) -> list[str]:
     """The first lines, and how many more there are."""
     return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
-
-
-def _unreadable(uris: Sequence[str]) -> dict[str, str]:
-    def reason(uri: str) -> str:
-        try:
-            probe(uri)
-        except AudioError as error:
-            return error.reason
-        return ""
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return {uri: why for uri, why in zip(uris, pool.map(reason, uris), strict=True) if why}
 
 
 def _name(sample: Sample) -> str:

@@ -12,33 +12,23 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar, overload
+from typing import cast
 
 import numpy as np
 
 from af2_ray.audio.decode import AudioError, probe
-from af2_ray.data.columns import SampleTable
+from af2_ray.data.columns import SampleTable, durations
 from af2_ray.data.names import name_fault
-from af2_ray.data.samples import CaptionSet, Sample
-from af2_ray.storage.places import check_regular, locate, write_text
+from af2_ray.data.samples import ItemT
+from af2_ray.storage.places import locate, write_text
 
 logger = logging.getLogger(__name__)
-
-ItemT = TypeVar("ItemT", Sample, CaptionSet)
 
 _THREADS = 16  # waiting for headers, not computing
 
 
-@overload
 def fill_durations(
-    items: SampleTable, manifest_uri: str, *, fallback: str | None = None, threads: int = _THREADS
-) -> tuple[SampleTable, dict[str, str]]: ...
-@overload
-def fill_durations(
-    items: Sequence[ItemT], manifest_uri: str, *, fallback: str | None = None, threads: int = _THREADS
-) -> tuple[Sequence[ItemT], dict[str, str]]: ...
-def fill_durations(
-    items: Sequence[ItemT], manifest_uri: str, *, fallback: str | None = None, threads: int = _THREADS
+    items: Sequence[ItemT], manifest_uri: str, *, fallback: str | None = None
 ) -> tuple[Sequence[ItemT], dict[str, str]]:
     """Give items without a duration the one of their file, less their offset.
 
@@ -46,13 +36,12 @@ def fill_durations(
         items: samples or caption sets of one manifest.
         manifest_uri: address of the manifest; the durations are kept beside it, as `<manifest>.durations.json`.
         fallback: folder for them where that place cannot be written.
-        threads: number of files read at a time.
 
     Returns:
         The items, and why a file's duration could not be read, by uri; its items stay without one, and
         `check_samples` sets them aside.
     """
-    without = _without_duration(items)
+    without = np.flatnonzero(~np.isfinite(durations(items)))
     if not len(without):
         return items, {}
     stretches = [items[place] for place in without.tolist()]
@@ -66,28 +55,27 @@ def fill_durations(
     missing = [uri for uri in uris if uri not in known and uri not in failures]
     if missing:
         logger.info("reading the durations of %d files", len(missing))
-        with ThreadPoolExecutor(threads) as pool:
-            for uri, found in zip(missing, pool.map(_probed, missing), strict=True):
-                if isinstance(found, float):
-                    known[uri] = found
-                else:
-                    failures[uri] = found
+        found, unread = read_durations(missing)
+        known |= found
+        failures |= unread
         _save(caches, known)
     seconds = [known.get(item.uri, np.nan) - item.offset_s for item in stretches]
     if isinstance(items, SampleTable):
         duration_s = items.duration_s.copy()
         duration_s[without] = seconds
-        return items.with_durations(duration_s), failures
+        return cast(Sequence[ItemT], SampleTable(items.texts, items.offset_s, duration_s)), failures
     filled = list(items)
     for place, duration in zip(without.tolist(), seconds, strict=True):
         filled[place] = replace(filled[place], duration_s=float(duration))
     return filled, failures
 
 
-def _without_duration(items: Sequence[Any]) -> Any:
-    if isinstance(items, SampleTable):
-        return np.flatnonzero(~np.isfinite(items.duration_s))
-    return np.flatnonzero(~np.isfinite(np.fromiter((item.duration_s for item in items), float, len(items))))
+def read_durations(uris: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Durations of files by their headers, and the reasons why others have none that can be read, by uri."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(uris, pool.map(_probed, uris), strict=True))
+    unread = {uri: reason for uri, reason in found.items() if isinstance(reason, str)}
+    return {uri: seconds for uri, seconds in found.items() if isinstance(seconds, float)}, unread
 
 
 def _probed(uri: str) -> float | str:
@@ -102,7 +90,6 @@ def _load(caches: Sequence[str]) -> dict[str, float]:
     for cache in caches:
         fs, path = locate(cache)
         try:
-            check_regular(fs, path)
             known |= {str(uri): float(seconds) for uri, seconds in json.loads(fs.cat_file(path)).items()}
         except FileNotFoundError:
             continue

@@ -97,13 +97,10 @@ def open_folder(folder: Path, tower: Mapping[str, Any]) -> None:
     """
     path, facts = folder / "cache.json", {"format": FORMAT, **tower}
     found = read_json(path)
-    if found is not None:
-        if found != facts:
-            raise ValueError(
-                f"{folder} has features of another tower ({found}, not {facts}): remove it, or name another"
-            )
-        return
-    write_whole(path, json.dumps(facts))
+    if found is None:
+        write_whole(path, json.dumps(facts))
+    elif found != facts:
+        raise ValueError(f"{folder} has features of another tower ({found}, not {facts}): remove it, or name another")
 
 
 def write_shard(folder: Path, entries: Sequence[CacheEntry], features: Sequence[NDArray[Any]]) -> Path:
@@ -162,14 +159,8 @@ class FeatureStore:
             for number, path in enumerate(shards)
             for place, entry in enumerate(read_entries(path))
         }
-        have: list[tuple[int, int, int]] = []
-        lacking: list[CacheEntry] = []
-        for entry in dict.fromkeys(entries):
-            if where := found.get(entry):
-                have.append((key_of(entry.stretch), *where))
-            else:
-                lacking.append(entry)
-        have.sort()
+        wanted = dict.fromkeys(entries)
+        have = sorted((key_of(entry.stretch), *found[entry]) for entry in wanted if entry in found)
         keys = np.array([key for key, _, _ in have], np.uint64)
         if len(np.unique(keys)) < len(keys):
             raise ValueError(f"{folder}: two clips with one key, or one file with two dates: start the stage again")
@@ -179,7 +170,8 @@ class FeatureStore:
             shape, dtype = (example.shape[1], example.shape[2]), str(example.dtype)
         numbers = np.array([where for _, *where in have], np.int32).reshape(-1, 2)
         paths = tuple(map(str, shards))
-        return cls(paths, keys, numbers[:, 0], numbers[:, 1], shape, dtype, dict(failures or {})), lacking
+        store = cls(paths, keys, numbers[:, 0], numbers[:, 1], shape, dtype, dict(failures or {}))
+        return store, [entry for entry in wanted if entry not in found]
 
     @property
     def silence(self) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The plan through Ray Data to the ranks, and the same rows without Ray.
+"""The plan through Ray Data to the ranks.
 
 One row of the dataset is one whole batch. The read yields plan rows' numbers only; a separate map with a fraction of a
 CPU decodes and collates. Blocks hold one row, so with `preserve_order` (`data_config`) the split among W ranks is exact
@@ -20,13 +20,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data._internal.execution import backpressure_policy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.block import BlockMetadata
+
 from af2_ray.data.batching import Plan, Row
 from af2_ray.data.collate import ClapBatch, LmBatch
 from af2_ray.data.columns import portable
 
 if TYPE_CHECKING:
-    import ray
-    from ray.data import DataIterator, Dataset
     from ray.train import DataConfig
 
 BatchT = TypeVar("BatchT", LmBatch, ClapBatch)
@@ -56,7 +61,9 @@ class Cursor:
         return cls(rows, plan.fingerprint, dict(plan.origin))
 
 
-def make_dataset(plan: Plan[Any], collator: Collator, *, start: int | Cursor = 0, decode_cpus: float = 0.25) -> Dataset:
+def make_dataset(
+    plan: Plan[Any], collator: Collator, *, start: int | Cursor = 0, decode_cpus: float = 0.25
+) -> ray.data.Dataset:
     """The rows of a plan as a Ray dataset, in order, from `start` (the cursor) on.
 
     Args:
@@ -68,20 +75,21 @@ def make_dataset(plan: Plan[Any], collator: Collator, *, start: int | Cursor = 0
     Raises:
         ValueError: `start` is outside the plan, not at the start of an optimiser step, or of another plan.
     """
-    import ray
-    import ray.data
-
     first = check_cursor(plan, start)
     num_rows = len(plan) - first
     decode = _Decode(ray.put(collator), ray.put(replace(plan, items=portable(plan.items))), first)
     num_reads = max(1, num_rows // _READ_ROWS)
     # Not `ray.data.range`: its read tasks want a whole CPU each and never start beside the trainer's workers. Reading
     # must ask for other CPUs than decoding: Ray Data fuses what asks alike, and a task would decode a thousand rows.
-    source = _numbers_source()(num_rows)
-    numbers = ray.data.read_datasource(source, num_cpus=_READ_CPUS, concurrency=1, override_num_blocks=num_reads)
+    numbers = ray.data.read_datasource(
+        Numbers(num_rows), num_cpus=_READ_CPUS, concurrency=1, override_num_blocks=num_reads
+    )
     numbers.context.target_max_block_size = 1  # one row a block: round robin is exact only so
-    numbers.context.custom_execution_callback_classes = [_pace()]
-    numbers.context.set_config(*_policies())
+    numbers.context.custom_execution_callback_classes = [Pace]
+    numbers.context.set_config(
+        backpressure_policy.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+        [*backpressure_policy.ENABLED_BACKPRESSURE_POLICIES, ReadAhead],
+    )
     return numbers.map(decode, num_cpus=decode_cpus)
 
 
@@ -116,35 +124,27 @@ class _Decode:
         return collator(plan.row(self.start + int(number["id"]))).to_row()
 
 
-@functools.cache
-def _numbers_source() -> type[Any]:
-    """The datasource of the numbers 0 to n-1; made at first use, since this module imports without Ray."""
-    import pyarrow as pa
-    from ray.data import Datasource, ReadTask
-    from ray.data.block import BlockMetadata
+class Numbers(ray.data.Datasource):
+    """The numbers 0 to n-1."""
 
-    class Numbers(Datasource):
-        def __init__(self, num_rows: int) -> None:
-            super().__init__()
-            self.num_rows = num_rows
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.num_rows = num_rows
 
-        def estimate_inmemory_data_size(self) -> int:
-            return 8 * self.num_rows
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self.num_rows
 
-        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-            bounds = [self.num_rows * k // parallelism for k in range(parallelism + 1)]
-            return [self._task(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ray.data.ReadTask]:
+        bounds = [self.num_rows * k // parallelism for k in range(parallelism + 1)]
+        return [self._task(a, b) for a, b in itertools.pairwise(bounds) if a < b]
 
-        def _task(self, first: int, stop: int) -> ReadTask:
-            size = stop - first
-            metadata = BlockMetadata(num_rows=size, size_bytes=8 * size, input_files=None, exec_stats=None)
-            return ReadTask(lambda: [pa.table({"id": pa.array(range(first, stop), pa.int64())})], metadata)
-
-    return Numbers
+    def _task(self, first: int, stop: int) -> ray.data.ReadTask:
+        size = stop - first
+        metadata = BlockMetadata(num_rows=size, size_bytes=8 * size, input_files=None, exec_stats=None)
+        return ray.data.ReadTask(lambda: [pa.table({"id": pa.array(range(first, stop), pa.int64())})], metadata)
 
 
-@functools.cache
-def _pace() -> type[Any]:
+class Pace(ExecutionCallback):
     """A pause in each round of Ray Data's scheduler, except while plan rows are read; longer where nothing happens.
 
     While the trainer is behind, nothing is running that the scheduler could wait for, and it spins: half a core on a
@@ -153,45 +153,35 @@ def _pace() -> type[Any]:
     the trainer holds all but a fraction of the CPUs decoding waits for its end: with the pause, the first batch of 680
     rows came after 17 s, of 1800 after 43 s.
     """
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class Pace(ExecutionCallback):
-        def __init__(self) -> None:
-            self._seen, self._pause_s = 0, _PAUSES_S[0]
+    def __init__(self) -> None:
+        self._seen, self._pause_s = 0, _PAUSES_S[0]
 
-        def on_execution_step(self, executor: Any) -> None:
-            operators = list(executor._topology)
-            if any(op.num_active_tasks() for op in operators if op.name.startswith("Read")):
-                return
-            done = sum(op.metrics.num_tasks_finished + op.metrics.num_outputs_taken for op in operators)
-            changed = done != self._seen or executor._consumer_idling()
-            self._pause_s = _PAUSES_S[0] if changed else min(2 * self._pause_s, _PAUSES_S[1])
-            self._seen = done
-            time.sleep(self._pause_s)
-
-    return Pace
+    def on_execution_step(self, executor: Any) -> None:
+        operators = list(executor._topology)
+        if any(op.num_active_tasks() for op in operators if op.name.startswith("Read")):
+            return
+        done = sum(op.metrics.num_tasks_finished + op.metrics.num_outputs_taken for op in operators)
+        changed = done != self._seen or executor._consumer_idling()
+        self._pause_s = _PAUSES_S[0] if changed else min(2 * self._pause_s, _PAUSES_S[1])
+        self._seen = done
+        time.sleep(self._pause_s)
 
 
-@functools.cache
-def _policies() -> tuple[str, list[type[Any]]]:
-    """Ray Data's rules of who may run, and one more, as a key and a value of its configuration.
+class ReadAhead(backpressure_policy.BackpressurePolicy):
+    """One more of Ray Data's rules of who may run.
 
     Its own rules count bytes, and numbers have next to none: a plan of a million rows would be read to its end at once,
     a kilobyte of the scheduler's memory a row.
     """
-    from ray.data._internal.execution import backpressure_policy as policies
 
-    class ReadAhead(policies.BackpressurePolicy):
-        @property
-        def name(self) -> str:
-            return "ReadAhead"
+    @property
+    def name(self) -> str:
+        return "ReadAhead"
 
-        def can_add_input(self, op: Any) -> bool:
-            waiting = (self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
-            return max(waiting, default=0) < _READ_ROWS
-
-    enabled = [*policies.ENABLED_BACKPRESSURE_POLICIES, ReadAhead]
-    return policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, enabled
+    def can_add_input(self, op: Any) -> bool:
+        waiting = (self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
+        return max(waiting, default=0) < _READ_ROWS
 
 
 @functools.lru_cache(maxsize=8)
@@ -200,25 +190,17 @@ def _fetched(ref: ray.ObjectRef) -> Any:
 
     The plan's arrays stay where they are, in the memory that all processes of the machine share.
     """
-    import ray
-
     return ray.get(ref)
 
 
 def data_config() -> DataConfig:
     """The `dataset_config` for a `TorchTrainer`: an order set on the dataset itself would be silently lost."""
-    import ray.data
-    import ray.train
+    from ray.train import DataConfig  # which decoding has no need of
 
-    return ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True))
+    return DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True))
 
 
-def iter_batches(shard: DataIterator, batch_type: type[BatchT], *, prefetch: int = 2) -> Iterator[BatchT]:
+def iter_batches(shard: ray.data.DataIterator, batch_type: type[BatchT], *, prefetch: int = 2) -> Iterator[BatchT]:
     """A rank's batches as torch tensors, in order; `prefetch` of them wait ready. The tensors are read-only."""
     for columns in shard.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=prefetch):
         yield batch_type.from_row({name: column[0] for name, column in columns.items()})
-
-
-def iter_local(plan: Plan[Any], collator: Collator, *, start: int = 0) -> Iterator[Any]:
-    """The same batches in this process, without Ray: for evaluation, and as the reference that tests compare with."""
-    return (collator(row).tensors() for row in plan.rows(start))

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from af2_ray.data.columns import SampleTable
-from af2_ray.data.names import Root, folder_of, split_uri, stem_of
+from af2_ray.data.names import Root, split_uri, stem_of
 from af2_ray.data.samples import CaptionSet, Sample
 from af2_ray.data.tables import KEYS, read_columns, samples_of_columns
 from af2_ray.storage.places import check_regular, locate, open_text, shown
@@ -62,7 +62,7 @@ def read_captions(uri: str, root: str | None = None) -> list[CaptionSet]:
     Raises:
         ValueError: it cannot be read; the message names the file and the line or row.
     """
-    base = Root.of(uri, root if root is not None else folder_of(uri))
+    base = Root.of(uri, root)
     kind = kind_of(uri)
     rows = _lines(uri) if kind == "lines" else enumerate(read_columns(uri, kind).to_pylist(), 1)
     sets = []
@@ -86,10 +86,9 @@ def kind_of(uri: str) -> str:
             return kind
     fs, path = locate(uri)
     names = [entry.rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)] if fs.isdir(path) else []
-    if any(name.endswith(".arrow") for name in names):
-        return "arrow"
-    if any(name.endswith(".parquet") for name in names):
-        return "parquet"
+    for kind in ("arrow", "parquet"):
+        if any(name.endswith(f".{kind}") for name in names):
+            return kind
     if "dataset_dict.json" in names:
         check_regular(fs, f"{path}/dataset_dict.json")
         splits = json.loads(fs.cat_file(f"{path}/dataset_dict.json"))["splits"]
@@ -118,7 +117,7 @@ def _read_nvidia(uri: str, root: str | None) -> SampleTable:
     dataset = folder.rstrip("/").rsplit("/", 1)[-1] or stem
     split = str(manifest.get("split") or stem)
     flamingo_task = str(manifest.get("flamingo_task") or dataset)
-    base = Root.of(uri, root if root is not None else folder).below(str(manifest.get("split_path") or ""))
+    base = Root.of(uri, root).below(str(manifest.get("split_path") or ""))
     samples: list[Sample] = []
     remarks: list[str] = []
     items = _pairs(manifest["data"])
@@ -147,16 +146,14 @@ def _read_nvidia(uri: str, root: str | None) -> SampleTable:
 class _Repeated(dict[str, Any]):
     """An object of JSON that has a key more than once."""
 
-    pairs: list[tuple[str, Any]]
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    repeated = _Repeated(found)
-    repeated.pairs = pairs
-    return repeated
+    return found if len(found) == len(pairs) else _Repeated(pairs)
 
 
 def _pairs(found: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -184,7 +181,7 @@ def _read_text(uri: str) -> str:
 
 
 def _samples_of_lines(uri: str, root: str | None) -> Iterator[Sample]:
-    base = Root.of(uri, root if root is not None else folder_of(uri))
+    base = Root.of(uri, root)
     dataset = stem_of(uri)
     for number, row in _lines(uri):
         try:
@@ -229,11 +226,14 @@ def _cut_items(cut: dict[str, Any]) -> list[dict[str, Any]]:
         "audio_start": cut.get("start", 0.0),
         "duration": cut.get("duration"),
     }
-    items = []
-    for supervision in cut.get("supervisions") or []:
-        custom = {**(cut.get("custom") or {}), **(supervision.get("custom") or {})}
-        items.append(custom | common | _part_of(cut, supervision) | {"text": supervision.get("text")})
-    return items
+    return [
+        (cut.get("custom") or {})
+        | (supervision.get("custom") or {})
+        | common
+        | _part_of(cut, supervision)
+        | {"text": supervision.get("text")}
+        for supervision in cut.get("supervisions") or []
+    ]
 
 
 def _part_of(cut: dict[str, Any], supervision: dict[str, Any]) -> dict[str, float]:
@@ -266,7 +266,8 @@ _SAMPLE_KEYS = {"name", "prompt", "output", "duration", "audio_start", "skill", 
 
 def _sample(item: Any, id_: str, root: Root, dataset: str, task: str) -> Sample:
     """A sample from a manifest's item; `KeyError`, `TypeError` or `ValueError` if it cannot be understood."""
-    _need_object(item)
+    if not isinstance(item, dict):
+        raise TypeError(f"expected an object with name, duration ..., got {type(item).__name__}")
     return Sample(
         id=id_,
         uri=root.join(_text(item, "name")),
@@ -284,9 +285,8 @@ def _sample(item: Any, id_: str, root: Root, dataset: str, task: str) -> Sample:
     )
 
 
-def _caption_set(item: Any, root: Root) -> CaptionSet:
+def _caption_set(item: dict[str, Any], root: Root) -> CaptionSet:
     """A caption set from a line's item; `KeyError`, `TypeError` or `ValueError` if it cannot be understood."""
-    _need_object(item)
     return CaptionSet(
         uri=root.join(_text(item, "name")),
         offset_s=_seconds(item.get("audio_start"), missing=0.0),
@@ -296,11 +296,6 @@ def _caption_set(item: Any, root: Root) -> CaptionSet:
         negatives=tuple(tuple(str(text) for text in group) for group in item.get("negatives") or ()),
         relations=tuple(str(kind) for kind in item.get("relations") or ()),
     )
-
-
-def _need_object(item: Any) -> None:
-    if not isinstance(item, dict):
-        raise TypeError(f"expected an object with name, duration ..., got {type(item).__name__}")
 
 
 def _text(item: dict[str, Any], key: str) -> str:

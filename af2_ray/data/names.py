@@ -28,8 +28,9 @@ class Root:
     parents: bool = False
 
     @classmethod
-    def of(cls, manifest_uri: str, folder: str) -> Root:
-        """The root of a manifest whose recordings are in `folder`."""
+    def of(cls, manifest_uri: str, folder: str | None) -> Root:
+        """The root of a manifest whose recordings are in `folder`; none: beside it (`folder_of`)."""
+        folder = folder_of(manifest_uri) if folder is None else folder
         if leads_up(folder) and not is_remote(folder):
             folder = os.path.abspath(folder)  # so that a `..` which is left was in a name
         return cls(folder, parents_allowed() and not is_remote(manifest_uri))

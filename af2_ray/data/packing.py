@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from af2_ray.config import Budget
 
 Index = NDArray[np.int64]
 
@@ -27,25 +29,6 @@ _TEXT_BUCKET = 1.1  # texts within this ratio count as alike
 _COST_JITTER = 0.004  # rows within this share of cost, up and down, count as alike
 _TRIM_SHARE, _TRIM_FROM = 0.12, 16  # a row of this many clips gives up to this share of them to the next
 _CHUNK = 2**20  # positions whose row ends are found together: bounds the memory
-
-
-class Budget(Protocol):
-    """The recipe's budget of a row and a step (`config.Budget`)."""
-
-    @property
-    def windows_per_row(self) -> int: ...
-    @property
-    def text_tokens_per_row(self) -> int: ...
-    @property
-    def questions_per_clip(self) -> int: ...
-    @property
-    def step_batches(self) -> int: ...
-    @property
-    def balanced_rows(self) -> int | None: ...
-    @property
-    def tokens_per_window(self) -> int: ...
-    @property
-    def attention_tokens(self) -> int | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +105,7 @@ def text_cost(num_texts: Any, longest: NDArray[Any], budget: Budget) -> NDArray[
 def ragged(starts: Index, order: NDArray[Any]) -> tuple[Index, Index]:
     """Positions of the runs at `order`, run after run, and where each run then starts."""
     lengths = starts[order + 1] - starts[order]
-    new_starts = np.zeros(len(order) + 1, np.int64)
-    np.cumsum(lengths, out=new_starts[1:])
+    new_starts = np.append(0, np.cumsum(lengths))
     return np.repeat(starts[order] - new_starts[:-1], lengths) + np.arange(new_starts[-1]), new_starts
 
 
@@ -135,9 +117,7 @@ def join_starts(parts: Sequence[Index]) -> Index:
 
 def sum_by(values: NDArray[Any], starts: Index) -> Index:
     """Sum of each run; 0 of an empty one."""
-    total = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values, out=total[1:])
-    return total[starts[1:]] - total[starts[:-1]]
+    return np.diff(np.append(0, np.cumsum(values, dtype=np.int64))[starts])
 
 
 def max_by(values: NDArray[Any], starts: Index) -> Index:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,6 @@ class Failure:
     num_samples: int = 1
 
 
-def to_json(failures: Iterable[Failure]) -> str:
-    """Failures as the JSON array that travels in a row."""
-    return json.dumps([asdict(failure) for failure in failures])
-
-
-def from_json(text: str) -> tuple[Failure, ...]:
-    """Inverse of `to_json`."""
-    return tuple(Failure(**item) for item in json.loads(text))
-
-
 class TooManyBad(RuntimeError):
     """More was set aside than the recipe allows."""
 
@@ -60,8 +50,6 @@ class Quarantine:
     def __init__(
         self, path: str, max_bad_share: float = 0.02, *, min_items: int = 200, name: str | None = None
     ) -> None:
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={max_bad_share}: give a share from 0 to 1")
         self.path, self.max_bad_share, self.min_items = path, max_bad_share, min_items
         self._name = name or path
         self.num_items = self.num_bad = 0

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from af2_ray.audio.hear import Stretch
 from af2_ray.data.names import name_fault
@@ -60,21 +60,7 @@ class CaptionSet:
         return Stretch(self.uri, self.offset_s, self.duration_s)
 
 
-class Item(Protocol):
-    """What the plan needs to know of a sample or a caption set: which stretch of which file."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def uri(self) -> str: ...
-    @property
-    def offset_s(self) -> float: ...
-    @property
-    def duration_s(self) -> float: ...
-    @property
-    def stretch(self) -> Stretch: ...
-
-
+Item = Sample | CaptionSet
 ItemT = TypeVar("ItemT", bound=Item)
 
 
@@ -93,8 +79,7 @@ def check_samples(
         the one recording), `empty answer`, `empty caption`, `ragged captions`.
     """
     if of_columns := getattr(samples, "checked", None):  # a table makes objects of bad samples only
-        checked: tuple[Sequence[ItemT], list[tuple[ItemT, str]]] = of_columns(unread)
-        return checked
+        return of_columns(unread)
     good, bad = [], []
     for sample in samples:
         reason = _fault(sample)

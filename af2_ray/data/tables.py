@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from af2_ray.data.columns import SampleTable
-from af2_ray.data.names import Root, folder_of, stem_of
+from af2_ray.data.names import Root, stem_of
 from af2_ray.storage.places import check_regular, inner_name, locate
 
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -72,7 +72,7 @@ def samples_of_columns(uri: str, table: pa.Table, root: str | None) -> SampleTab
             raise ValueError(f"{uri}: no column {key!r} (or {', '.join(KEYS[key][1:])}); it has {table.column_names}")
     dataset = stem_of(uri)
     found: dict[str, Any] = {
-        "uri": _joined_uris(uri, table[names["name"]], Root.of(uri, root if root is not None else folder_of(uri))),
+        "uri": _joined_uris(uri, table[names["name"]], Root.of(uri, root)),
         "prompt": table[names["prompt"]],
         "answer": table[names["output"]],
     }

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from af2_ray.data.quarantine import Failure
 from af2_ray.data.samples import CaptionSet
@@ -122,13 +123,13 @@ def _retrieval(
     text, heard = clap.embed_texts(texts), np.stack([audio[i] for i in clips])
     similarity = text @ heard.T
     spread = {"audio": uniformity(heard), "text": uniformity(text)}
-    first = text[[place[group[0]] for group in own]]
-    chance = float(relevant.mean(axis=1).mean())
-    figures: dict[str, Any] = {"gallery": len(clips), "captions": len(texts), "t2a_r1_chance": round(chance, 5)}
-    for name, table, right in (("t2a", similarity, relevant), ("a2t", similarity.T, relevant.T)):
-        figures |= {f"{name}_{key}": round(value, 4) for key, value in retrieval(table, right).items()}
-    figures |= {
-        "alignment": round(alignment(heard, first), 4),
+    figures: dict[str, Any] = {
+        "gallery": len(clips),
+        "captions": len(texts),
+        "t2a_r1_chance": round(float(relevant.mean(axis=1).mean()), 5),
+        **{f"t2a_{key}": round(value, 4) for key, value in retrieval(similarity, relevant).items()},
+        **{f"a2t_{key}": round(value, 4) for key, value in retrieval(similarity.T, relevant.T).items()},
+        "alignment": round(alignment(heard, text[[place[group[0]] for group in own]]), 4),
         "uniformity": {key: None if value is None else round(value, 4) for key, value in spread.items()},
     }
     hits = first_hits(similarity, relevant)
@@ -152,32 +153,23 @@ def _against_negatives(
 
     A set names the kind of every negative if `relations` is as long as all its negatives together.
     """
-    texts: list[str] = []
-    rows: list[tuple[int, int, list[str]]] = []
-    for index in clips:
-        item = captions[index]
-        if item.negatives and item.negatives[0]:
-            wrong = item.negatives[0]
-            named = len(item.relations) == sum(map(len, item.negatives))
-            rows.append((index, len(texts), list(item.relations[: len(wrong)]) if named else []))
-            texts += [item.caption, *wrong]
-    if not rows:
+    asked = [index for index in clips if any(captions[index].negatives[:1])]
+    if not asked:
         return {}
-    vectors = clap.embed_texts(texts)
-    each: list[bool] = []
-    every: list[bool] = []
+    texts = [[captions[index].caption, *captions[index].negatives[0]] for index in asked]
+    vectors = clap.embed_texts([text for own in texts for text in own])
+    better: list[NDArray[np.bool_]] = []
     by_kind: dict[str, list[bool]] = {}
-    for index, start, kinds in rows:
-        scores = vectors[start : start + 1 + len(captions[index].negatives[0])] @ audio[index]
-        better = [bool(scores[0] > score) for score in scores[1:]]
-        each += better
-        every.append(all(better))
-        for kind, right in zip(kinds, better, strict=False):
-            by_kind.setdefault(kind, []).append(right)
+    for index, own in zip(asked, np.split(vectors, np.cumsum([len(own) for own in texts])[:-1]), strict=True):
+        scores, item = own @ audio[index], captions[index]
+        better.append(scores[0] > scores[1:])
+        if len(item.relations) == sum(map(len, item.negatives)):
+            for kind, right in zip(item.relations, better[-1].tolist(), strict=False):
+                by_kind.setdefault(kind, []).append(right)
     return {
-        "clips": len(rows),
-        "each": round(float(np.mean(each)), 4),
-        "all": round(float(np.mean(every)), 4),
+        "clips": len(asked),
+        "each": round(float(np.concatenate(better).mean()), 4),
+        "all": round(float(np.mean([row.all() for row in better])), 4),
         "by_kind": {kind: round(float(np.mean(right)), 4) for kind, right in sorted(by_kind.items())},
     }
 
@@ -187,4 +179,4 @@ def _classes(clap: ClapModel, audio: Vectors, labels: Sequence[Sequence[str]]) -
     names = sorted({label for own in labels for label in own})
     similarity = audio @ clap.embed_classes(names).T
     relevant = np.array([[name in own for name in names] for own in labels])
-    return zero_shot(similarity, labels, names), first_hits(similarity, relevant)
+    return zero_shot(similarity, relevant, names), first_hits(similarity, relevant)

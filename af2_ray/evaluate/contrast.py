@@ -55,28 +55,27 @@ def average_precision(scores: NDArray[Any], relevant: NDArray[np.bool_], cut: in
     return float(precision[places < cut].sum() / min(len(places), cut))
 
 
-def zero_shot(similarity: Vectors, labels: Sequence[Sequence[str]], names: Sequence[str]) -> dict[str, Any]:
+def zero_shot(similarity: Vectors, relevant: NDArray[np.bool_], names: Sequence[str]) -> dict[str, Any]:
     """Classification of clips by the nearest class.
 
     Args:
         similarity: array [C, classes].
-        labels: classes of each clip, one or several.
+        relevant: array [C, classes]; every clip has one class or several.
         names: names of the classes.
 
     Returns:
         clips, classes, `top1` (the nearest class is one of the clip's), its chance, `map` (mean over the classes that
         occur of the average precision over clips), `by_class` (top1 of the clips of each class).
     """
-    right = np.array([[name in own for name in names] for own in labels])
-    taken = num_before(similarity, right) == 0
-    occurring = np.flatnonzero(right.any(axis=0)).tolist()
+    taken = num_before(similarity, relevant) == 0
+    occurring = np.flatnonzero(relevant.any(axis=0)).tolist()
     return {
-        "clips": len(labels),
+        "clips": len(relevant),
         "classes": len(names),
         "top1": round(float(taken.mean()), 4),
-        "top1_chance": round(float(right.mean(axis=1).mean()), 4),
-        "map": round(float(np.mean([average_precision(similarity[:, k], right[:, k]) for k in occurring])), 4),
-        "by_class": {names[k]: round(float(taken[right[:, k]].mean()), 4) for k in occurring},
+        "top1_chance": round(float(relevant.mean(axis=1).mean()), 4),
+        "map": round(float(np.mean([average_precision(similarity[:, k], relevant[:, k]) for k in occurring])), 4),
+        "by_class": {names[k]: round(float(taken[relevant[:, k]].mean()), 4) for k in occurring},
     }
 
 

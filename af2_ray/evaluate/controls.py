@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import duration_band, is_caption, normalise_answer, question_words
 from af2_ray.evaluate.metrics import Scores, event_mentions
+
+MOST_CANDIDATES = 64  # of an open question
 
 
 def deaf_pairs(samples: Sequence[Sample]) -> dict[int, int]:
@@ -65,12 +67,10 @@ def _pick(samples: Sequence[Sample], index: int, pool: Sequence[int]) -> int | N
 class KnownAnswers:
     """The answers that training questions of a template had: what a guess is drawn from."""
 
-    def __init__(self, train: Iterable[Sample], *, most: int = 64) -> None:
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
+    def __init__(self, train: Iterable[Sample]) -> None:
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in train:
-            counts[_template(sample)][normalise_answer(sample.answer)] += 1
-        self.counts: Mapping[str, Counter[str]] = counts
-        self.most = most
+            self.counts[_template(sample)][normalise_answer(sample.answer)] += 1
 
     def candidates(self, sample: Sample) -> list[str]:
         """The options of a multiple-choice question; of an open one the known answers, most frequent first.
@@ -79,9 +79,14 @@ class KnownAnswers:
         """
         if sample.options:
             return [normalise_answer(option) for option in sample.options]
-        answers = [answer for answer, _ in self.counts.get(_template(sample), Counter()).most_common(self.most)]
+        answers = [answer for answer, _ in self.counts[_template(sample)].most_common(MOST_CANDIDATES)]
         named = event_mentions(sample.prompt, {answer: answer for answer in answers})
         return named if len(named) > 1 else answers
+
+    def majority(self, sample: Sample) -> str:
+        """The most frequent candidate; the first of equals; empty for an open template never seen."""
+        counts = self.counts[_template(sample)]
+        return max(self.candidates(sample), key=lambda answer: counts[answer], default="")
 
     def chance(self, sample: Sample) -> float:
         """Probability that a blind guess among the candidates is right."""
@@ -90,18 +95,6 @@ class KnownAnswers:
 
 def _template(sample: Sample) -> str:
     return sample.template or sample.skill
-
-
-class Majority:
-    """Always the most frequent training answer of the question's template (among its options, if it has any)."""
-
-    def __init__(self, known: KnownAnswers) -> None:
-        self.known = known
-
-    def answer(self, sample: Sample) -> str:
-        """The most frequent candidate; the first of equals; empty for an open template never seen."""
-        counts = self.known.counts.get(_template(sample), Counter())
-        return max(self.known.candidates(sample), key=lambda answer: counts[answer], default="")
 
 
 class TextOnly:
@@ -194,10 +187,10 @@ def control_scores(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str,
     """Scores [N] of `majority`, `text_only` and `chance` on the closed test questions, fitted on the training ones."""
     closed = [sample for sample in train if not is_caption(sample)]
     known = KnownAnswers(closed)
-    majority, text_only = Majority(known), TextOnly(closed, known)
+    text_only = TextOnly(closed, known).answers(test)
     wanted = [normalise_answer(sample.answer) for sample in test]
     return {
-        "majority": np.array([majority.answer(s) == w for s, w in zip(test, wanted, strict=True)], dtype=float),
-        "text_only": np.array([a == w for a, w in zip(text_only.answers(test), wanted, strict=True)], dtype=float),
+        "majority": np.array([known.majority(s) == w for s, w in zip(test, wanted, strict=True)], dtype=float),
+        "text_only": np.array([a == w for a, w in zip(text_only, wanted, strict=True)], dtype=float),
         "chance": np.array([known.chance(sample) for sample in test], dtype=float),
     }

@@ -20,7 +20,7 @@ from af2_ray.evaluate.clap_embed import ClapModel, ClapSettings
 from af2_ray.evaluate.clap_score import ClapScores
 from af2_ray.evaluate.controls import deaf_pairs
 from af2_ray.evaluate.predict import predict
-from af2_ray.evaluate.scoring import Answered, AnswerScores, score
+from af2_ray.evaluate.scoring import Answered, score, summary_of
 from af2_ray.evaluate.table import Table
 from af2_ray.storage.places import shown
 
@@ -33,14 +33,14 @@ class EvaluationResult:
     """What an evaluation found.
 
     Attributes:
-        answers: scores of the unseen manifests, pooled and by benchmark.
+        details: scores of the unseen manifests, pooled and by benchmark (`scoring.score`).
         clap: scores of AF-CLAP; none where no folder of it was given.
         predictions: answers to the unseen manifests, captions included.
         seen: answers to the seen manifests.
         failures: clips and questions that were set aside.
     """
 
-    answers: AnswerScores
+    details: dict[str, Any]
     clap: ClapScores | None
     predictions: list[Prediction] = field(repr=False)
     seen: list[Prediction] = field(repr=False)
@@ -49,9 +49,9 @@ class EvaluationResult:
     def to_json(self) -> dict[str, Any]:
         """The contents of metrics.json; `accuracy` and `clap` are blocks of summary.json, too."""
         return {
-            "accuracy": self.answers.summary(),
+            "accuracy": summary_of(self.details),
             "clap": self.clap.figures if self.clap else {},
-            "details": self.answers.to_json(),
+            "details": self.details,
             "set_aside": [asdict(failure) for failure in self.failures],
         }
 
@@ -60,7 +60,7 @@ def evaluate_run(
     model_dir: str | Path,
     evaluation: Evaluation,
     *,
-    train: Sequence[Dataset | str] = (),
+    train: Sequence[Dataset] = (),
     clap_dir: str | Path | None = None,
     out_dir: str | Path | None = None,
     cluster: Cluster | None = None,
@@ -94,31 +94,29 @@ def evaluate_run(
     deaf_of = deaf_pairs(samples) if deaf else {}
     found, unread = predict(model_dir, samples + seen, evaluation, deaf_of=deaf_of, cluster=cluster)
     predictions, seen_predictions = _predictions(read, found), _predictions(seen_read, found)
-    answers = score(predictions, _questions(_read(train)), seen_predictions, wordings, _by_benchmark(read, predictions))
+    details = score(predictions, _questions(_read(train)), seen_predictions, wordings, _by_benchmark(read, predictions))
     clap = None
     if clap_dir is not None and evaluation.captions is not None:
         settings = ClapSettings(clap_max_windows, evaluation.batch_windows, evaluation.gallery)
-        clap = evaluate_clap(clap_dir, evaluation.captions, settings)
+        clap = evaluate_clap(ClapModel.load(clap_dir, settings), evaluation.captions)
     failures = [*unusable, *unread, *(clap.failures if clap else ())]
-    result = EvaluationResult(answers, clap, predictions, seen_predictions, failures)
+    result = EvaluationResult(details, clap, predictions, seen_predictions, failures)
     if out_dir is not None:
         write(result, Path(out_dir))
     return result
 
 
-def evaluate_clap(clap_dir: str | Path, uri: str, settings: ClapSettings, *, root: str | None = None) -> ClapScores:
-    """Scores of an exported AF-CLAP folder on one file of captions or labels.
+def evaluate_clap(clap: ClapModel, uri: str, root: str | None = None) -> ClapScores:
+    """Scores of an AF-CLAP model on one file of captions or labels.
 
     Args:
-        clap_dir: AF-CLAP folder, local or remote.
+        clap: model, and how far it is asked.
         uri: file of a benchmark (`benchmarks.BENCHMARKS`).
-        settings: windows, gallery and templates.
         root: folder of the audio; none: where the benchmark has it.
 
     Raises:
-        ValueError: no model there, a file that cannot be read, or no clip that can.
+        ValueError: a file that cannot be read, or no clip that can.
     """
-    clap = ClapModel.load(clap_dir, settings)
     benchmark = find(uri, EmbeddingBenchmark)
     return benchmark.score(clap, benchmark.read(uri, root))
 
@@ -146,13 +144,9 @@ def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, nu
     return chosen
 
 
-def _read(datasets: Sequence[Dataset | str]) -> Read:
-    read: Read = []
-    for item in datasets:
-        dataset = Dataset(manifest=item, weight=1.0) if isinstance(item, str) else item
-        benchmark = find(dataset.manifest, QuestionBenchmark)
-        read.append((benchmark, benchmark.read(dataset.manifest, dataset.root)))
-    return read
+def _read(datasets: Sequence[Dataset]) -> Read:
+    benchmarks = [find(dataset.manifest, QuestionBenchmark) for dataset in datasets]
+    return [(one, one.read(dataset.manifest, dataset.root)) for one, dataset in zip(benchmarks, datasets, strict=True)]
 
 
 def _questions(read: Read) -> list[Sample]:
@@ -165,7 +159,7 @@ def _predictions(read: Read, found: Sequence[Prediction]) -> list[Prediction]:
     return [replace(one, is_right=rules[id(one.sample)]) for one in found if id(one.sample) in rules]
 
 
-def _by_benchmark(read: Read, predictions: Sequence[Prediction]) -> list[Answered]:
+def _by_benchmark(read: Read, predictions: Sequence[Prediction]) -> dict[str, Answered]:
     """Those of each dataset, under its name; of each manifest apart where several have a dataset of that name."""
     homes = {id(sample): (benchmark, table.uri) for benchmark, table in read for sample in table.questions}
     named = {(sample.dataset, table.uri) for _, table in read for sample in table.questions}
@@ -175,5 +169,5 @@ def _by_benchmark(read: Read, predictions: Sequence[Prediction]) -> list[Answere
         benchmark, uri = homes[id(prediction.sample)]
         dataset = prediction.sample.dataset
         name = f"{dataset} ({shown(uri)})" if times[dataset] > 1 else dataset
-        rows.setdefault(name, Answered(name, [], benchmark.groups)).predictions.append(prediction)
-    return list(rows.values())
+        rows.setdefault(name, Answered([], benchmark.groups)).predictions.append(prediction)
+    return rows

@@ -7,7 +7,6 @@ hangs together so (`intervals.units_of`), not questions: the interval is wider a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,56 +24,14 @@ CONTROLS = ("deaf", "majority", "text_only")
 _BAND_PLACES = {name: place for place, (name, _) in enumerate(DURATION_BANDS)}
 
 
-@dataclass(frozen=True)
-class Lead:
-    """How far the model is above its best control, with the 95 % interval of that."""
+Row = dict[str, Any]
+"""Right answers of every system over some questions, as metrics.json has them.
 
-    best_control: str
-    above_best_control: float
-    above_best_control_ci95: list[float]
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Right answers of every system over some questions.
-
-    Attributes:
-        questions: number of questions.
-        pairs: share of complete pairs with both questions right; none without a pair.
-        means: share of right answers by system (`model`, CONTROLS, `chance`); none where it answered no question.
-        ci95: 95 % intervals [low, high] of the means there are.
-        lead: distance to the best control; none without one.
-    """
-
-    questions: int
-    pairs: float | None
-    means: Mapping[str, float | None]
-    ci95: Mapping[str, list[float]]
-    lead: Lead | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """A flat row, as metrics.json has it."""
-        row = {"questions": self.questions, "pairs": self.pairs, **self.means, "ci95": dict(self.ci95)}
-        return row | (asdict(self.lead) if self.lead else {})
-
-
-@dataclass(frozen=True)
-class CaptionScores:
-    """How well captions name the events.
-
-    Attributes:
-        captions: number of captions.
-        event_f1: micro F1 of the labels named; none where none is named or true.
-        deaf_event_f1: the same when another clip was heard.
-        same_events: share that names all events and no other.
-        exact: share in exactly the true words.
-    """
-
-    captions: int
-    event_f1: float | None
-    deaf_event_f1: float | None
-    same_events: float | None
-    exact: float | None
+`questions` is their number and `pairs` the share of complete pairs with both right (none without a pair). Each system
+(`model`, CONTROLS, `chance`) has its share of right answers, none where it answered no question, and in `ci95` the 95 %
+interval [low, high] of that. With a control there are `best_control`, and `above_best_control` with its interval
+`above_best_control_ci95`: how far the model is above it.
+"""
 
 
 def middle95(resampled: Scores) -> list[float]:
@@ -117,7 +74,7 @@ def pair_accuracy(samples: Sequence[Sample], right: Scores) -> float | None:
     return round(float(np.mean(both)), 4) if both else None
 
 
-def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> Accuracy:
+def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> Row:
     """Accuracy of every system over all questions, with intervals, and how far the model is above the best control.
 
     Args:
@@ -131,21 +88,22 @@ def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> Accur
         raise ValueError("no questions to score: the manifests hold only captions, or every clip was set aside")
     bootstrap = Bootstrap(samples)
     resampled = {name: bootstrap.means(scores) for name, scores in systems.items()}
-    means = {name: mean_score(scores) for name, scores in systems.items()}
-    ci95 = {name: middle95(values) for name, values in resampled.items() if means[name] is not None}
-    controls = {name: mean for name in CONTROLS if (mean := means.get(name)) is not None}
-    lead = None
-    if controls:
-        best = max(controls, key=lambda name: controls[name])
+    row: Row = {"questions": len(samples), "pairs": pair_accuracy(samples, systems["model"])}
+    row |= {name: mean_score(scores) for name, scores in systems.items()}
+    row["ci95"] = {name: middle95(values) for name, values in resampled.items() if row[name] is not None}
+    if controls := [name for name in CONTROLS if row.get(name) is not None]:
+        best = max(controls, key=lambda name: row[name])
         # The best control is chosen anew in each draw: the interval then includes the luck of that choice.
         ahead = resampled["model"] - np.nanmax([resampled[name] for name in controls], axis=0)
-        lead = Lead(best, round((means["model"] or 0.0) - controls[best], 4), middle95(ahead))
-    return Accuracy(len(samples), pair_accuracy(samples, systems["model"]), means, ci95, lead)
+        row |= {
+            "best_control": best,
+            "above_best_control": round(row["model"] - row[best], 4),
+            "above_best_control_ci95": middle95(ahead),
+        }
+    return row
 
 
-def by_group(
-    samples: Sequence[Sample], systems: Mapping[str, Scores], groups_of: Groups
-) -> dict[str, dict[str, Accuracy]]:
+def by_group(samples: Sequence[Sample], systems: Mapping[str, Scores], groups_of: Groups) -> dict[str, dict[str, Row]]:
     """`summarise` of each group, by what divides them (`skill`, `duration`); by name, durations from short to long."""
     indices: dict[str, dict[str, list[int]]] = {}
     for index, sample in enumerate(samples):
@@ -180,12 +138,17 @@ def event_mentions(text: str, words: Mapping[str, str]) -> list[str]:
     return sorted(found, key=lambda label: found[label])
 
 
-def caption_scores(predictions: Sequence[Prediction], words: Mapping[str, str]) -> CaptionScores:
+def caption_scores(predictions: Sequence[Prediction], words: Mapping[str, str]) -> dict[str, Any]:
     """How well captions name the events, with their own clip and with another.
 
     Args:
         predictions: answers to caption questions.
         words: labels of events, by wording.
+
+    Returns:
+        captions, their number; `event_f1`, micro F1 of the labels named (none where none is named or true), and
+        `deaf_event_f1`, the same when another clip was heard; `same_events`, the share that names all events and no
+        other; `exact`, the share in exactly the true words.
     """
 
     def named(text: str) -> set[str]:
@@ -195,13 +158,13 @@ def caption_scores(predictions: Sequence[Prediction], words: Mapping[str, str]) 
     given = [named(prediction.text) for prediction in predictions]
     deaf = [(named(p.deaf_text), want) for p, want in zip(predictions, true, strict=True) if p.deaf_text is not None]
     same = [a == b for a, b in zip(given, true, strict=True)]
-    return CaptionScores(
-        captions=len(predictions),
-        event_f1=micro_f1(given, true),
-        deaf_event_f1=micro_f1([a for a, _ in deaf], [b for _, b in deaf]),
-        same_events=round(float(np.mean(same)), 4) if same else None,
-        exact=round(float(np.mean([p.right for p in predictions])), 4) if predictions else None,
-    )
+    return {
+        "captions": len(predictions),
+        "event_f1": micro_f1(given, true),
+        "deaf_event_f1": micro_f1([a for a, _ in deaf], [b for _, b in deaf]),
+        "same_events": round(float(np.mean(same)), 4),
+        "exact": round(float(np.mean([p.right for p in predictions])), 4),
+    }
 
 
 def micro_f1(given: Sequence[set[str]], true: Sequence[set[str]]) -> float | None:

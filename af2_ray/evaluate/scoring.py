@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -16,68 +16,17 @@ import numpy as np
 from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import Groups, Prediction, groups_of, is_caption
 from af2_ray.evaluate.controls import control_scores
-from af2_ray.evaluate.metrics import Accuracy, CaptionScores, Scores, by_group, caption_scores, summarise
+from af2_ray.evaluate.metrics import CONTROLS, Row, Scores, by_group, caption_scores, summarise
 
 _ARTICLE = re.compile(r"^(an?|the) ")
 
 
 @dataclass(frozen=True)
 class Answered:
-    """The predictions of one benchmark, under its name, and how it groups them."""
+    """The predictions of one benchmark, and how it groups them."""
 
-    name: str
     predictions: list[Prediction]
-    groups: Groups = groups_of
-
-
-@dataclass(frozen=True)
-class AnswerScores:
-    """What was measured of some answers.
-
-    Attributes:
-        all: accuracy over all closed questions; none: there are captions alone.
-        groups: accuracies of groups, by what divides them (`skill`, `duration`).
-        captions: scores of the captions; none: there are none.
-        seen: accuracy on new scenes of training clips; none: not asked.
-        benchmarks: scores of each benchmark alone, by its name.
-    """
-
-    all: Accuracy | None
-    groups: Mapping[str, Mapping[str, Accuracy]]
-    captions: CaptionScores | None
-    seen: Accuracy | None = None
-    benchmarks: Mapping[str, AnswerScores] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The `details` of metrics.json: `all`, `by_skill` and so on, `captions`, `seen`, `by_benchmark`."""
-        facts: dict[str, Any] = {
-            f"by_{division}": {name: row.to_json() for name, row in rows.items()}
-            for division, rows in self.groups.items()
-        }
-        facts |= {name: row.to_json() for name, row in (("all", self.all), ("seen", self.seen)) if row}
-        if self.captions:
-            facts["captions"] = asdict(self.captions)
-        if self.benchmarks:
-            facts["by_benchmark"] = {name: scores.to_json() for name, scores in self.benchmarks.items()}
-        return facts
-
-    def summary(self) -> dict[str, Any]:
-        """The `accuracy` block of summary.json."""
-        if self.all is None:
-            return {"questions": 0}
-        means = self.all.means
-        return {
-            "all": means["model"],
-            "pairs": self.all.pairs,
-            **{name: means.get(name) for name in ("deaf", "majority", "text_only")},
-            "questions": self.all.questions,
-            "ci95": self.all.lead.above_best_control_ci95 if self.all.lead else None,
-            **{
-                f"by_{division}": {name: row.means["model"] for name, row in self.groups[division].items()}
-                for division in ("skill", "duration")
-            },
-            "seen_clips": self.seen.means["model"] if self.seen else None,
-        }
+    groups: Groups
 
 
 def score(
@@ -85,9 +34,9 @@ def score(
     train: Sequence[Sample] = (),
     seen: Sequence[Prediction] = (),
     wordings: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    benchmarks: Sequence[Answered] = (),
-) -> AnswerScores:
-    """Everything that is measured of predictions.
+    benchmarks: Mapping[str, Answered] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Everything that is measured of predictions: the `details` of metrics.json.
 
     Args:
         predictions: answers on clips that no training saw.
@@ -96,34 +45,57 @@ def score(
         wordings: texts by which captions may name a label; the label itself always counts.
         benchmarks: the same predictions by benchmark, a row each.
 
+    Returns:
+        Rows (`metrics.Row`): `all` (not of captions alone), `by_skill` and `by_duration`, each a row a group, and
+        `seen`; `captions` (`caption_scores`); `by_benchmark`, the same of each alone, by its own groups.
+
     Raises:
         ValueError: no predictions.
     """
     closed = _closed(predictions)
     systems = control_systems(closed, train)
     words = event_wordings([*train, *(prediction.sample for prediction in closed)], wordings)
+    details = _details(predictions, systems, words, groups_of)
+    if known := _closed(seen):
+        details["seen"] = summarise([prediction.sample for prediction in known], {"model": _rights(known)})
     places = {id(prediction): place for place, prediction in enumerate(closed)}
-    rows = {}
-    for each in benchmarks:
+    for name, each in benchmarks.items():
         own = [places[id(prediction)] for prediction in _closed(each.predictions)]
-        parts = {name: scores[own] for name, scores in systems.items()}
-        rows[each.name] = _scores(each.predictions, parts, words, each.groups)
-    pooled, known = _scores(predictions, systems, words, groups_of), _closed(seen)
-    on_seen = summarise([prediction.sample for prediction in known], {"model": _rights(known)}) if known else None
-    return replace(pooled, seen=on_seen, benchmarks=rows)
+        parts = {system: scores[own] for system, scores in systems.items()}
+        details.setdefault("by_benchmark", {})[name] = _details(each.predictions, parts, words, each.groups)
+    return details
 
 
-def _scores(
+def _details(
     predictions: Sequence[Prediction], systems: Mapping[str, Scores], words: Mapping[str, str], groups: Groups
-) -> AnswerScores:
+) -> dict[str, Any]:
     samples = [prediction.sample for prediction in _closed(predictions)]
     captions = [prediction for prediction in predictions if is_caption(prediction.sample)]
-    none: dict[str, dict[str, Accuracy]] = {"skill": {}, "duration": {}}  # of captions alone
-    return AnswerScores(
-        summarise(samples, systems) if samples or not captions else None,
-        none | by_group(samples, systems, groups),
-        caption_scores(captions, words) if captions else None,
-    )
+    found: dict[str, dict[str, Row]] = {"skill": {}, "duration": {}} | by_group(
+        samples, systems, groups
+    )  # empty of captions alone
+    details: dict[str, Any] = {f"by_{division}": rows for division, rows in found.items()}
+    if samples or not captions:
+        details["all"] = summarise(samples, systems)
+    if captions:
+        details["captions"] = caption_scores(captions, words)
+    return details
+
+
+def summary_of(details: Mapping[str, Any]) -> dict[str, Any]:
+    """The `accuracy` block of summary.json, from what `score` found."""
+    if "all" not in details:
+        return {"questions": 0}
+    row, seen = details["all"], details.get("seen")
+    return {
+        "all": row["model"],
+        "pairs": row["pairs"],
+        **{name: row.get(name) for name in CONTROLS},
+        "questions": row["questions"],
+        "ci95": row.get("above_best_control_ci95"),
+        **{key: {name: group["model"] for name, group in details[key].items()} for key in ("by_skill", "by_duration")},
+        "seen_clips": seen["model"] if seen else None,
+    }
 
 
 def control_systems(closed: Sequence[Prediction], train: Sequence[Sample]) -> dict[str, Scores]:

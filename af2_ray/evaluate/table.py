@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from af2_ray.audio.hear import Stretch
-from af2_ray.data.durations import ItemT, fill_durations
+from af2_ray.data.durations import fill_durations
 from af2_ray.data.quarantine import Failure
-from af2_ray.data.samples import CaptionSet, Sample, check_samples
+from af2_ray.data.samples import CaptionSet, ItemT, Sample, check_samples
 from af2_ray.storage.stores import scratch
 
 WHOLE_S = math.inf
@@ -56,5 +56,6 @@ def usable(items: Sequence[ItemT], uri: str) -> tuple[list[ItemT], list[Failure]
     """The items of a manifest that can be used, durations filled in, and the others with their reasons."""
     filled, unread = fill_durations(items, uri, fallback=str(scratch("durations")))  # where none can lie beside it
     good, bad = check_samples(filled, unread)
-    names = [(item, reason, item.id if isinstance(item, Sample) else "") for item, reason in bad]
-    return list(good), [Failure(item.uri, reason, item.offset_s, name) for item, reason, name in names]
+    return list(good), [
+        Failure(item.uri, reason, item.offset_s, item.id if isinstance(item, Sample) else "") for item, reason in bad
+    ]

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import openai
 
-Message = dict[str, str]
+TIMEOUT_S = 60.0  # of a request
+Spent = Counter[str]  # `requests`, `prompt_tokens`, `completion_tokens`; `cached`: replies that were there already
 
 
 class NoReply(ValueError):
@@ -27,50 +29,24 @@ class NoReply(ValueError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the model is, and what its tokens cost.
+    """Where the model is, and what its tokens cost. Its key is in OPENAI_API_KEY; a local server needs none.
 
     Attributes:
         model: its name there.
         base_url: its address, up to `/v1`; none: OpenAI's.
-        key_variable: environment variable with the key; a local server needs none.
         price_prompt, price_completion: price of a million tokens, in any one currency.
-        timeout_s: seconds that a request may take.
         max_retries: number of times that a busy endpoint is asked again.
     """
 
     model: str
     base_url: str | None = None
-    key_variable: str = "OPENAI_API_KEY"
     price_prompt: float = 0.0
     price_completion: float = 0.0
-    timeout_s: float = 60.0
     max_retries: int = 5
 
-
-@dataclass
-class Spent:
-    """What requests have cost, and how many replies were there already (`cached`)."""
-
-    requests: int = 0
-    cached: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def add(self, other: Spent) -> None:
-        """Count what others have spent, too."""
-        for key, value in vars(other).items():
-            setattr(self, key, getattr(self, key) + value)
-
-    def taken(self) -> Spent:
-        """What was spent since this was last called."""
-        before = replace(self)
-        vars(self).update(vars(Spent()))
-        return before
-
-    def cost(self, endpoint: Endpoint) -> float:
-        """In the currency of the endpoint's prices."""
-        tokens = self.prompt_tokens * endpoint.price_prompt + self.completion_tokens * endpoint.price_completion
-        return tokens / 1e6
+    def cost(self, spent: Spent) -> float:
+        """What these tokens cost, in the currency of the prices."""
+        return (spent["prompt_tokens"] * self.price_prompt + spent["completion_tokens"] * self.price_completion) / 1e6
 
 
 @dataclass
@@ -80,11 +56,11 @@ class Client:
     endpoint: Endpoint
     spent: Spent = field(default_factory=Spent)
 
-    def reply(self, messages: Sequence[Message], key: str, schema: dict[str, Any]) -> Any:
+    def reply(self, messages: Sequence[Any], key: str, schema: dict[str, Any]) -> Any:
         """The value of one key of the model's reply, a JSON object; None where the reply is none with that key.
 
         Args:
-            messages: the conversation so far (`message`).
+            messages: the conversation so far, each with `role` (system, user or assistant) and `content`.
             key: name of the key, and of the schema.
             schema: JSON schema of the value, which the endpoint is asked to keep to. Not each does: check the value.
 
@@ -95,17 +71,16 @@ class Client:
 
         whole = {"type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}
         form: Any = {"type": "json_schema", "json_schema": {"name": key, "strict": True, "schema": whole}}
-        conversation: Any = list(messages)
         try:
             made = self._openai.chat.completions.create(
-                model=self.endpoint.model, messages=conversation, response_format=form
+                model=self.endpoint.model, messages=messages, response_format=form
             )
         except openai.OpenAIError as error:
             raise NoReply(f"the endpoint failed: {error}") from error
-        self.spent.requests += 1
+        self.spent["requests"] += 1
         if made.usage:
-            self.spent.prompt_tokens += made.usage.prompt_tokens
-            self.spent.completion_tokens += made.usage.completion_tokens
+            self.spent["prompt_tokens"] += made.usage.prompt_tokens
+            self.spent["completion_tokens"] += made.usage.completion_tokens
         try:
             return json.loads(made.choices[0].message.content or "")[key]
         except (ValueError, KeyError, TypeError, IndexError):
@@ -113,7 +88,7 @@ class Client:
 
     def reply_that_holds(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Any],
         key: str,
         schema: dict[str, Any],
         fault: Callable[[Any], str],
@@ -129,15 +104,14 @@ class Client:
         Raises:
             NoReply: the last try has a fault, too, or the endpoint failed.
         """
-        again: list[Message] = []
-        reason = ""
+        again: list[Any] = []
         for _ in range(attempts):
             value = self.reply([*messages, *again], key, schema)
             if not (reason := fault(value)):
                 return value
             again = [
-                message("assistant", json.dumps({key: value})),
-                message("user", f"That does not do: {reason}. Write all of it again."),
+                {"role": "assistant", "content": json.dumps({key: value})},
+                {"role": "user", "content": f"That does not do: {reason}. Write all of it again."},
             ]
         raise NoReply(reason)
 
@@ -147,12 +121,7 @@ class Client:
 
         return openai.OpenAI(
             base_url=self.endpoint.base_url,
-            api_key=os.environ.get(self.endpoint.key_variable, "none"),
-            timeout=self.endpoint.timeout_s,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            timeout=TIMEOUT_S,
             max_retries=self.endpoint.max_retries,
         )
-
-
-def message(role: str, content: str) -> Message:
-    """One message of a conversation, by `system`, `user` or `assistant`."""
-    return {"role": role, "content": content}

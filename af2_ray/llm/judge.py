@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from af2_ray.llm.client import Client, message
+from af2_ray.llm.client import Client
 
 
 def judge(client: Client, task: str, given: str, texts: Sequence[str], verdicts: Sequence[str]) -> list[str]:
@@ -25,7 +25,7 @@ def judge(client: Client, task: str, given: str, texts: Sequence[str], verdicts:
         NoReply: the endpoint failed.
     """
     listed = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-    messages = [message("system", task), message("user", f"{given}\nTexts:\n{listed}")]
+    messages = [{"role": "system", "content": task}, {"role": "user", "content": f"{given}\nTexts:\n{listed}"}]
     schema = {"type": "array", "items": {"enum": list(verdicts)}, "minItems": len(texts), "maxItems": len(texts)}
     found = client.reply(messages, "verdicts", schema)
     return found if isinstance(found, list) and len(found) == len(texts) else []

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, ClapAudioConfig, PreTrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import ModelOutput
+from transformers.models.clap.modeling_clap import ClapOutput
 
 from af2_ray.models.htsat import AudioTower
 from af2_ray.models.transform import time_moments
@@ -59,16 +58,6 @@ class AfClapConfig(PreTrainedConfig):
     short_clips: Literal["silence", "repeat"] = "silence"
     initial_temperature: float = 0.07
     moments: int = 0
-
-
-@dataclass
-class AfClapOutput(ModelOutput):
-    """Similarities of clips [C, N] and of captions [N, C] (times the factor), and the features behind them."""
-
-    logits_per_audio: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    audio_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
 
 
 class AfClapModel(PreTrainedModel):
@@ -180,8 +169,8 @@ class AfClapModel(PreTrainedModel):
         windows_per_chunk: int | None = None,
         captions_per_chunk: int | None = None,
         logits: bool = True,
-    ) -> AfClapOutput | tuple[Tensor, Tensor, Tensor]:
-        """Clips [C] against captions [N].
+    ) -> ClapOutput | tuple[Tensor, Tensor, Tensor]:
+        """Clips [C] against captions [N]: similarities times the factor, [C, N] and [N, C], and the features behind.
 
         With `logits=False`, for training, whose loss never holds the table [C, N]: features of clips [C, J] and of
         captions [N, J], and the logarithm of the factor on their dot products.
@@ -191,7 +180,9 @@ class AfClapModel(PreTrainedModel):
         if not logits:
             return audio, text, self.logit_scale
         similarity = self.logit_scale.exp() * audio @ text.T
-        return AfClapOutput(similarity, similarity.T, audio, text)
+        return ClapOutput(
+            logits_per_audio=similarity, logits_per_text=similarity.T, audio_embeds=audio, text_embeds=text
+        )
 
 
 def load_text_encoder(path: str | Path) -> PreTrainedModel:

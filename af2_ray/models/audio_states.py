@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -35,22 +34,6 @@ class AudioStates:
     def pack(self) -> tuple[Tensor, list[int]]:
         """The real tokens of all clips end to end, [N, D], and how many each clip has."""
         return self.hidden[self.mask], self.mask.sum(dim=1).tolist()
-
-    def select(self, clips: Tensor | Sequence[int]) -> AudioStates:
-        """The states of these clips, without the padding that none of them needs."""
-        index = torch.as_tensor(clips, device=self.hidden.device)
-        hidden, mask = self.hidden[index], self.mask[index]
-        length = int(mask.sum(dim=1).max()) if len(mask) else 0
-        return AudioStates(hidden[:, :length], mask[:, :length])
-
-    @staticmethod
-    def concat(states: Sequence[AudioStates]) -> AudioStates:
-        """All clips of several states, padded to the longest."""
-        length = max(part.hidden.shape[1] for part in states)
-        return AudioStates(
-            torch.cat([nnf.pad(part.hidden, (0, 0, 0, length - part.hidden.shape[1])) for part in states]),
-            torch.cat([nnf.pad(part.mask, (0, length - part.mask.shape[1])) for part in states]),
-        )
 
 
 def to_rectangle(packed: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -86,11 +86,6 @@ class AudioFlamingo2Config(PreTrainedConfig):
         return self.audio_token_id + 1
 
     @property
-    def sep_token_id(self) -> int:
-        """Id of `<SEP>`."""
-        return self.audio_token_id + 3
-
-    @property
     def num_tokens(self) -> int:
         """The tokenizer's length with the four added tokens, and the width of the logits."""
         return self.audio_token_id + len(SPECIAL_TOKENS)

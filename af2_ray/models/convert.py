@@ -146,13 +146,19 @@ def clean_names(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def infer_af2_config(
-    weights: Mapping[str, Tensor], text_config: PreTrainedConfig, *, transform_heads: int = 8, **settings: Any
+    weights: Mapping[str, Tensor],
+    text_config: PreTrainedConfig,
+    *,
+    transform_heads: int = 8,
+    cross_attn_head_dim: int = 64,
+    **settings: Any,
 ) -> AudioFlamingo2Config:
     """The configuration of a reference checkpoint (names already clean): sizes from the weights.
 
     Args:
         text_config: the LM's own configuration; its number of rows is set to what the checkpoint keeps.
-        transform_heads: number of heads, which the weights do not show (the reference has 8).
+        transform_heads, cross_attn_head_dim: number and width of heads, which the weights do not show (the reference's
+            are 8 and 64).
     """
     rows, width = weights[EMBED].shape
     layers = "lang_encoder.model.layers."
@@ -161,14 +167,13 @@ def infer_af2_config(
     num_layers = len(_numbers(weights, r"audio_transformer_clap\.layer_stack\.(\d+)\.slf_attn\.fc\.weight"))
     inner = weights["audio_transformer_clap.layer_stack.0.pos_ffn.w_1.weight"].shape[0] if num_layers else 1
     text = type(text_config).from_dict({**text_config.to_dict(), "vocab_size": rows - len(SPECIAL_TOKENS)})
-    head_dim = settings.pop("cross_attn_head_dim", 64)
     config = AudioFlamingo2Config(
         text_config=text,
         audio_config=infer_tower_config(weights, "clap.afclap."),
         audio_token_id=rows - len(SPECIAL_TOKENS),
         cross_attn_every=hearing[0] + 1,
-        cross_attn_head_dim=head_dim,
-        cross_attn_heads=weights[xattn + "attn.to_q.weight"].shape[0] // head_dim,
+        cross_attn_head_dim=cross_attn_head_dim,
+        cross_attn_heads=weights[xattn + "attn.to_q.weight"].shape[0] // cross_attn_head_dim,
         cross_attn_ff_mult=weights[xattn + "ff.1.weight"].shape[0] // width,
         transform_layers=num_layers,
         transform_heads=transform_heads,

@@ -42,9 +42,12 @@ def small_lm_config(settings: LanguageModelSettings, max_text_tokens: int, **tok
         max_text_tokens: tokens of a question with its answer.
         token_ids: sizes and ids of its tokenizer: `vocab_size`, `eos_token_id`, `pad_token_id`.
     """
-    sizes = settings.hidden_size, settings.num_layers, settings.num_heads, settings.num_kv_heads
     return _qwen(
-        *(*sizes, settings.intermediate_size),
+        settings.hidden_size,
+        settings.num_layers,
+        settings.num_heads,
+        settings.num_kv_heads,
+        settings.intermediate_size,
         max_position_embeddings=max(_MIN_POSITIONS, max_text_tokens),
         initializer_range=settings.hidden_size**-0.5,  # 0.02 is for widths of thousands: attention would start flat
         **token_ids,
@@ -111,8 +114,9 @@ def recipe_config(recipe: Recipe) -> AudioFlamingo2Config:
     """
     settings = recipe.model.lm
     if settings.pretrain is not None:
-        ids = {"vocab_size": settings.pretrain.vocab_size, "eos_token_id": 0}
-        text: Any = small_lm_config(settings, recipe.model.max_text_tokens, **ids)
+        text: Any = small_lm_config(
+            settings, recipe.model.max_text_tokens, vocab_size=settings.pretrain.vocab_size, eos_token_id=0
+        )
     elif settings.path in QWEN:
         text = _qwen(*QWEN[settings.path], vocab_size=_QWEN_ROWS, eos_token_id=0)
     elif settings.path is not None:
@@ -122,8 +126,7 @@ def recipe_config(recipe: Recipe) -> AudioFlamingo2Config:
             f"model.lm.package={settings.package}: its sizes are unknown before it is fetched; once a run has it, give "
             "model.lm.package=null model.lm.path=<run>/lm/model"
         )
-    tower = audio_tower_config(recipe.model.audio)
-    return model_config(recipe, tower, text, text.vocab_size - len(SPECIAL_TOKENS))
+    return model_config(recipe, audio_tower_config(recipe.model.audio), text, text.vocab_size - len(SPECIAL_TOKENS))
 
 
 def _qwen(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, **more: Any) -> Qwen2Config:

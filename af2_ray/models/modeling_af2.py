@@ -92,7 +92,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         model = cls(config)
         model.audio_tower.load_state_dict(audio_tower.state_dict())
-        state = {_wrapped_name(name): value for name, value in lm.state_dict().items()}
+        layer = re.compile(r"^model\.layers\.\d+\.")  # which is wrapped here, and so has a longer name
+        state = {layer.sub(r"\g<0>decoder_layer.", name): value for name, value in lm.state_dict().items()}
         fresh = model.language_model.state_dict()
         model.language_model.load_state_dict(
             state | {name: fresh[name] for name in fresh if ".cross_attention." in name}
@@ -144,8 +145,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @property
     def tokens_per_window(self) -> int:
         """Audio tokens of a window, F."""
-        bands, steps = self.window_shape
-        return bands * steps
+        return math.prod(self.window_shape)
 
     def embed_windows(self, waveforms: Tensor | None, *, tower_features: Tensor | None = None) -> Tensor:
         """Features [S, F, D] of windows [S, 160000], each window by itself: the first half of encoding a clip.
@@ -244,19 +244,17 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[dict[str, Any], int]:
         """What the LM's layers take, and how many positions of it are a prefix of audio."""
         embeds, num_prefix = self.embed_tokens(input_ids), 0
-        hears: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if heard is not None and self.config.fusion == "xattn":
-            hears["audio"] = AudioContext.of(heard, self.dtype, cache)
+            inputs["audio"] = AudioContext.of(heard, self.dtype, cache)
         elif heard is not None:
-            prefixed = self.prefix(heard, embeds, attention_mask, cache)
-            embeds, attention_mask, num_prefix = prefixed.embeds, prefixed.attention_mask, prefixed.num_prefix
-            position_ids = prefixed.position_ids
+            embeds, attention_mask, position_ids, num_prefix = self.prefix(heard, embeds, attention_mask, cache)
         if numbers is not None:
             attention_mask, position_ids = see_themselves(attention_mask, num_prefix, embeds.dtype)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
-        return inputs | hears, num_prefix
+        inputs |= {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        return inputs, num_prefix
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """Embeddings [B, T, D]: the LM's rows, and the added tokens' own."""
@@ -344,10 +342,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Audio is encoded once, before the first token. Prompts of unequal length are padded on the left.
         """
-        if audio_states is None and waveforms is not None:
-            if windows_per_clip is None:
-                raise ValueError("windows_per_clip is needed beside waveforms: the number of windows of each clip")
-            audio_states = self.encode_audio(waveforms, windows_per_clip)
+        audio_states = self._states(audio_states, None, waveforms, windows_per_clip, None)
         if audio_states is not None and audio_index is None:
             # A tensor, so that beams and samples of a row take its clip along.
             audio_index = torch.arange(len(audio_states), device=audio_states.mask.device)[:, None]
@@ -379,11 +374,6 @@ def _stop_ids(config: AudioFlamingo2Config) -> list[int]:
     """Ids that end an answer: `<|endofchunk|>` and the LM's end of sequence."""
     eos = config.eos_token_id
     return [config.end_of_chunk_token_id, *([] if eos is None else eos if isinstance(eos, list) else [eos])]
-
-
-def _wrapped_name(name: str) -> str:
-    """The name of a bare LM's tensor inside the wrapped LM."""
-    return re.sub(r"^(model\.layers\.\d+\.)", r"\1decoder_layer.", name)
 
 
 AutoConfig.register(AudioFlamingo2Config.model_type, AudioFlamingo2Config, exist_ok=True)

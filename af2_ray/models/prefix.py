@@ -7,31 +7,12 @@ where cross-attention has 1920 keys beside it. In the paper it scores 16 MMAU po
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from af2_ray.models.audio_states import Heard, to_rectangle
 from af2_ray.models.cross_attention import AudioCache
-
-
-@dataclass(frozen=True)
-class PrefixedText:
-    """What goes into the LM: P prefix positions (none while decoding: they are in the cache) and T of text.
-
-    Attributes:
-        embeds: embeddings [B, P + T, D].
-        attention_mask: mask over all positions so far.
-        position_ids: positions [B, P + T].
-        num_prefix: number of leading positions of the output that are not text.
-    """
-
-    embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    num_prefix: int
 
 
 class PrefixFusion(nn.Module):
@@ -45,11 +26,15 @@ class PrefixFusion(nn.Module):
 
     def forward(
         self, heard: Heard, text: Tensor, attention_mask: Tensor | None, cache: AudioCache | None
-    ) -> PrefixedText:
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         """Put each row's audios before its text [B, T, D]; a row without any is the bare LM's.
 
         Args:
             attention_mask: mask [B, text so far], 1 (or a text's number) where text is real; none: all of it.
+
+        Returns:
+            Embeddings [B, P + T, D] of P prefix positions (none while decoding: they are in the cache) and the text,
+            the mask over all positions so far, positions [B, P + T], and P.
         """
         real = heard.tokens.flatten(1).long()  # [B, P]
         if attention_mask is None:
@@ -59,15 +44,14 @@ class PrefixFusion(nn.Module):
         positions = (attention_mask.clamp(max=1).cumsum(dim=1) - 1).clamp(min=0) + real.sum(dim=1, keepdim=True)
         positions, whole = positions[:, -text.shape[1] :], torch.cat((real, attention_mask), dim=1)
         if not heard.first:
-            return PrefixedText(text, whole, positions, 0)
+            return text, whole, positions, 0
         before = (real.cumsum(dim=1) - 1).clamp(min=0)
         embeds = torch.cat((self._before(heard).to(text.dtype), text), dim=1)
-        return PrefixedText(embeds, whole, torch.cat((before, positions), dim=1), real.shape[1])
+        return embeds, whole, torch.cat((before, positions), dim=1), real.shape[1]
 
     def project(self, states: Tensor) -> Tensor:
         """Embeddings [N, D of the LM] of audio states [N, D]."""
-        projected: Tensor = self.fc2(nnf.gelu(self.fc1(self.norm(states))))
-        return projected
+        return self.fc2(nnf.gelu(self.fc1(self.norm(states))))
 
     def _before(self, heard: Heard) -> Tensor:
         """Embeddings [B, P, D] of each row's audios."""

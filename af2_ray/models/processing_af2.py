@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -175,28 +176,20 @@ class AudioFlamingo2Processor(ProcessorMixin):
 def _clips_of(
     prompts: Sequence[str], audio: AudioInput | Sequence[AudioInput | Sequence[AudioInput]] | None, *, formatted: bool
 ) -> list[list[AudioInput]]:
-    """The recordings of each prompt."""
+    """The recordings of each prompt; to prompts that are `formatted` they are dealt by their markers."""
     if audio is None:
         return [[] for _ in prompts]
-    if formatted:
-        return _dealt_out(audio, prompts)
     given = [audio] if isinstance(audio, np.ndarray) else audio
     clips = [[item] if isinstance(item, np.ndarray) else list(item) for item in given]
+    if formatted:
+        flat = [clip for row in clips for clip in row]
+        ends = np.cumsum([prompt.count(AUDIO) for prompt in prompts]).tolist()
+        if ends[-1] != len(flat):
+            raise ValueError(f"the prompts have {ends[-1]} {AUDIO} markers for {len(flat)} audios: give one each")
+        return [flat[start:end] for start, end in pairwise([0, *ends])]
     if len(clips) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but audio for {len(clips)}: give one entry a prompt")
     return clips
-
-
-def _dealt_out(
-    audio: AudioInput | Sequence[AudioInput | Sequence[AudioInput]], prompts: Sequence[str]
-) -> list[list[AudioInput]]:
-    """The recordings of each formatted prompt, by its markers."""
-    given = [audio] if isinstance(audio, np.ndarray) else list(audio)
-    flat = [clip for item in given for clip in ([item] if isinstance(item, np.ndarray) else item)]
-    ends = np.cumsum([prompt.count(AUDIO) for prompt in prompts]).tolist()
-    if ends[-1] != len(flat):
-        raise ValueError(f"the prompts have {ends[-1]} {AUDIO} markers for {len(flat)} audios: give one each")
-    return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 AutoFeatureExtractor.register(AudioFlamingo2Config, AudioFlamingo2FeatureExtractor, exist_ok=True)

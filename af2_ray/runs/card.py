@@ -127,13 +127,11 @@ def _numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _manifests(recipe: Recipe) -> Iterable[Sequence[str]]:
+    captions = (*recipe.clap.warmup_captions, *recipe.clap.captions) if recipe.clap else ()
     uses: dict[str, list[tuple[str, float]]] = {}
-    if recipe.clap:
-        for dataset in (*recipe.clap.warmup_captions, *recipe.clap.captions):
-            uses.setdefault(dataset.manifest, []).append(("AF-CLAP", dataset.weight))
-    for stage in recipe.stages:
-        for dataset in stage.data:
-            uses.setdefault(dataset.manifest, []).append((stage.name, dataset.weight))
+    for step, datasets in (("AF-CLAP", captions), *((stage.name, stage.data) for stage in recipe.stages)):
+        for dataset in datasets:
+            uses.setdefault(dataset.manifest, []).append((step, dataset.weight))
     for manifest, found in uses.items():
         weights = ", ".join(f"{weight:g}" for _, weight in found)
         made_here = recipe.corpus is not None and Path(recipe.corpus.dir) in Path(manifest).parents

@@ -30,7 +30,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +140,7 @@ class Run:
         """A folder of this run with all of its files, weights included, on this machine."""
         if self.uri is not None:
             names = fetch(self.address(folder), folder, lambda name: not (folder / name).exists())
-            self._remember(str((folder / name).relative_to(self.root)) for name in names)
+            self._kept.update((str((folder / name).relative_to(self.root)), _state(folder / name)) for name in names)
         return folder
 
     def keep(self) -> None:
@@ -151,14 +151,10 @@ class Run:
         """
         if self.uri is None:
             return
-        changed = [name for name in _names(self.root) if _state(self.root / name) != self._kept.get(name)]
-        if changed:
-            states = {name: _state(self.root / name) for name in changed}  # a log may grow while it is sent
-            send(changed, self.root, self.uri)
-            self._kept.update(states)
-
-    def _remember(self, names: Iterable[str]) -> None:
-        self._kept.update((name, _state(self.root / name)) for name in names)
+        states = {name: _state(self.root / name) for name in _names(self.root)}  # a log may grow while it is sent
+        changed = {name: state for name, state in states.items() if state != self._kept.get(name)}
+        send(changed, self.root, self.uri)
+        self._kept.update(changed)
 
     def finish(self, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """`mark_finished` for a step of this run, which is then kept."""
@@ -180,7 +176,11 @@ class Run:
             try:
                 yield
             finally:
-                self._keep_at_last()
+                try:
+                    self.keep()
+                except OSError:
+                    _scratch.discard(self.root.parent)
+                    logger.exception("%s cannot be reached: what it lacks stays in %s", self.uri, self.root)
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -200,21 +200,16 @@ class Run:
             before = _saved_recipe(saved)
             if before.fingerprint() != self.recipe.fingerprint():
                 place = self.uri or self.root
-                difference = _difference(before.to_yaml(), self.recipe.to_yaml())
+                saved_lines, given_lines = before.to_yaml().splitlines(), self.recipe.to_yaml().splitlines()
+                difference = difflib.unified_diff(saved_lines, given_lines, "saved", "given", lineterm="", n=1)
                 raise ValueError(
                     f"{place} holds a run of another recipe; give its own recipe, or another --run (and on a disk "
-                    f"--fork {place}, to start from what this one has finished). It differs in:\n{difference}"
+                    f"--fork {place}, to start from what this one has finished). It differs in:\n"
+                    + "\n".join(difference)
                 )
             if saved.read_text() == text:
                 return
         write_whole(saved, text)
-
-    def _keep_at_last(self) -> None:
-        try:
-            self.keep()
-        except OSError:
-            _scratch.discard(self.root.parent)
-            logger.exception("%s cannot be reached: what it lacks stays in %s", self.uri, self.root)
 
 
 def _working_copy(place: str) -> tuple[Path, str | None, dict[str, tuple[int, int]]]:
@@ -287,8 +282,3 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = read_rows(folder / "metrics.jsonl")
     steps = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
     return [steps[step] for step in sorted(steps)]
-
-
-def _difference(before: str, after: str) -> str:
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "saved", "given", lineterm="", n=1)
-    return "\n".join(lines)

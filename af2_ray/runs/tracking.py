@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 MODEL_ARTIFACT = "model"  # the folder of the parent run that holds the export
 
 
-class Tracker:
-    """The MLflow side of a run. Every method is a no-op with a warning where the server does not answer."""
+class Tracker(GuardedClient):
+    """The MLflow side of a run."""
 
     def __init__(self, run: Run) -> None:
         tracking = run.recipe.tracking
@@ -35,7 +36,7 @@ class Tracker:
         own = artifacts.as_uri() if run.uri is None else run.address(artifacts)
         self.uri = tracking.uri or f"sqlite:///{run.root}/mlflow.db"
         self._run = run
-        self._client = GuardedClient(self.uri, tracking.experiment, None if tracking.uri else own)
+        super().__init__(self.uri, tracking.experiment, None if tracking.uri else own)
         self._ids_path = run.root / "mlflow.json"
         self._ids: dict[str, str] = read_json(self._ids_path) or {}
 
@@ -45,7 +46,7 @@ class Tracker:
         run_id = self._ensure("parent", self._run.recipe.name)
         if new and run_id:
             self.log_params(run_id, _flatten(self._run.recipe.model_dump(mode="json", exclude={"corpus", "stages"})))
-            self._client.log_artifact(run_id, self._run.root / "recipe.yaml")
+            self.log_artifact(run_id, self._run.root / "recipe.yaml")
         return run_id
 
     def child(self, name: str, params: dict[str, Any]) -> str:
@@ -59,35 +60,19 @@ class Tracker:
 
     def _ensure(self, key: str, name: str, parent: str = "") -> str:
         if key in self._ids:
-            self._client.log(self._client.client.update_run, self._ids[key], "RUNNING")  # it goes on
-        elif run_id := self._client.create_run(name, parent):
+            self.log(self.client.update_run, self._ids[key], "RUNNING")  # it goes on
+        elif run_id := self.create_run(name, parent):
             self._ids[key] = run_id
             write_whole(self._ids_path, json.dumps(self._ids, indent=1))
         return self._ids.get(key, "")
 
-    def log_params(self, run_id: str, params: dict[str, Any]) -> None:
-        """Parameters of a run."""
-        self._client.log_params(run_id, params)
-
-    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
-        """Metrics of one step."""
-        self.log_history(run_id, [{"step": step, **metrics}])
-
-    def log_history(self, run_id: str, history: list[dict[str, Any]]) -> None:
-        """Metrics of many steps: rows with a `step` and numbers."""
-        self._client.log_history(run_id, history)
-
-    def log_artifact(self, run_id: str, path: Path) -> None:
-        """A file of the run directory as an artifact."""
-        self._client.log_artifact(run_id, path)
-
     def register(self, name: str, folder: Path) -> None:
         """Keep an export with the parent run and register it as the next version of `name`; once a run."""
         if run_id := self._ids.get("parent"):
-            self._client.attempt(self._register, name, folder, run_id)
+            self.attempt(self._register, name, folder, run_id)
 
     def _register(self, name: str, folder: Path, run_id: str) -> None:
-        client = self._client.client
+        client = self.client
         if client.search_model_versions(f"run_id = '{run_id}'"):
             return
         client.log_artifacts(run_id, str(folder), MODEL_ARTIFACT)
@@ -99,7 +84,7 @@ class Tracker:
 
     def finish(self, name: str) -> None:
         """Close the run called `name` (`parent` or a child)."""
-        self._client.terminate(self._ids.get(name, ""), "FINISHED")
+        self.terminate(self._ids.get(name, ""), "FINISHED")
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -109,11 +94,11 @@ class Tracker:
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             for run_id in self._ids.values():
-                found = self._client.attempt(self._client.client.get_run, run_id)
+                found = self.attempt(self.client.get_run, run_id)
                 if found is None:
                     break  # the server is away: each further question would wait for it in vain
                 if found.info.status == "RUNNING":
-                    self._client.terminate(run_id, status)
+                    self.terminate(run_id, status)
             raise
 
     def num_runs(self) -> int:
@@ -122,30 +107,33 @@ class Tracker:
 
 
 class ReportCallback(UserCallback):
-    """Writes what workers report: `metrics.jsonl`, MLflow, `quarantine.jsonl`. Runs in the Ray Train controller."""
+    """Writes what workers report: `metrics.jsonl`, MLflow, `quarantine.jsonl`. Runs in the Ray Train controller.
+
+    What it writes with is made at the first report: it would not travel there.
+    """
 
     def __init__(self, run: Run, folder: Path, mlflow_id: str) -> None:
         self._run = run
         self._folder = folder
         self._mlflow_id = mlflow_id
-        self._tracker: Tracker | None = None
-        self._quarantine: Quarantine | None = None
         self._is_behind = False
+
+    @cached_property
+    def _tracker(self) -> Tracker:
+        return Tracker(self._run)
+
+    @cached_property
+    def _quarantine(self) -> Quarantine:
+        return self._run.quarantine()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called when every rank has reported; rank 0 carries the history, each rank its own set-aside items."""
-        history = metrics[0]["history"]
-        append_lines(self._folder / "metrics.jsonl", map(json.dumps, history))
-        if self._tracker is None or self._quarantine is None:
-            self._tracker = Tracker(self._run)
-            self._quarantine = self._run.quarantine()
-        self._tracker.log_history(self._mlflow_id, history)
-        if validation := metrics[0].get("validation"):
-            row = _validation_row(metrics[0]["step"], validation, metrics[0]["is_best"])
-            append_lines(self._folder / "validation.jsonl", [json.dumps(row)])
-            self._tracker.log_history(self._mlflow_id, [row])
+        first = metrics[0]
+        self._write("metrics.jsonl", first["history"])
+        if first.get("validation"):
+            self._write("validation.jsonl", [_validation_row(first["step"], first)])
         failures = [failure for rank in metrics for failure in rank["failures"]]
-        self._quarantine.add(failures, sum(row["clips"] for row in history))
+        self._quarantine.add(failures, sum(row["clips"] for row in first["history"]))
         if checkpoint is not None or self._is_behind:
             self._keep()
 
@@ -156,18 +144,16 @@ class ReportCallback(UserCallback):
             step: step of the checkpoint.
             accounts: `history`, `failures` and `validation` since the one before; empty: it is of an older version.
         """
-        tracker = Tracker(self._run)
-        there = {row.get("step") for row in read_rows(self._folder / "metrics.jsonl")}
-        lacking = [row for row in accounts.get("history", []) if row["step"] not in there]
-        append_lines(self._folder / "metrics.jsonl", map(json.dumps, lacking))
-        tracker.log_history(self._mlflow_id, lacking)
-        validated = {row.get("step") for row in read_rows(self._folder / "validation.jsonl")}
-        if accounts.get("validation") and step not in validated:
-            row = _validation_row(step, accounts["validation"], accounts["is_best"])
-            append_lines(self._folder / "validation.jsonl", [json.dumps(row)])
-            tracker.log_history(self._mlflow_id, [row])
-        num_clips = sum(row["clips"] for row in accounts.get("history", []))
-        self._run.quarantine().add(accounts.get("failures", []), num_clips)
+        history = accounts.get("history", [])
+        validated = [_validation_row(step, accounts)] if accounts.get("validation") else []
+        for name, rows in (("metrics.jsonl", history), ("validation.jsonl", validated)):
+            there = {row.get("step") for row in read_rows(self._folder / name)}
+            self._write(name, [row for row in rows if row["step"] not in there])
+        self._quarantine.add(accounts.get("failures", []), sum(row["clips"] for row in history))
+
+    def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        append_lines(self._folder / name, map(json.dumps, rows))
+        self._tracker.log_history(self._mlflow_id, rows)
 
     def _keep(self) -> None:
         """What a restart from this checkpoint goes on with; a store that is away gets it with the next report."""
@@ -179,8 +165,8 @@ class ReportCallback(UserCallback):
             logger.warning("%s does not take what was reported, the next report brings it: %s", self._run.uri, error)
 
 
-def _validation_row(step: int, validation: Mapping[str, float], is_best: bool) -> dict[str, Any]:
-    return {"step": step, **validation, "val/is_best": float(is_best)}
+def _validation_row(step: int, accounts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": step, **accounts["validation"], "val/is_best": float(accounts["is_best"])}
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

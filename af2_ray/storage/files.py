@@ -14,7 +14,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,8 @@ def write_whole(path: Path, text: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
     try:
-        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
+        with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as number:
             _write(number, text.encode() if isinstance(text, str) else text)
-        finally:
-            os.close(number)
         put_in_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -58,9 +56,9 @@ def temporary_of(path: Path) -> Path:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Give a written file its name, once its bytes are on the disk."""
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
@@ -70,8 +68,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    try:
+    with _opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as number:
         size = os.fstat(number).st_size
         if size and os.pread(number, 1, size - 1) != b"\n":
             data = b"\n" + data
@@ -81,10 +78,8 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         except OSError:
             os.ftruncate(number, size)
             raise
-    finally:
-        os.close(number)
     if is_new:
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def _write(number: int, data: bytes) -> None:
@@ -112,14 +107,14 @@ def replace_folder(new: Path, folder: Path) -> None:
     """Let a finished folder take the place of `folder`, all that is in it on the disk; a kill leaves one of the two."""
     for below, _, names in os.walk(new):
         for name in names:
-            _sync(Path(below) / name)
-        sync_folder(Path(below))
+            sync(Path(below) / name)
+        sync(Path(below))
     old = folder.with_name(f".{folder.name}.af2-old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -136,26 +131,25 @@ def remove_leftovers(root: Path) -> list[Path]:
                 continue
             if found["writer"] == "old" and not (Path(below) / found["name"]).exists():
                 os.rename(path, Path(below) / found["name"])
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            removed.append(path)
+            else:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                removed.append(path)
         folders[:] = [name for name in folders if not name.startswith(".")]
     return removed
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's names, to the disk."""
+    with _opened(path, os.O_RDONLY) as number:
         os.fsync(number)
-    finally:
-        os.close(number)
 
 
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """A file's descriptor, for `os.write` and `os.fsync`, closed when the block ends."""
+    number = os.open(path, flags, 0o644)
     try:
-        os.fsync(number)
+        yield number
     finally:
         os.close(number)
 

@@ -16,6 +16,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -258,20 +259,15 @@ def within(seconds: float, call: Callable[[], ResultT]) -> ResultT:
     Raises:
         Late: it takes longer. The call then goes on in a thread of its own, and its result is dropped.
     """
-    outcome: list[Any] = []
-    done = threading.Event()
+    answer: Future[ResultT] = Future()
 
     def run() -> None:
         try:
-            outcome.extend((True, call()))
+            answer.set_result(call())
         except BaseException as error:  # raised again below, in the thread that asked
-            outcome.extend((False, error))
-        done.set()
+            answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="storage").start()
-    if not done.wait(seconds):
+    if wait([answer], seconds).not_done:
         raise Late(f"no answer within {seconds:g} s")
-    good, value = outcome
-    if not good:
-        raise value
-    return value
+    return answer.result()

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,11 +85,8 @@ def retried(call: Callable[[], ResultT], retries: int = _RETRIES, limit_s: float
 def send(names: Iterable[str], folder: Path, uri: str) -> None:
     """Send files of a folder, named relative to it, to the same names below `uri`; marks of what is whole go last."""
     fs, root = locate(uri.rstrip("/"))
-    waves: dict[int, dict[str, int]] = {}
-    for name in sorted(names):
-        waves.setdefault(_wave(name), {})[name] = (folder / name).stat().st_size
-    for _, wave in sorted(waves.items()):
-        for part in _chunks(wave):
+    for _, wave in groupby(sorted(names, key=lambda name: (_wave(name), name)), key=_wave):
+        for part in _chunks({name: (folder / name).stat().st_size for name in wave}):
             here, there = [str(folder / name) for name in part], [f"{root}/{name}" for name in part]
             retried(lambda here=here, there=there: fs.put(here, there), PATIENCE)  # type: ignore[misc]
 
@@ -165,23 +163,24 @@ def _check_once(folder: Path) -> None:
     """Compare a folder with its digests, unless a process of this machine has done so since its files last changed."""
     if not (folder / DIGESTS).is_file():
         return
-    with locked(scratch("checked") / ".lock"):  # the ranks of a machine ask at once, and one of them looks
-        _check_unseen(folder)
+    checked = scratch("checked")
+    with locked(checked / ".lock"):  # the ranks of a machine ask at once, and one of them looks
+        found = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
+        states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
+        state = json.dumps([str(folder.absolute()), states])
+        seen = checked / hashlib.sha256(state.encode()).hexdigest()[:32]
+        if seen.exists() and not _is_unused(seen):
+            return
+        check_digests(folder)
+        for other in checked.glob("[!.]*"):
+            with suppress(FileNotFoundError):
+                if _is_unused(other):
+                    other.unlink()
+        seen.touch()
 
 
-def _check_unseen(folder: Path) -> None:
-    found = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
-    states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
-    state = json.dumps([str(folder.absolute()), states])
-    seen = scratch("checked") / hashlib.sha256(state.encode()).hexdigest()[:32]
-    if seen.exists() and time.time() - seen.stat().st_mtime < _UNUSED_S:
-        return
-    check_digests(folder)
-    for other in seen.parent.glob("[!.]*"):
-        with suppress(FileNotFoundError):
-            if time.time() - other.stat().st_mtime > _UNUSED_S:
-                other.unlink()
-    seen.touch()
+def _is_unused(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _UNUSED_S
 
 
 def _wave(name: str) -> int:
@@ -303,7 +302,7 @@ def _remove_unused(copies: Path) -> None:
     for other in [path for path in copies.iterdir() if path.is_dir() and not path.name.startswith(".")]:
         with (copies / f".{other.name}.lock").open("w") as lock, suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - other.stat().st_mtime > _UNUSED_S:
+            if _is_unused(other):
                 old = other.replace(copies / f".{other.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
 

@@ -22,6 +22,7 @@ import logging
 import multiprocessing
 import shutil
 import signal
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,21 +39,23 @@ from af2_ray.machine import usable_cpus
 from af2_ray.storage.files import read_json, write_whole
 from af2_ray.storage.places import is_remote, locate
 from af2_ray.storage.stores import locked, retried, scratch, send
-from af2_ray.synth.captions.by_grammar import make_captions
-from af2_ray.synth.rows import Row, SetRows, mark_gallery, reading_row, truth_row
+from af2_ray.synth.captions.by_grammar import captions_of
+from af2_ray.synth.rows import Row, caption_row, mark_gallery, question_row, reading_row, truth_row
 from af2_ray.synth.scenes import compose_block, facts_of, render_scene
-from af2_ray.synth.skills.drills import make_drills
-from af2_ray.synth.skills.questions import make_questions
+from af2_ray.synth.skills.question import Question
+from af2_ray.synth.skills.questions import make_drills, make_questions
 from af2_ray.synth.sounds import collect, packages
-from af2_ray.synth.sounds.bank import Bank, Bed, write_bank
-from af2_ray.synth.sounds.catalogue import BEDS, CLASSES
-from af2_ray.synth.sounds.curate import Clip, grouped, split_clips
+from af2_ray.synth.sounds.bank import Bank, write_bank
+from af2_ray.synth.sounds.catalogue import BEDS, CLASSES, SoundClass
+from af2_ray.synth.sounds.curate import SHARES, Clip, grouped, split_clips
+from af2_ray.synth.text.grammar import composition_of
 
 log = logging.getLogger(__name__)
 
 VERSION = 10  # raise it when the same recipe would give other bytes
 BLOCK = 4  # scenes
 Progress = Callable[[int, int, str], None]  # (done, total, what)
+Rows = dict[str, list[Row]]  # of each file of a set, by what stands after `SPLIT.` in its name
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class CorpusReport:
     sha256: str
 
 
-def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_processes: int | None = None) -> CorpusReport:
+def make_corpus(
+    corpus: Corpus, *, progress: Progress = lambda done, total, what: None, num_processes: int | None = None
+) -> CorpusReport:
     """Make what is not there yet and report on the whole.
 
     Args:
@@ -82,15 +87,14 @@ def make_corpus(corpus: Corpus, *, progress: Progress | None = None, num_process
         if found := _made_before(corpus, folder, progress):
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".{folder.name}.lock")
-        with locked(lock):  # of two jobs that need it, one makes it and the other waits
+        with locked(folder.with_name(f".{folder.name}.lock")):  # of two jobs one makes it and the other waits
             return _made_before(corpus, folder, progress) or _make_all(corpus, folder, progress, num_processes)
     name = _digest([corpus.dir, _fingerprint(corpus)])[:16]
     with locked(scratch("corpora") / f".{name}.lock"):
         return _make_remote(corpus, scratch("corpora") / name, progress, num_processes)
 
 
-def _make_remote(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
+def _make_remote(corpus: Corpus, folder: Path, progress: Progress, num_processes: int | None) -> CorpusReport:
     """Make a corpus in a scratch folder and send it; one that was cut short goes on there."""
     fs, root = locate(corpus.dir.rstrip("/"))
     fs.invalidate_cache()
@@ -107,14 +111,12 @@ def _make_remote(corpus: Corpus, folder: Path, progress: Progress | None, num_pr
     return made
 
 
-def _made_before(corpus: Corpus, folder: Path, progress: Progress | None) -> CorpusReport | None:
+def _made_before(corpus: Corpus, folder: Path, progress: Progress) -> CorpusReport | None:
     """The report of a corpus that is there as these settings have it."""
-    path = folder / "corpus.json"
-    known = read_json(path)
+    known = read_json(folder / "corpus.json")
     if known is None or known["fingerprint"] != _fingerprint(corpus):
         return None
-    if progress:
-        progress(num_scenes(corpus), num_scenes(corpus), "made before")
+    progress(num_scenes(corpus), num_scenes(corpus), "made before")
     return CorpusReport(**known["report"])
 
 
@@ -123,17 +125,15 @@ def num_scenes(corpus: Corpus) -> int:
     return sum(_num_blocks(scenes) * BLOCK for scenes in corpus.sets)
 
 
-def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_processes: int | None) -> CorpusReport:
-    show = progress or (lambda done, total, what: None)
+def _make_all(corpus: Corpus, folder: Path, progress: Progress, num_processes: int | None) -> CorpusReport:
     total = num_scenes(corpus)
-    show(0, total, "source clips")
+    progress(0, total, "source clips")
     facts = _make_sources(corpus, folder)
     done, hours, digests = 0, 0.0, [facts["sha256"]]
     for scenes in corpus.sets:
-        what = f"{scenes.name}/{scenes.split}"
 
-        def advance(number: int, at: int = done, what: str = what) -> None:
-            show(at + number, total, what)
+        def advance(number: int, before: int = done, what: str = f"{scenes.name}/{scenes.split}") -> None:
+            progress(before + number, total, what)
 
         made = _make_set(corpus, scenes, folder, facts["sha256"], advance, num_processes)
         done += _num_blocks(scenes) * BLOCK
@@ -141,8 +141,8 @@ def _make_all(corpus: Corpus, folder: Path, progress: Progress | None, num_proce
         digests.append(made["sha256"])
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     report = CorpusReport(corpus.dir, facts["num_clips"], len(facts["classes"]), round(hours, 3), digest)
-    _write_json(folder / "corpus.json", {"fingerprint": _fingerprint(corpus), "report": asdict(report)})
-    show(total, total, "done")
+    write_whole(folder / "corpus.json", _json({"fingerprint": _fingerprint(corpus), "report": asdict(report)}))
+    progress(total, total, "done")
     return report
 
 
@@ -156,8 +156,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 # --- Source clips ------------------------------------------------------------------------------------------------
@@ -173,25 +173,28 @@ def _make_sources(corpus: Corpus, folder: Path) -> Row:
     store.mkdir(parents=True, exist_ok=True)
     clips, beds = _collect(corpus, folder)
     clips = split_clips(grouped(clips), corpus.num_classes, corpus.min_clips, corpus.seed)
-    labels = list(dict.fromkeys(clip.label for clip in clips))
     known_classes = {c.label: c for c in CLASSES}
-    phrases = {
-        label: list(known_classes[label].phrases) if label in known_classes else _phrases(label) for label in labels
-    }
-    musical = {label: label in known_classes and known_classes[label].musical for label in labels}
-    write_bank(store, clips, beds, phrases, musical, corpus.seed)
+    classes = [known_classes.get(label) or _class_of(label) for label in dict.fromkeys(clip.label for clip in clips)]
+    write_bank(store, clips, beds, classes, corpus.seed)
     collect.write_table(clips, beds, folder / "sources.csv")
+    nums = Counter((clip.label, clip.split) for clip in clips)
     facts = {
         "fingerprint": fingerprint,
         "num_clips": len(clips),
-        "classes": {label: _per_split(clips, label) for label in labels},
+        "classes": {c.label: {split: nums[c.label, split] for split in SHARES} for c in classes},
         "sha256": hashlib.sha256((store / "bank.npy").read_bytes() + (store / "bank.json").read_bytes()).hexdigest(),
     }
-    _write_json(done, facts)
+    write_whole(done, _json(facts))
     return facts
 
 
-def _collect(corpus: Corpus, folder: Path) -> tuple[list[Clip], list[Bed]]:
+def _class_of(label: str) -> SoundClass:
+    """A class of somebody's own folder."""
+    article = "an" if label[0] in "aeiou" else "a"
+    return SoundClass(label, (f"{article} {label}", f"a {label} sound"), musical=False)
+
+
+def _collect(corpus: Corpus, folder: Path) -> tuple[list[Clip], list[Clip]]:
     """All clips there are, before curation, and all beds."""
     beds = collect.rendered_beds(corpus.seed)
     if corpus.sources == "packages":
@@ -209,20 +212,10 @@ def _collect(corpus: Corpus, folder: Path) -> tuple[list[Clip], list[Bed]]:
             order = {c.label: index for index, c in enumerate(CLASSES)}
             return sorted(clips, key=lambda c: order[c.label]), beds
         log.warning("no package could be had: the corpus is made of sounds rendered here")
-    elif corpus.sources != "rendered":
-        return collect.from_folder(Path(corpus.sources)), beds + collect.rendered_beds(
-            corpus.seed, ("ambience", "music")
-        )
-    return collect.self_rendered(corpus.seed), beds + collect.rendered_beds(corpus.seed, ("ambience", "music"))
-
-
-def _phrases(label: str) -> list[str]:
-    article = "an" if label[0] in "aeiou" else "a"
-    return [f"{article} {label}", f"a {label} sound"]
-
-
-def _per_split(clips: list[Clip], label: str) -> dict[str, int]:
-    return {split: sum(c.label == label and c.split == split for c in clips) for split in ("train", "val", "test")}
+    beds += collect.rendered_beds(corpus.seed, ("ambience", "music"))
+    if corpus.sources in ("packages", "rendered"):
+        return collect.self_rendered(corpus.seed), beds
+    return collect.from_folder(Path(corpus.sources)), beds
 
 
 # --- Scenes ------------------------------------------------------------------------------------------------------
@@ -250,55 +243,50 @@ def _make_set(
     done.unlink(missing_ok=True)
     shutil.rmtree(base / scenes.split, ignore_errors=True)
     (base / scenes.split).mkdir(parents=True)
-    rows = SetRows()
-    for number, block in enumerate(_blocks(corpus, scenes, folder, num_processes)):
-        rows.add(block)
-        advance((number + 1) * BLOCK)
-    mark_gallery(rows.truth)
-    _write_lines(base / f"{scenes.split}.scenes.jsonl", rows.truth)
-    _write_lines(base / f"{scenes.split}.captions.jsonl", rows.captions)
-    _write_lines(base / f"{scenes.split}.reading.jsonl", rows.readings)
-    _write_manifest(base / f"{scenes.split}.json", scenes, rows.questions)
-    names = ["json", "captions.jsonl", "reading.jsonl", "scenes.jsonl"]
-    if rows.drills:
-        _write_manifest(base / f"{scenes.split}.drills.json", scenes, rows.drills)
-        _write_lines(base / f"{scenes.split}.drills.reading.jsonl", rows.drill_readings)
-        names += ["drills.json", "drills.reading.jsonl"]
+    rows: Rows = defaultdict(list)
+    for number, block in enumerate(_blocks(corpus, scenes, folder, num_processes), 1):
+        for name, more in block.items():
+            rows[name] += more
+        advance(number * BLOCK)
+    mark_gallery(rows["scenes.jsonl"])
     digest = hashlib.sha256()
-    for name in names:
-        digest.update((base / f"{scenes.split}.{name}").read_bytes())
+    for name, found in rows.items():
+        lines = (json.dumps(row) + "\n" for row in found)
+        text = "".join(lines) if name.endswith(".jsonl") else _json(_manifest(scenes, found))
+        write_whole(base / f"{scenes.split}.{name}", text)
+        digest.update(text.encode())
     facts = {
         "fingerprint": fingerprint,
-        "num_scenes": len(rows.truth),
-        "hours": sum(row["duration"] for row in rows.truth) / 3600,
+        "num_scenes": len(rows["scenes.jsonl"]),
+        "hours": sum(row["duration"] for row in rows["scenes.jsonl"]) / 3600,
         "sha256": digest.hexdigest(),
     }
-    _write_json(done, facts)
+    write_whole(done, _json(facts))
     return facts
 
 
-def _write_manifest(path: Path, scenes: SceneSet, questions: Sequence[Row]) -> None:
+def _manifest(scenes: SceneSet, questions: Sequence[Row]) -> Row:
     """NVIDIA's JSON (docs/paper.md, "Data")."""
-    manifest = {
+    return {
         "split": scenes.split,
         "split_path": scenes.split,
         "flamingo_task": f"{scenes.name}-AQA",
         "total_num": len(questions),
         "data": {str(index): question for index, question in enumerate(questions)},
     }
-    _write_json(path, manifest)
 
 
-def _blocks(corpus: Corpus, scenes: SceneSet, folder: Path, num_processes: int | None) -> Iterator[SetRows]:
-    """Blocks in order, made by several processes."""
+def _blocks(corpus: Corpus, scenes: SceneSet, folder: Path, num_processes: int | None) -> Iterator[Rows]:
+    """Rows of the blocks in order, made by several processes."""
+    global _bank
+    _bank = Bank(folder / "sources")
     jobs = [(index, corpus, scenes, str(folder)) for index in range(_num_blocks(scenes))]
     num = min(num_processes or usable_cpus(), len(jobs))
     if num <= 1:
-        _open_bank(folder / "sources")
         yield from map(_make_block, jobs)
         return
     # fork: the workers need numpy and soundfile only, and do not import the caller's script (torch, ray) again
-    pool = ProcessPoolExecutor(num, multiprocessing.get_context("fork"), _start_worker, (folder / "sources",))
+    pool = ProcessPoolExecutor(num, multiprocessing.get_context("fork"), _start_worker)
     with pool:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until a worker has put the handler back
         try:
@@ -314,55 +302,41 @@ def _blocks(corpus: Corpus, scenes: SceneSet, folder: Path, num_processes: int |
             ) from error
 
 
-_bank: Bank  # of this process
+_bank: Bank  # of the corpus that this process makes; workers have it from their parent
 
 
-def _start_worker(folder: Path) -> None:
+def _start_worker() -> None:
     """SIGTERM ends a worker, whatever handler it has inherited from a job (`console.main`)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _open_bank(folder)
 
 
-def _open_bank(folder: Path) -> None:
-    global _bank
-    _bank = Bank(folder)
-
-
-def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> SetRows:
+def _make_block(job: tuple[int, Corpus, SceneSet, str]) -> Rows:
     """Compose, render and describe one block."""
     index, corpus, scenes, folder = job
-    bank, rows = _bank, SetRows()
-    block = compose_block(scenes, bank, index, corpus.seed)
+    block = compose_block(scenes, _bank, index, corpus.seed)
     facts = [facts_of(scene) for scene in block]
     rng = np.random.default_rng([corpus.seed, *f"{scenes.name}/{scenes.split}".encode(), index, 1])
-    pool = [label for label in bank.labels if not (block[0].bed_kind == "music" and bank.musical[label])]
-    for number, (scene, known) in enumerate(zip(block, facts, strict=True)):
-        name = f"{index * BLOCK + number + 1:05d}.flac"
-        audio = render_scene(scene, bank)
+    pool = _bank.askable(block[0].bed_kind)
+    truth, captions = [], []
+    for number, (scene, known) in enumerate(zip(block, facts, strict=True), index * BLOCK + 1):
+        name = f"{number:05d}.flac"
+        audio = render_scene(scene, _bank)
         soundfile.write(Path(folder, scenes.name, scenes.split, name), audio, SAMPLE_RATE, "PCM_16", format="FLAC")
-        made = make_captions(known, bank.phrases, pool, corpus.num_positives, corpus.num_negatives, rng)
-        rows.captions.append(
-            {
-                "name": f"{scenes.split}/{name}",
-                "duration": scene.duration_s,
-                "caption": made.caption,
-                "positives": made.paraphrases,
-                "negatives": made.negatives,
-                "relations": [scene.kind],
-            }
-        )
-        rows.truth.append(truth_row(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
-    asked = make_questions(facts, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng)
-    rows.questions = [rows.question(each, scenes, block[each.scene]) for each in asked]
-    rows.readings = [reading_row(row, facts[each.scene]) for row, each in zip(rows.questions, asked, strict=True)]
+        truth.append(truth_row(scene, name, hashlib.sha256(audio.tobytes()).hexdigest()))
+        composition = composition_of(known)
+        made = captions_of(composition, _bank.phrases, pool, corpus.num_positives, corpus.num_negatives, rng)
+        captions.append(caption_row(f"{scenes.split}/{name}", scene, made))
+
+    def asked(questions: list[Question]) -> tuple[list[Row], list[Row]]:
+        """Rows of the manifest and of the readings."""
+        rows = [question_row(q, scenes, block[q.scene], truth[q.scene], captions[q.scene]) for q in questions]
+        return rows, [reading_row(row, facts[q.scene]) for row, q in zip(rows, questions, strict=True)]
+
+    questions, readings = asked(make_questions(facts, scenes.questions_per_scene, scenes.captions_per_scene, pool, rng))
+    rows = {"json": questions, "captions.jsonl": captions, "reading.jsonl": readings, "scenes.jsonl": truth}
     if scenes.split == "train":
-        drills = [drill for number, known in enumerate(facts) for drill in make_drills(number, known, rng)]
-        rows.drills = [rows.question(each, scenes, block[each.scene]) for each in drills]
-        pairs = zip(rows.drills, drills, strict=True)
-        rows.drill_readings = [reading_row(row, facts[each.scene]) for row, each in pairs]
+        drills, readings = asked([drill for i, known in enumerate(facts) for drill in make_drills(i, known, rng)])
+        if drills:
+            rows |= {"drills.json": drills, "drills.reading.jsonl": readings}
     return rows
-
-
-def _write_lines(path: Path, rows: list[Row]) -> None:
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -22,20 +22,12 @@ class Sound:
     Attributes:
         label: its class, lower case.
         attribute: word that a caption has for it: "", a count ("3"), loud, soft, louder, softer, or one of `PARTS`.
-        count: number of times that it is heard.
         place: one of `PARTS` in which its middle lies; "" where that is not known.
-        onsets_s: beginnings in seconds; none where they are not known.
-        span_s: seconds of its first start and last end.
-        gains_db: level of each time that it is heard, against the clip's other sounds.
     """
 
     label: str
     attribute: str = ""
-    count: int = 1
     place: str = ""
-    onsets_s: tuple[float, ...] = ()
-    span_s: tuple[float, float] | None = None
-    gains_db: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,17 +35,15 @@ class Facts:
     """What is known of a clip.
 
     Attributes:
-        duration_s: length in seconds.
         sounds: everything that is heard, in order of first start.
         kind: relation in which the clip's counterpart, of the same sounds, differs (`SOUND`, or a kind that a skill of
-            `skills.table` asks about); "" where it has none.
+            `skills.questions` asks about); "" where it has none.
         relation: value of that relation here: forward or reversed, the number of times, loud or soft (the first focus
             sound against the second), louder or softer (in time), one of `PARTS`.
         focus: labels of the sounds that the relation is about.
         together: True where the two focus sounds are heard at the same time.
     """
 
-    duration_s: float
     sounds: tuple[Sound, ...]
     kind: str = ""
     relation: str = ""

@@ -3,23 +3,19 @@
 Captions travel in chunks, one to an actor at a time, and each actor has one request on its way: `concurrency` is the
 number of requests that the endpoint sees at once. Chunks come back as they are done; those before the next one that is
 due wait in memory, so OUT has the order of IN. It is written whole or not at all. A run that was stopped starts anew,
-and takes what it has paid for from the engine's journal; the grammar needs none: it makes 500 sets a second and CPU.
+and takes what it has paid for from the engine's cache; the grammar needs none: it makes 500 sets a second and CPU.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from af2_ray.cluster import Actors, map_on_ray
-from af2_ray.llm.client import Client, Endpoint, Spent
-from af2_ray.llm.journal import Journal
+from af2_ray.llm.client import Spent
 from af2_ray.storage.files import put_in_place, temporary_of
-from af2_ray.synth.captions.by_grammar import GrammarCaptions
-from af2_ray.synth.captions.by_llm import LlmCaptions
 from af2_ray.synth.captions.sets import CaptionEngine
 
 Row = dict[str, Any]
@@ -51,19 +47,6 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no captions")
     return rows
-
-
-def grammar_engine(rows: Sequence[Row], num_positives: int, num_negatives: int, seed: int) -> CaptionEngine:
-    """The grammar; a wrong caption may name any sound of the other rows."""
-    return GrammarCaptions.of((row["caption"] for row in rows), num_positives, num_negatives, seed)
-
-
-def llm_engine(
-    endpoint: Endpoint, num_positives: int, num_negatives: int, *, cache: Path | None = None, judged: bool = True
-) -> CaptionEngine:
-    """The LLM behind an endpoint; `cache` is the folder of its journal."""
-    journal = Journal(cache) if cache else None
-    return LlmCaptions(Client(endpoint), num_positives, num_negatives, journal, judged=judged)
 
 
 def make_captions(rows: Sequence[Row], engine: CaptionEngine, out: Path, concurrency: int) -> tuple[int, Spent]:
@@ -99,7 +82,8 @@ class CaptionMaker:
         All of it travels as JSON, so that Arrow need not find a type for the rows of every chunk.
         """
         made = [self._set_of(each, number) for number, each in enumerate(json.loads(row["rows"]), int(row["first"]))]
-        spent = json.dumps(asdict(self._engine.spent.taken()))
+        spent = json.dumps(self._engine.spent)
+        self._engine.spent.clear()  # the next chunk counts its own
         return {"chunk": row["chunk"], "rows": json.dumps(made), "spent": spent}
 
     def _set_of(self, row: Row, number: int) -> tuple[Row, bool]:
@@ -126,7 +110,7 @@ def _write(chunks: Iterable[Row], out: Path) -> tuple[int, Spent]:
     good, bad = temporary_of(out), temporary_of(failed_path(out))
     with good.open("w") as sets, bad.open("w") as failed:
         for chunk in chunks:
-            spent.add(Spent(**json.loads(chunk["spent"])))
+            spent.update(json.loads(chunk["spent"]))
             for row, is_good in json.loads(chunk["rows"]):
                 (sets if is_good else failed).write(json.dumps(row, ensure_ascii=False) + "\n")
                 num_failed += not is_good

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from af2_ray.config import SceneSet
+from af2_ray.synth.captions.sets import Captions
 from af2_ray.synth.facts import Facts
 from af2_ray.synth.scenes import Scene
 from af2_ray.synth.skills.question import Question
@@ -14,38 +14,34 @@ from af2_ray.synth.text.narrate import narrate
 Row = dict[str, Any]
 
 
-@dataclass
-class SetRows:
-    """All rows of a scene set, or of one of its blocks; each field goes to a file of its own."""
+def question_row(question: Question, scenes: SceneSet, scene: Scene, truth: Row, caption: Row) -> Row:
+    """A row of NVIDIA's manifest (docs/paper.md, "Data"); the scene has its rows of truth and captions already."""
+    row: Row = {
+        "name": truth["name"],
+        "prompt": question.prompt,
+        "output": question.answer or caption["caption"],
+        "duration": scene.duration_s,
+        "skill": question.skill,
+        "template": question.template,
+        "num_events": len(scene.events),
+    }
+    if question.pair:
+        row["pair"] = f"{scenes.name}-{scenes.split}-{scene.block}-{question.pair}"
+    if question.options:
+        row["options"] = question.options
+    return row
 
-    truth: list[Row] = field(default_factory=list)
-    captions: list[Row] = field(default_factory=list)
-    questions: list[Row] = field(default_factory=list)
-    readings: list[Row] = field(default_factory=list)
-    drills: list[Row] = field(default_factory=list)
-    drill_readings: list[Row] = field(default_factory=list)
 
-    def add(self, block: SetRows) -> None:
-        """Append the rows of a block."""
-        for name, rows in vars(block).items():
-            getattr(self, name).extend(rows)
-
-    def question(self, question: Question, scenes: SceneSet, scene: Scene) -> Row:
-        """A row of NVIDIA's manifest (docs/paper.md, "Data"); the block has its rows of truth and captions already."""
-        row: Row = {
-            "name": self.truth[question.scene]["name"],
-            "prompt": question.prompt,
-            "output": question.answer or self.captions[question.scene]["caption"],
-            "duration": scene.duration_s,
-            "skill": question.skill,
-            "template": question.template,
-            "num_events": len(scene.events),
-        }
-        if question.pair:
-            row["pair"] = f"{scenes.name}-{scenes.split}-{scene.block}-{question.pair}"
-        if question.options:
-            row["options"] = question.options
-        return row
+def caption_row(name: str, scene: Scene, made: Captions) -> Row:
+    """A row of AF-CLAP's caption sets."""
+    return {
+        "name": name,
+        "duration": scene.duration_s,
+        "caption": made.caption,
+        "positives": made.paraphrases,
+        "negatives": made.negatives,
+        "relations": [scene.kind],
+    }
 
 
 def reading_row(row: Row, facts: Facts) -> Row:

@@ -8,6 +8,7 @@ length of the clip and the number of its events say nothing about the answer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,18 +29,25 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Event:
-    """One sound of a scene: a clip, heard once or several times with gaps."""
+    """One sound of a scene: a clip, `count` hits of `hit_s` with `gap_s` between them, the first at `start_s`."""
 
     label: str
     clip: Entry = field(repr=False)
-    hit_s: float  # length of one hit
-    onsets_s: tuple[float, ...]
+    hit_s: float
+    gap_s: float
+    count: int
     gains_db: tuple[float, ...]
+    start_s: float = 0.0  # until it has its place
 
     @property
-    def count(self) -> int:
-        """How often it is heard."""
-        return len(self.onsets_s)
+    def length_s(self) -> float:
+        """How long it takes."""
+        return self.count * self.hit_s + (self.count - 1) * self.gap_s
+
+    @property
+    def onsets_s(self) -> tuple[float, ...]:
+        """When each hit begins."""
+        return tuple(round(self.start_s + i * (self.hit_s + self.gap_s), 4) for i in range(self.count))
 
     @property
     def span_s(self) -> tuple[float, float]:
@@ -62,18 +70,18 @@ class Scene:
 
     block: int
     family: int
-    mirror: int
     kind: str
-    relation: str
-    focus: tuple[str, ...]
     duration_s: float
     bed: Entry = field(repr=False)
     bed_kind: str = "noise"
     bed_start: int = 0
     bed_db: float = -60.0
+    peak: float = 0.9
+    mirror: int = 0
+    relation: str = ""
+    focus: tuple[str, ...] = ()
     events: tuple[Event, ...] = ()
     together: bool = False  # the two focus events sound at the same time
-    peak: float = 0.9
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -88,11 +96,8 @@ class Scene:
 
 def facts_of(scene: Scene) -> Facts:
     """What is known of a scene: everything but the clips and the bed that it is mixed from."""
-    sounds = tuple(
-        Sound(e.label, _attribute(scene, e), e.count, scene.part_of(e), e.onsets_s, e.span_s, e.gains_db)
-        for e in scene.events
-    )
-    return Facts(scene.duration_s, sounds, scene.kind, scene.relation, scene.focus, scene.together)
+    sounds = tuple(Sound(event.label, _attribute(scene, event), scene.part_of(event)) for event in scene.events)
+    return Facts(sounds, scene.kind, scene.relation, scene.focus, scene.together)
 
 
 def _attribute(scene: Scene, event: Event) -> str:
@@ -107,26 +112,6 @@ def _attribute(scene: Scene, event: Event) -> str:
 # --- Composing ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """An event before it has its place: `count` hits of `hit_s` with `gap_s` between them."""
-
-    label: str
-    clip: Entry
-    hit_s: float
-    gap_s: float
-    count: int
-    gains_db: tuple[float, ...]
-
-    @property
-    def span_s(self) -> float:
-        return self.count * self.hit_s + (self.count - 1) * self.gap_s
-
-    def placed(self, onset_s: float) -> Event:
-        onsets = tuple(round(onset_s + i * (self.hit_s + self.gap_s), 4) for i in range(self.count))
-        return Event(self.label, self.clip, self.hit_s, onsets, self.gains_db)
-
-
 def compose_block(scenes: SceneSet, bank: Bank, block: int, seed: int) -> list[Scene]:
     """The four scenes of a block: family 0 mirror 0 and 1, family 1 mirror 0 and 1. Depends on its arguments alone."""
     rng = np.random.default_rng([seed, *f"{scenes.name}/{scenes.split}".encode(), block])
@@ -134,7 +119,7 @@ def compose_block(scenes: SceneSet, bank: Bank, block: int, seed: int) -> list[S
     kind = KINDS[block % len(KINDS)] if high >= 2 else SOUND
     duration_s = round(float(rng.uniform(*scenes.duration_s)), 2)
     bed_kind = _bed_kind(duration_s, rng)
-    pool = _pool(bank, bed_kind)
+    pool = bank.askable(bed_kind)
     if len(pool) < 6:
         bed_kind, pool = "noise", bank.labels
     # the change of loudness in time needs one event; who is louder needs two
@@ -146,28 +131,23 @@ def compose_block(scenes: SceneSet, bank: Bank, block: int, seed: int) -> list[S
     chosen = [str(label) for label in rng.permutation(pool)[: 2 * per_family]]
     out: list[Scene] = []
     for family in (0, 1):
-        labels = chosen[family * per_family : (family + 1) * per_family]
+        bed = bank.bed(scenes.split, bed_kind, rng)
         base = Scene(
-            block, 2 * block + family, 0, kind, "", (), duration_s, bank.bed(_clip_split(scenes.split), bed_kind, rng)
-        )
-        base = replace(
-            base,
-            bed_kind=bed_kind,
-            bed_start=int(rng.integers(base.bed.length)),
+            block,
+            2 * block + family,
+            kind,
+            duration_s,
+            bed,
+            bed_kind,
+            bed_start=int(rng.integers(bed.length)),
             bed_db=_bed_db(bed_kind, variant, rng),
             peak=round(float(rng.uniform(0.4, 0.95)), 3),
         )
-        if kind == SOUND:
-            plans = [_plans([label], scenes.split, bank, duration_s, variant, rng)[0] for label in labels]
-        else:
-            plans = _plans(labels, scenes.split, bank, duration_s, variant, rng)
+        labels = chosen[family * per_family : (family + 1) * per_family]
+        together = [[label] for label in labels] if kind == SOUND else [labels]  # in one scene
+        plans = [plan for group in together for plan in _plans(group, scenes.split, bank, duration_s, variant, rng)]
         out += _MIRRORS[variant](base, plans, rng)
     return out
-
-
-def _clip_split(split: str) -> str:
-    """`seen` scenes are new scenes of training clips."""
-    return "train" if split == "seen" else split
 
 
 def _bed_kind(duration_s: float, rng: Rng) -> str:
@@ -184,11 +164,6 @@ def _bed_db(kind: str, variant: str, rng: Rng) -> float:
     return float(rng.uniform(-42, -30) if variant in ("binding", "change") else rng.uniform(-38, -24))
 
 
-def _pool(bank: Bank, bed_kind: str) -> list[str]:
-    """Classes that may be asked about: none that could be part of the music bed."""
-    return [label for label in bank.labels if not (bed_kind == "music" and bank.musical[label])]
-
-
 def _fits(duration_s: float, variant: str) -> int:
     """How many events have room: about 2.5 s each, more where one is repeated; one in each part."""
     if variant == "position":
@@ -196,7 +171,7 @@ def _fits(duration_s: float, variant: str) -> int:
     return max(1, int(duration_s / (2.8 if variant in ("count", "change") else 2.3)))
 
 
-def _plans(labels: list[str], split: str, bank: Bank, duration_s: float, variant: str, rng: Rng) -> list[_Plan]:
+def _plans(labels: list[str], split: str, bank: Bank, duration_s: float, variant: str, rng: Rng) -> list[Event]:
     """Choose clip, hits and gaps of each event so that all have room; what is counted or changes has twice the room."""
     repeated = variant in ("count", "change")
     share_s = 0.88 * duration_s / (len(PARTS) if variant == "position" else len(labels) + repeated)
@@ -204,7 +179,7 @@ def _plans(labels: list[str], split: str, bank: Bank, duration_s: float, variant
     for index, label in enumerate(labels):
         asked = index == 0 and repeated
         room_s, most = (2 * share_s, MAX_COUNT) if asked else (share_s, 1)
-        clip = bank.clip(_clip_split(split), label, rng, augment=split == "train")
+        clip = bank.clip(split, label, rng)
         gap_s = round(float(rng.uniform(0.25, 0.45) if asked else rng.uniform(0.05, 0.35)), 3)
         hit_s = round(min(clip.length / SAMPLE_RATE, MAX_HIT_S, (room_s - (most - 1) * gap_s) / most), 3)
         # an event is a bout that fills much of its room, up to 12 s: sparse sounds drown in a clip's mean feature
@@ -212,7 +187,7 @@ def _plans(labels: list[str], split: str, bank: Bank, duration_s: float, variant
         fitting = int((room_s + gap_s) / (hit_s + gap_s))
         filling = round((wanted_s + gap_s) / (hit_s + gap_s))
         count = most if asked else max(1, min(filling, fitting))
-        plans.append(_Plan(label, clip, hit_s, gap_s, count, (round(float(rng.uniform(-3, 0)), 2),) * count))
+        plans.append(Event(label, clip, hit_s, gap_s, count, (round(float(rng.uniform(-3, 0)), 2),) * count))
     return plans
 
 
@@ -231,94 +206,93 @@ def _spread(spans_s: list[float], duration_s: float, rng: Rng) -> list[float]:
 
 
 def _scene(
-    base: Scene, mirror: int, relation: str, focus: list[str], events: list[Event], together: bool = False
+    base: Scene, mirror: int, relation: str, focus: Sequence[str], events: Iterable[Event], together: bool = False
 ) -> Scene:
-    ordered = tuple(sorted(events, key=lambda event: event.onsets_s[0]))
+    ordered = tuple(sorted(events, key=lambda event: event.start_s))
     return replace(base, mirror=mirror, relation=relation, focus=tuple(focus), events=ordered, together=together)
 
 
-def _order(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+def _order(base: Scene, plans: list[Event], rng: Rng) -> list[Scene]:
     """The same events forwards and backwards, in the same rhythm of gaps."""
-    onsets = _spread([plan.span_s for plan in plans], base.duration_s, rng)
-    forward = [plan.placed(at) for plan, at in zip(plans, onsets, strict=True)]
-    backward = [plan.placed(base.duration_s - event.span_s[1]) for plan, event in zip(plans, forward, strict=True)]
+    starts = _spread([plan.length_s for plan in plans], base.duration_s, rng)
+    forward = [replace(plan, start_s=at) for plan, at in zip(plans, starts, strict=True)]
+    backward = [replace(event, start_s=base.duration_s - event.span_s[1]) for event in forward]
     labels = [plan.label for plan in plans]
     return [_scene(base, 0, "forward", labels, forward), _scene(base, 1, "reversed", labels, backward)]
 
 
-def _count(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
-    """The first event with two different numbers of hits; the others stay where they are.
+def _count(base: Scene, plans: list[Event], rng: Rng) -> list[Scene]:
+    """The first event with two different numbers of hits.
 
     The other family of the block gets the two numbers that are left, so no number is more frequent than another.
     """
-    order = rng.permutation(len(plans))
-    onsets = dict(zip(order, _spread([plans[i].span_s for i in order], base.duration_s, rng), strict=True))
     counts = [int(count) + 1 for count in np.random.default_rng(base.block).permutation(MAX_COUNT)]
-    out = []
-    for mirror, count in enumerate(counts[:2] if base.family % 2 else counts[2:]):
-        asked = replace(plans[0], count=count, gains_db=plans[0].gains_db[:count])
-        events = [plan.placed(onsets[i]) for i, plan in enumerate([asked, *plans[1:]])]
-        out.append(_scene(base, mirror, str(count), [asked.label], events))
-    return out
+    forms = {
+        str(count): replace(plans[0], count=count, gains_db=plans[0].gains_db[:count])
+        for count in (counts[:2] if base.family % 2 else counts[2:])
+    }
+    return _first_changed(base, forms, plans, rng)
 
 
-def _change(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+def _change(base: Scene, plans: list[Event], rng: Rng) -> list[Scene]:
     """The first event gets louder, hit by hit, or softer."""
+    ramp = tuple(float(gain) for gain in np.linspace(-15, 0, plans[0].count).round(2))
+    forms = {"louder": replace(plans[0], gains_db=ramp), "softer": replace(plans[0], gains_db=ramp[::-1])}
+    return _first_changed(base, forms, plans, rng)
+
+
+def _first_changed(base: Scene, forms: Mapping[str, Event], plans: list[Event], rng: Rng) -> list[Scene]:
+    """A scene for each form of the first event, by its relation; the others stay where they are."""
     order = rng.permutation(len(plans))
-    onsets = dict(zip(order, _spread([plans[i].span_s for i in order], base.duration_s, rng), strict=True))
-    ramp = np.linspace(-15, 0, plans[0].count).round(2)
+    starts = dict(zip(order, _spread([plans[i].length_s for i in order], base.duration_s, rng), strict=True))
     out = []
-    for mirror, (relation, gains) in enumerate((("louder", ramp), ("softer", ramp[::-1]))):
-        asked = replace(plans[0], gains_db=tuple(float(gain) for gain in gains))
-        events = [plan.placed(onsets[i]) for i, plan in enumerate([asked, *plans[1:]])]
-        out.append(_scene(base, mirror, relation, [asked.label], events))
+    for mirror, (relation, first) in enumerate(forms.items()):
+        events = [replace(plan, start_s=starts[i]) for i, plan in enumerate([first, *plans[1:]])]
+        out.append(_scene(base, mirror, relation, [first.label], events))
     return out
 
 
-def _binding(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+def _binding(base: Scene, plans: list[Event], rng: Rng) -> list[Scene]:
     """Two events, one loud and one soft; one time in four they sound at the same time."""
     together = bool(rng.random() < 0.25)
     soft_db = -8.0 if together else -13.0
     first, second, *others = plans
     rows = [[first, second], *([other] for other in others)] if together else [[plan] for plan in plans]
     order = rng.permutation(len(rows))
-    spans = [max(plan.span_s for plan in rows[i]) for i in order]
-    onsets = {
-        plan.label: at for i, at in zip(order, _spread(spans, base.duration_s, rng), strict=True) for plan in rows[i]
-    }
+    lengths = [max(plan.length_s for plan in rows[i]) for i in order]
+    starts = zip(order, _spread(lengths, base.duration_s, rng), strict=True)
+    placed = [replace(plan, start_s=at) for i, at in starts for plan in rows[i]]
     out = []
-    for mirror, relation in enumerate(("loud", "soft")):
-        events = [replace(other, gains_db=(-5.0,) * other.count).placed(onsets[other.label]) for other in others]
-        for plan, loud in ((first, relation == "loud"), (second, relation == "soft")):
-            events.append(replace(plan, gains_db=(0.0 if loud else soft_db,) * plan.count).placed(onsets[plan.label]))
+    for mirror, (relation, first_db, second_db) in enumerate((("loud", 0.0, soft_db), ("soft", soft_db, 0.0))):
+        levels_db = {first.label: first_db, second.label: second_db}
+        events = [replace(e, gains_db=(levels_db.get(e.label, -5.0),) * e.count) for e in placed]
         out.append(_scene(base, mirror, relation, [first.label, second.label], events, together))
     return out
 
 
-def _position(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+def _position(base: Scene, plans: list[Event], rng: Rng) -> list[Scene]:
     """The first event in one part of the clip or in another, where it changes places with what is there."""
     parts = [int(part) for part in rng.permutation(len(PARTS))]
     third = base.duration_s / 3
+    margin = 0.05 * third
     shifts = [float(rng.random()) for _ in plans]
     target = parts[1] if len(plans) < 2 else parts[int(rng.integers(1, len(plans)))]
+    exchanged = [target, *(parts[0] if part == target else part for part in parts[1:])]
     out = []
-    for mirror in (0, 1):
-        places = parts[: len(plans)]
-        if mirror:
-            places = [target, *(parts[0] if part == target else part for part in places[1:])]
-        events = []
-        for plan, part, shift in zip(plans, places, shifts, strict=True):
-            margin = 0.05 * third
-            events.append(plan.placed(part * third + margin + shift * max(0.0, third - 2 * margin - plan.span_s)))
+    for mirror, places in enumerate((parts, exchanged)):
+        events = [
+            replace(plan, start_s=part * third + margin + shift * max(0.0, third - 2 * margin - plan.length_s))
+            for plan, part, shift in zip(plans, places, shifts, strict=False)
+        ]
         out.append(_scene(base, mirror, PARTS[places[0]], [plans[0].label], events))
     return out
 
 
-def _sound(base: Scene, plans: list[_Plan], rng: Rng) -> list[Scene]:
+def _sound(base: Scene, plans: list[Event], rng: Rng) -> list[Scene]:
     """One sound alone, then another in its place."""
     out = []
     for mirror, plan in enumerate(plans):
-        event = plan.placed(float(rng.uniform(0, base.duration_s - plan.span_s)))
+        event = replace(plan, start_s=float(rng.uniform(0, base.duration_s - plan.length_s)))
         out.append(_scene(base, mirror, plan.label, [plan.label], [event]))
     return out
 

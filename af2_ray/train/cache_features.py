@@ -25,7 +25,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 
 from af2_ray.audio.decode import AudioError
@@ -88,10 +87,14 @@ def cache_features(
         ValueError: a cache folder of another tower, or a broken shard.
     """
     started = time.perf_counter()
-    folder, on_gpu = Path(settings.dir or root), uses_gpu(cluster)
-    threads = cluster.threads_per_worker
     encoding = make_encoding(
-        start, folder, settings.dtype, deepspeed, max_windows=max_windows, threads=threads, on_gpu=on_gpu
+        start,
+        Path(settings.dir or root),
+        settings.dtype,
+        deepspeed,
+        max_windows=max_windows,
+        threads=cluster.threads_per_worker,
+        on_gpu=uses_gpu(cluster),
     )
     entries = entries_of(plan, max_windows)
     store, lacking = FeatureStore.of(encoding.folder, entries)
@@ -102,8 +105,7 @@ def cache_features(
     store, still = FeatureStore.of(encoding.folder, entries, failures)
     if lost := [stretch.uri for stretch, _ in still if key_of(stretch) not in failures]:
         raise RuntimeError(f"{len(lost)} clips were not encoded, {lost[0]} among them: their files changed meanwhile")
-    seconds = time.perf_counter() - started
-    logger.info("encoded %d clips in %.0f s, %d failed", len(lacking), seconds, len(failures))
+    logger.info("encoded %d clips in %.0f s, %d failed", len(lacking), time.perf_counter() - started, len(failures))
     return store
 
 
@@ -181,18 +183,25 @@ def _tower_tensors(start: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 # --- The job -----------------------------------------------------------------------------------------------------
 
 
-def decode_clips(
-    entries: Sequence[CacheEntry], max_windows: int
-) -> tuple[list[NDArray[np.int16]], dict[int, tuple[str, str]]]:
-    """Windows int16 [W, 160000] of each clip (W = 0 where it failed), and why clips failed, by key."""
-    windows, failures = [], {}
-    for stretch, _ in entries:
+def decode_row(row: dict[str, Any], max_windows: int) -> dict[str, Any]:
+    """The clips of a shard, decoded: samples of all windows in `waveforms`, windows of each clip in `counts`.
+
+    A clip that fails has none; why is in `failures` (key, reason and detail of each, JSON).
+    """
+    windows, failures = [], []
+    for stretch, _ in entries_from_json(row["clips"]):
         try:
             windows.append(hear(stretch, max_windows))
         except AudioError as error:
-            failures[key_of(stretch)] = (error.reason, error.detail)
+            failures.append((key_of(stretch), error.reason, error.detail))
             windows.append(np.zeros((0, WINDOW_SAMPLES), np.int16))
-    return windows, failures
+    flat = np.concatenate(windows).reshape(-1)
+    return {
+        "clips": row["clips"],
+        "counts": np.array([len(part) for part in windows], np.int64),
+        "waveforms": flat if flat.size else np.zeros(1, np.int16),  # Arrow has no tensor without elements
+        "failures": json.dumps(failures),
+    }
 
 
 class FeatureEncoder:
@@ -206,36 +215,19 @@ class FeatureEncoder:
         self._tower = load_tower(encoding.start).to(self._device, dtype)
 
     @torch.inference_mode()
-    def encode(self, entries: Sequence[CacheEntry], windows: Sequence[NDArray[np.int16]]) -> None:
-        """Write the shard of the clips that have windows."""
-        good = [(entry, part) for entry, part in zip(entries, windows, strict=True) if len(part)]
-        if not good:
-            return
-        joined = torch.from_numpy(np.concatenate([part for _, part in good])).to(self._device)
-        with autocast(self._device, self._precision):
-            features = self._tower(joined).cpu()
-        if features.dtype == torch.bfloat16:
-            features = features.view(torch.int16)
-        parts = features.split([len(part) for _, part in good])
-        write_shard(self._folder, [entry for entry, _ in good], [part.numpy() for part in parts])
-
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of the job (`_decode_row`) to its failures."""
+        """Write the shard of a row's clips that have windows (`decode_row`), and hand on its failures."""
         counts = np.asarray(row["counts"])
-        joined = np.asarray(row["waveforms"]).reshape(-1, WINDOW_SAMPLES)[: int(counts.sum())]
-        self.encode(entries_from_json(row["clips"]), np.split(joined, np.cumsum(counts)[:-1]))
+        entries = [entry for entry, count in zip(entries_from_json(row["clips"]), counts, strict=True) if count]
+        if entries:
+            windows = torch.tensor(row["waveforms"], dtype=torch.int16, device=self._device).reshape(-1, WINDOW_SAMPLES)
+            with autocast(self._device, self._precision):
+                features = self._tower(windows).cpu()
+            if features.dtype == torch.bfloat16:
+                features = features.view(torch.int16)
+            parts = features.split(counts[counts > 0].tolist())
+            write_shard(self._folder, entries, [part.numpy() for part in parts])
         return {"failures": row["failures"]}
-
-
-def _decode_row(row: dict[str, Any], max_windows: int) -> dict[str, Any]:
-    windows, failures = decode_clips(entries_from_json(row["clips"]), max_windows)
-    flat = np.concatenate(windows).reshape(-1)
-    return {
-        "clips": row["clips"],
-        "counts": np.array([len(part) for part in windows], np.int64),
-        "waveforms": flat if flat.size else np.zeros(1, np.int16),  # Arrow has no tensor without elements
-        "failures": json.dumps(list(failures.items())),
-    }
 
 
 def _encode_on_ray(
@@ -243,12 +235,12 @@ def _encode_on_ray(
 ) -> dict[int, tuple[str, str]]:
     """Encode shards on the cluster; why clips failed, by key."""
     rows = [{"clips": entries_to_json(entries)} for entries in shards]
-    decode = partial(_decode_row, max_windows=encoding.max_windows)
+    decode = partial(decode_row, max_windows=encoding.max_windows)
     done = map_on_ray(
         rows, FeatureEncoder, [encoding], Actors.of(cluster), prepare=decode, prepare_cpus=cluster.decode_cpus
     )
     failures: dict[int, tuple[str, str]] = {}
     for number, row in enumerate(done, 1):
-        failures |= {int(key): (reason, detail) for key, (reason, detail) in json.loads(row["failures"])}
+        failures |= {key: (reason, detail) for key, reason, detail in json.loads(row["failures"])}
         logger.info("features: %d of %d shards", number, len(rows))
     return failures

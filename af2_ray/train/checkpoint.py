@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -187,11 +187,9 @@ def restore(engine: Any, saved: Saved | None) -> State:
     """
     if saved is None:
         return State()
-    if saved.is_resized and engine.zero_optimization():
-        with _universal(saved) as folder:
-            path, client = engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_load_trained)
-    else:
-        path, client = engine.load_checkpoint(str(saved.folder), tag=TAG, custom_load_fn=_load_trained)
+    converts = saved.is_resized and engine.zero_optimization()
+    with _universal(saved) if converts else nullcontext(saved.folder) as folder:
+        path, client = engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_load_trained)
     if path is None:
         raise RuntimeError(f"checkpoint {saved.folder} holds no engine state; remove it to start from the one before")
     random_path = saved.folder / f"random_{ray.train.get_context().get_world_rank()}.pt"

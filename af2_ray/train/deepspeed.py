@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
+from af2_ray.config.read import merge
 from af2_ray.models.htsat import AudioTower
 from af2_ray.train.optim import make_optimizer, schedule
 from af2_ray.train.precision import Precision, resolve
@@ -39,9 +40,8 @@ def deepspeed_config(
         "steps_per_print": 10**9,
     }
     if precision == "mixed":  # no module's gradients travel in bf16
-        cast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        config["torch_autocast"] = cast
-    return _merge(config, settings.raw)
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return merge(config, settings.raw)
 
 
 def start_engine(
@@ -80,7 +80,7 @@ def start_engine(
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule(optimizer, num_steps, step))
     config = deepspeed_config(settings, optimizer, accumulation=accumulation, precision=precision)
     if universal and config["zero_optimization"]["stage"]:
-        config = _merge(config, {"checkpoint": {"load_universal": True}})
+        config = merge(config, {"checkpoint": {"load_universal": True}})
     # DeepSpeed would compile this op at its start and end the worker without a compiler. It serves tensor-parallel
     # inference alone (`inference_all_reduce`): gradients go over the process group with it or without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -116,11 +116,3 @@ def checkpoint_activations(model: nn.Module, *, layers: bool, tower: bool) -> No
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             module.training = True
-
-
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged

@@ -8,6 +8,8 @@ bound where the data decide (cached features).
 from __future__ import annotations
 
 import shutil
+import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from af2_ray.config import Recipe
 from af2_ray.models.from_recipe import recipe_config
 from af2_ray.runs.run import Run, finished
 from af2_ray.storage.files import LEFTOVER
-from af2_ray.storage.places import is_local, is_remote, locate
+from af2_ray.storage.places import is_remote, locate
 from af2_ray.train import costs
 from af2_ray.train.mend import ASIDE
 from af2_ray.train.trainer import checkpoint_storage
@@ -51,20 +53,17 @@ def forecast(recipe: Recipe, place: str) -> list[Need]:
     model = costs.meta_model(recipe_config(recipe))
     counts = costs.parameters(model)
     whole = _EXPORT_BYTES * sum(counts.values())
-    trained_bytes = _CHECKPOINT_BYTES["bf16" if recipe.deepspeed.precision == "bf16" else "fp32"]
-    kept = recipe.checkpoints.keep + 1
-    exports, checkpoints = _EXPORT_BYTES * counts.get("lm", 0) + whole * (1 + len(recipe.stages)), 0
+    exports = _EXPORT_BYTES * counts.get("lm", 0) + whole * (1 + len(recipe.stages))
+    trained = [sum(n for group, n in counts.items() if group in stage.trainable) for stage in recipe.stages]
     if recipe.clap is not None:
-        towers = counts.get("clap", 0) + _text_parameters(recipe)
-        exports += 2 * _EXPORT_BYTES * towers
-        checkpoints += kept * trained_bytes * towers
-    for stage in recipe.stages:
-        checkpoints += kept * trained_bytes * sum(n for group, n in counts.items() if group in stage.trainable)
+        trained.append(counts.get("clap", 0) + _text_parameters(recipe))
+        exports += 2 * _EXPORT_BYTES * trained[-1]
     if recipe.stages and recipe.tracking.register_model:
         exports += whole  # with MLflow, which has its artifacts in the run where it has no server
+    checkpoint = _CHECKPOINT_BYTES["bf16" if recipe.deepspeed.precision == "bf16" else "fp32"] * sum(trained)
     needs = [
         Need("exports", place, exports),
-        Need("checkpoints", recipe.checkpoints.storage or place, checkpoints),
+        Need("checkpoints", recipe.checkpoints.storage or place, checkpoint * (recipe.checkpoints.keep + 1)),
         Need("features", recipe.feature_cache.dir or place, _feature_bytes(recipe, model)),
     ]
     if recipe.corpus is not None:
@@ -89,15 +88,13 @@ def _corpus_hours(recipe: Recipe) -> float:
 def _feature_bytes(recipe: Recipe, model: Any) -> int:
     """Bytes of the cached stages' features: all windows of their rows, or of the corpus where that is less."""
     number_bytes = 4 if recipe.feature_cache.dtype == "fp32" else 2
-    window = costs.TOKENS_PER_WINDOW * model.audio_tower.output_size * number_bytes
-    total = 0
-    for stage in recipe.stages:
-        if stage.features == "cached":
-            windows = stage.steps * stage.budget.step_batches * stage.budget.windows_per_row
-            if recipe.corpus is not None:
-                windows = min(windows, int(_corpus_hours(recipe) * _AUDIO_HOUR) + 1)
-            total += windows * window
-    return total
+    most = int(_corpus_hours(recipe) * _AUDIO_HOUR) + 1 if recipe.corpus else sys.maxsize
+    windows = sum(
+        min(most, stage.steps * stage.budget.step_batches * stage.budget.windows_per_row)
+        for stage in recipe.stages
+        if stage.features == "cached"
+    )
+    return windows * costs.TOKENS_PER_WINDOW * model.audio_tower.output_size * number_bytes
 
 
 def shortages(needs: list[Need]) -> list[str]:
@@ -105,29 +102,23 @@ def shortages(needs: list[Need]) -> list[str]:
 
     What lies in the places already counts as done.
     """
-    places: dict[str, int] = {}
+    places: Counter[str] = Counter()
     for need in needs:
         if not is_remote(need.place):
-            places[need.place] = places.get(need.place, 0) + need.size
-    wanted: dict[int, tuple[str, int]] = {}
+            places[need.place] += need.size
+    folders: dict[int, Path] = {}  # of each disk, one that is there
+    wanted: Counter[int] = Counter()
     for place, size in places.items():
-        folder = _nearest(Path(place))
-        disk = folder.stat().st_dev
-        lacking = max(0, size - (_size(place) or 0))
-        wanted[disk] = (str(folder), wanted.get(disk, ("", 0))[1] + lacking)
+        path = Path(place).absolute()
+        folder = next(above for above in (path, *path.parents) if above.exists())
+        folders[folder.stat().st_dev] = folder
+        wanted[folder.stat().st_dev] += max(0, size - (_size(place) or 0))
     lines = []
-    for folder_name, size in wanted.values():
-        free = shutil.disk_usage(folder_name).free
+    for disk, size in wanted.items():
+        free = shutil.disk_usage(folders[disk]).free
         if size > free:
-            lines.append(f"{folder_name} has {amount(free)} free, and about {amount(size)} are wanted")
+            lines.append(f"{folders[disk]} has {amount(free)} free, and about {amount(size)} are wanted")
     return lines
-
-
-def _nearest(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def amount(size: float) -> str:
@@ -181,8 +172,7 @@ def remove(spares: list[Spare]) -> None:
 def _size(place: str) -> int | None:
     """Bytes of a folder or file; none where there is nothing."""
     fs, path = locate(place)
-    if not is_local(fs):
-        fs.invalidate_cache()
+    fs.invalidate_cache()
     if not fs.exists(path):
         return None
     if fs.isfile(path):

@@ -38,7 +38,6 @@ class Feed:
     decode_cpus: float
 
     def __call__(self) -> ray.data.Dataset:
-        step_batches = self.plan.step_batches
-        last = len(self.plan) - step_batches  # all trained, only the export missing: the feed is not read
-        start = min(last_step(self.storage) * step_batches, last)
+        size = self.plan.step_batches
+        start = min(last_step(self.storage) * size, len(self.plan) - size)  # all trained: the feed is not read
         return make_dataset(self.plan, self.collator, start=start, decode_cpus=self.decode_cpus)

@@ -18,9 +18,8 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from af2_ray.config import DeepSpeedSettings
+from af2_ray.config import Recipe
 from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
 from af2_ray.storage.stores import model_folder, replacing
@@ -45,32 +44,29 @@ class LoopConfig:
     """What a worker needs to know; it travels to the workers by value."""
 
     task: Task
-    deepspeed: DeepSpeedSettings
+    recipe: Recipe
     export: str  # where the trained model goes: a folder, or an address in object storage
     num_steps: int
     step_batches: int  # plan rows of one optimiser step, over all ranks
     checkpoint_every: int
-    threads: int
-    seed: int
-    recipe: str = ""  # its fingerprint: a checkpoint of another one is refused
     bands: tuple[Band, ...] = ()
-    activation_checkpointing: bool = False
-    tower_checkpointing: bool = False
 
 
 def train_loop(loop: LoopConfig) -> None:
     """Ray Train's entry point on every worker: restore, train to the last step, export."""
-    context = ray.train.get_context()
+    context, recipe = ray.train.get_context(), loop.recipe
     _quiet(loop, context.get_world_rank())
-    torch.manual_seed(loop.seed)
+    torch.manual_seed(recipe.seed)
     accumulation = loop.step_batches // context.get_world_size()
     model = loop.task.build()
-    checkpoint_activations(model, layers=loop.activation_checkpointing, tower=loop.tower_checkpointing)
+    checkpoint_activations(
+        model, layers=recipe.deepspeed.activation_checkpointing, tower=recipe.model.audio.gradient_checkpointing
+    )
     meter = Meter(loop.task, model, context.get_world_size())
-    with checkpoint.latest(loop.recipe) as saved:
+    with checkpoint.latest(recipe.fingerprint()) as saved:
         engine = start_engine(
             model,
-            loop.deepspeed,
+            recipe.deepspeed,
             loop.task.optimizer,
             num_steps=loop.num_steps,
             accumulation=accumulation,
@@ -145,7 +141,9 @@ class _Stage:
             state.best = loss
         report = self._report_of_steps() | {"validation": found, "is_best": is_best}
         accounts = {**self._accounts, "validation": found, "is_best": is_best}
-        checkpoint.save(self._engine, state, report, accounts=accounts, recipe=loop.recipe, last=last, is_best=is_best)
+        checkpoint.save(
+            self._engine, state, report, accounts=accounts, recipe=loop.recipe.fingerprint(), last=last, is_best=is_best
+        )
         self._accounts = {"history": [], "failures": []}
 
     def _report_of_steps(self) -> dict[str, Any]:
@@ -165,14 +163,11 @@ class _Stage:
 
 def _export(engine: Any, loop: LoopConfig, *, is_first: bool) -> None:
     """Write the trained model as a Hugging Face folder; with ZeRO-3 every rank takes part in gathering it."""
-    module: nn.Module = engine.module
-    if loop.deepspeed.zero_stage == 3:
-        import deepspeed
+    import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
-            _write(module, loop) if is_first else None
-    elif is_first:
-        _write(module, loop)
+    with deepspeed.zero.GatheredParameters(engine.module.parameters()):
+        if is_first:
+            _write(engine.module, loop)
     dist.barrier()
 
 
@@ -188,7 +183,7 @@ def _write(module: Any, loop: LoopConfig) -> None:
 
 def _quiet(loop: LoopConfig, rank: int) -> None:
     """Threads of this worker; DeepSpeed's chatter off all ranks (warnings stay)."""
-    torch.set_num_threads(loop.threads)
+    torch.set_num_threads(loop.recipe.cluster.threads_per_worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logger.info("rank %d: %d threads, %s", rank, loop.threads, loop.task)
+    logger.info("rank %d: %d threads, %s", rank, torch.get_num_threads(), loop.task)

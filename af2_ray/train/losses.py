@@ -25,10 +25,8 @@ MIN_SCALE, MAX_SCALE = 1.0, 100.0
 """The usual clamp of contrastive training: temperatures from 0.01 to 1."""
 
 
-def token_loss_sum(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies over answer tokens, and how many there are.
+def token_loss_sum(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """Sum of cross-entropies over answer tokens.
 
     A sum, not a mean: the caller divides by the count over all ranks and micro-batches of the step, so that every
     answer token weighs the same.
@@ -43,24 +41,7 @@ def token_loss_sum(
     loss = nnf.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(dim=-1).square().sum()
-    return loss, torch.tensor(targets.numel(), device=targets.device)
-
-
-def afclap_loss(
-    audio: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    positive_mask: Tensor,
-    negative_mask: Tensor,
-    scale: Tensor,
-    *,
-    every_positive: bool = False,
-    symmetric: bool = False,
-) -> Tensor:
-    """AF-CLAP's loss (docs/paper.md, "AF-CLAP") of one batch: `afclap_loss_sum` over the number of clips that count."""
-    options = {"every_positive": every_positive, "symmetric": symmetric}
-    loss, count = afclap_loss_sum(audio, positives, negatives, positive_mask, negative_mask, scale, **options)
-    return loss / count.clamp(min=1)
+    return loss
 
 
 def afclap_loss_sum(
@@ -74,8 +55,8 @@ def afclap_loss_sum(
     every_positive: bool = False,
     symmetric: bool = False,
     gather: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """AF-CLAP's loss (docs/paper.md), from audio to text, in log-sum-exp form: its sum over clips, and their number.
+) -> Tensor:
+    """AF-CLAP's loss (docs/paper.md, "AF-CLAP"), from audio to text, in log-sum-exp form: its sum over clips.
 
     With s(u, v) = exp(scale * u.v): numerator of clip i is the sum of s over its own positives; the denominator adds
     the positives of every other clip and clip i's own negatives. M = 1 with N = 0 is the plain contrastive loss.
@@ -96,11 +77,10 @@ def afclap_loss_sum(
             clips.
 
     Returns:
-        This rank's sum and its number of clips with a positive; the ranks' sums add up to that of one process.
+        This rank's sum over clips with a positive; the ranks' sums add up to that of one process.
     """
     audio, positives, negatives = (_at_least_float32(t) for t in (audio, positives, negatives))
     scale = _at_least_float32(scale)
-    valid = positive_mask.any(dim=1)
     all_positives, all_masks, all_audio = positives, positive_mask, audio
     if gather:
         together = torch.cat([positives, audio[:, None]], dim=1) if symmetric else positives
@@ -113,7 +93,7 @@ def afclap_loss_sum(
     harder = _masked(harder, negative_mask.flatten(1))
     lowest = own.new_full((len(own), 1), _lowest(own))  # for a clip without any
     harder = torch.cat([harder, lowest], dim=1).logsumexp(dim=1)
-    weight = valid.to(audio.dtype)
+    weight = positive_mask.any(dim=1).to(audio.dtype)
     denominators = sum_logsumexp(audio, all_positives.flatten(0, 1), all_masks.flatten(), harder, weight, scale)
     share = positive_mask / positive_mask.sum(dim=1, keepdim=True).clamp(min=1).to(audio.dtype)
     numerators = (share * own).sum(dim=1) if every_positive else weight * _masked(own, positive_mask).logsumexp(dim=1)
@@ -122,7 +102,7 @@ def afclap_loss_sum(
         floor, has_text = lowest.expand_as(own).flatten(), all_masks.any(dim=1)
         back = sum_logsumexp(positives.flatten(0, 1), all_audio, has_text, floor, share.flatten(), scale)
         loss = (loss + back - (share * own).sum(dtype=torch.float64)) / 2
-    return loss.to(audio.dtype), valid.sum()
+    return loss.to(audio.dtype)
 
 
 def clamp_scale(log_scale: Tensor) -> Tensor:

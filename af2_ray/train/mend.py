@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,11 +147,8 @@ def _read_sealed(fs: Any, folder: str, name: str) -> tuple[dict[str, Any], bool]
 
 
 def _digest(fs: Any, path: str) -> str:
-    digest = hashlib.sha256()
     with fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- Ray's list --------------------------------------------------------------------------------------------------
@@ -183,11 +181,10 @@ def _write_snapshot(fs: Any, root: str, names: list[str], listed: Mapping[str, d
         known = listed.get(name, {})
         keep = facts.get("keep", known.get("keep", facts["step"]))  # older ones have it in Ray's list alone
         metrics = {**known, "step": facts["step"], "best": facts["best"], "keep": keep}
-        state = _TrainingResultState(checkpoint_dir_name=name, metrics=metrics)
-        results.append(state)
+        results.append(_TrainingResultState(checkpoint_dir_name=name, metrics=metrics))
     path = f"{root}/{SNAPSHOT}"
     if not results:
-        if retried(lambda: fs.exists(path)):
+        with suppress(FileNotFoundError):
             retried(lambda: fs.rm(path))
         return
     places = {state.checkpoint_dir_name: place for place, state in enumerate(results)}

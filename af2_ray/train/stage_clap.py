@@ -7,7 +7,7 @@ Batches are contrastive batches: `clap.batch_size` clips over all workers, so th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,7 @@ from af2_ray.data.batching import plan_captions
 from af2_ray.data.collate import ClapCollator
 from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import read_captions
-from af2_ray.data.quarantine import Failure
+from af2_ray.data.quarantine import Failure, Quarantine
 from af2_ray.data.samples import CaptionSet, check_samples
 from af2_ray.models.afclap import AfClapModel, load_text_encoder
 from af2_ray.models.from_recipe import afclap_config, audio_tower_config
@@ -76,14 +76,20 @@ def train_clap(run: Run, tracker: Tracker) -> dict[str, Any]:
 def usable_captions(run: Run, datasets: Sequence[Dataset]) -> list[CaptionSet]:
     """All usable caption sets of some datasets; the others go to the run's quarantine."""
     quarantine = run.quarantine()
-    usable: list[CaptionSet] = []
-    for dataset in datasets:
-        read = read_captions(dataset.manifest, dataset.root)
-        sets, unread = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
-        good, bad = check_samples(sets, unread)
-        quarantine.add([Failure(item.uri, reason, item.offset_s) for item, reason in bad], len(sets))
-        usable += good
-    return usable
+    return [item for dataset in datasets for item in usable_items(run, dataset, read_captions, quarantine)]
+
+
+def usable_items(run: Run, dataset: Dataset, read: Callable[..., Any], quarantine: Quarantine) -> Any:
+    """What is usable of a manifest's items; the others go to the quarantine, and too many of them end the run.
+
+    Args:
+        read: reader of the manifest, `read_samples` or `read_captions`.
+    """
+    items = read(dataset.manifest, dataset.root)
+    items, unread = fill_durations(items, dataset.manifest, fallback=str(run.root / "durations"))
+    good, bad = check_samples(items, unread)
+    quarantine.add([Failure(item.uri, reason, item.offset_s) for item, reason in bad], len(items))
+    return good
 
 
 def _make_start(run: Run, recipe: Clap, captions: list[CaptionSet]) -> None:

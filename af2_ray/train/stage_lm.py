@@ -68,12 +68,14 @@ def prepare_lm(
         Facts of the step: `steps`, `loss_first`, `loss_last`, `parameters`.
     """
     if settings.pretrain is not None:
-        return _pretrain(settings, settings.pretrain, pairs, folder, seed, max_text_tokens, precision, log)
-    model, tokenizer = _from_package(settings.package) if settings.package else _from_hub(str(settings.path))
-    add_special_tokens(tokenizer)
+        model, tokenizer, facts = _pretrain(settings, settings.pretrain, pairs, seed, max_text_tokens, precision, log)
+    else:
+        model, tokenizer = _from_package(settings.package) if settings.package else _from_hub(str(settings.path))
+        add_special_tokens(tokenizer)
+        facts = {"steps": 0}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {"steps": 0, "parameters": model.num_parameters()}
+    return facts | {"parameters": model.num_parameters()}
 
 
 def _from_hub(path: str) -> tuple[Any, Any]:
@@ -102,12 +104,11 @@ def _pretrain(
     settings: LanguageModelSettings,
     recipe: LanguageModelPretrain,
     pairs: Sequence[tuple[str, str]],
-    folder: Path,
     seed: int,
     max_text_tokens: int,
     precision: Precision,
     log: Log | None,
-) -> dict[str, Any]:
+) -> tuple[Any, Any, dict[str, Any]]:
     if not pairs:
         raise ValueError("model.lm.pretrain: the stages' manifests hold no text to train on")
     torch.manual_seed(seed)
@@ -125,8 +126,8 @@ def _pretrain(
     reading_share, drill_share = (recipe.reading_share if readings else 0.0), (recipe.drill_share if drills else 0.0)
     shares = [1 - reading_share - drill_share, reading_share, drill_share]
     optimizer = _optimizer(model, recipe)
-    rates = [group["lr"] for group in optimizer.param_groups]
     warm = Optimizer(lr=recipe.lr, warmup_steps=recipe.warmup_steps, schedule="cosine")
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(warm, recipe.steps, step))
     random = np.random.default_rng(seed)
     losses: list[float] = []
     started = time.perf_counter()
@@ -139,21 +140,14 @@ def _pretrain(
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(warm, recipe.steps, step)
         optimizer.step()
+        rates.step()
         losses.append(loss.item())
         if log:
             log(step + 1, losses[-1])
     logger.info("pre-trained the LM in %.0f s to a loss of %.3f", time.perf_counter() - started, losses[-1])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {
-        "steps": recipe.steps,
-        "loss_first": float(np.mean(losses[:LOSS_WINDOW])),
-        "loss_last": float(np.mean(losses[-LOSS_WINDOW:])),
-        "parameters": model.num_parameters(),
-    }
+    first, last = (float(np.mean(part)) for part in (losses[:LOSS_WINDOW], losses[-LOSS_WINDOW:]))
+    return model, tokenizer, {"steps": recipe.steps, "loss_first": first, "loss_last": last}
 
 
 def _optimizer(model: torch.nn.Module, recipe: LanguageModelPretrain) -> torch.optim.Optimizer:
@@ -166,12 +160,8 @@ def _optimizer(model: torch.nn.Module, recipe: LanguageModelPretrain) -> torch.o
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
-    decay = recipe.weight_decay
-    groups = [
-        {"params": others, "lr": recipe.lr, "weight_decay": decay},
-        {"params": matrices, "lr": recipe.muon_lr, "weight_decay": decay, "muon": True},
-    ]
-    return MuonAdamW(groups, betas=SHORT_RUN_BETAS)
+    groups = [{"params": others, "lr": recipe.lr}, {"params": matrices, "lr": recipe.muon_lr, "muon": True}]
+    return MuonAdamW([group | {"weight_decay": recipe.weight_decay} for group in groups], betas=SHORT_RUN_BETAS)
 
 
 def _draw(text: tuple[Tensor, ...], size: int, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,12 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from af2_ray.config import Dataset, Stage
 from af2_ray.data.batching import Plan, plan_epoch, plan_steps, text_lengths, window_counts
-from af2_ray.data.collate import AudioSource, LmCollator
-from af2_ray.data.durations import fill_durations
+from af2_ray.data.collate import LmCollator
 from af2_ray.data.feature_store import FeatureStore
 from af2_ray.data.manifest import read_samples
-from af2_ray.data.quarantine import Failure
-from af2_ray.data.samples import Sample, check_samples
+from af2_ray.data.samples import Sample
 from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.from_recipe import model_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
@@ -38,7 +36,7 @@ from af2_ray.storage.stores import local_model, replacing
 from af2_ray.text import AUDIO, SPECIAL_TOKENS
 from af2_ray.train.cache_features import cache_features
 from af2_ray.train.precision import resolve
-from af2_ray.train.stage_clap import train_clap
+from af2_ray.train.stage_clap import train_clap, usable_items
 from af2_ray.train.stage_lm import prepare_lm
 from af2_ray.train.task import LmTask
 from af2_ray.train.trainer import Job, fit
@@ -50,7 +48,7 @@ Watch = Callable[[str, Path, int], AbstractContextManager[Any]]
 """Called around each step with its title, its folder (whose `metrics.jsonl` grows) and its number of steps."""
 
 
-def train_run(run: Run, *, watch: Watch | None = None) -> list[dict[str, Any]]:
+def train_run(run: Run, *, watch: Watch = lambda *_: nullcontext()) -> list[dict[str, Any]]:
     """Bring a run to its end: every step that is not finished yet, in order.
 
     Returns:
@@ -58,26 +56,22 @@ def train_run(run: Run, *, watch: Watch | None = None) -> list[dict[str, Any]]:
     """
     tracker = Tracker(run)
     with tracker.closing():
-        return _steps(run, tracker, watch or (lambda title, folder, num_steps: nullcontext()))
-
-
-def _steps(run: Run, tracker: Tracker, watch: Watch) -> list[dict[str, Any]]:
-    tracker.parent()
-    facts = [prepare_language_model(run, tracker, watch)]
-    if run.recipe.clap is not None:
-        with watch("AF-CLAP", run.clap_dir, run.recipe.clap.steps):
-            facts.append(train_clap(run, tracker))
-    start = assemble(run)
-    for stage in run.recipe.stages:
-        with watch(f"stage {stage.name}", run.stage_dir(stage.name), stage.steps):
-            facts.append(train_stage(run, stage, start, tracker))
-        start = run.stage_dir(stage.name) / "model"
-    if run.recipe.stages:
-        write_card(run)
-        if run.recipe.tracking.register_model:
-            tracker.register(run.recipe.serve.model_name, run.fetched(run.model_dir))
-    tracker.finish("parent")
-    run.keep()
+        tracker.parent()
+        facts = [prepare_language_model(run, tracker, watch)]
+        if run.recipe.clap is not None:
+            with watch("AF-CLAP", run.clap_dir, run.recipe.clap.steps):
+                facts.append(train_clap(run, tracker))
+        start = assemble(run)
+        for stage in run.recipe.stages:
+            with watch(f"stage {stage.name}", run.stage_dir(stage.name), stage.steps):
+                facts.append(train_stage(run, stage, start, tracker))
+            start = run.stage_dir(stage.name) / "model"
+        if run.recipe.stages:
+            write_card(run)
+            if run.recipe.tracking.register_model:
+                tracker.register(run.recipe.serve.model_name, run.fetched(run.model_dir))
+        tracker.finish("parent")
+        run.keep()
     return facts
 
 
@@ -90,7 +84,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     max_tokens = run.recipe.model.max_text_tokens
     made = plan_stage(run, stage, tokenizer)
     began = time.perf_counter()
-    source = _features(run, stage, start, made) if stage.features == "cached" else AudioSource()
+    source = _features(run, stage, start, made) if stage.features == "cached" else None
     job = Job(
         name=stage.name,
         folder=folder,
@@ -156,25 +150,19 @@ def validation_bands(run: Run, stage: Stage, tokenizer: Any) -> tuple[Band, ...]
 def plan_stage(run: Run, stage: Stage, tokenizer: Any) -> Plan[Sample]:
     """The stage's plan: usable samples of its blend, what is unusable listed in the run's quarantine."""
     datasets = [(usable_samples(run, dataset), dataset.weight) for dataset in stage.data]
-    length = partial(text_lengths, tokenizer, max_tokens=run.recipe.model.max_text_tokens)
     return plan_steps(
         datasets,
         stage.steps,
         max_windows=stage.max_windows,
-        text_length=length,
+        text_length=partial(text_lengths, tokenizer, max_tokens=run.recipe.model.max_text_tokens),
         budget=stage.budget,
         seed=run.recipe.seed,
     )
 
 
 def usable_samples(run: Run, dataset: Dataset) -> Sequence[Sample]:
-    """A manifest's usable samples, as columns; the others go to the quarantine, and too many of them end the run."""
-    read = read_samples(dataset.manifest, dataset.root)
-    samples, unread = fill_durations(read, dataset.manifest, fallback=str(run.root / "durations"))
-    good, bad = check_samples(samples, unread)
-    quarantine = run.quarantine()
-    quarantine.add([Failure(sample.uri, reason, sample.offset_s) for sample, reason in bad], len(samples))
-    return good
+    """A manifest's usable samples, as columns."""
+    return usable_items(run, dataset, read_samples, run.quarantine())
 
 
 def assemble(run: Run) -> Path:

@@ -1,15 +1,17 @@
 """A task: model, loss and batch keys in one small object. The loop knows nothing else of what it trains.
 
-Two exist: `LmTask` (the curriculum's stages) and `ClapTask` (AF-CLAP). Both return a loss that is already divided by
-the real global count of the optimiser step, so that every answer token (or clip) weighs alike however the step was
-cut into ranks and micro-batches.
+Two exist: `LmTask` (the curriculum's stages) and `ClapTask` (AF-CLAP). Each has a `start` (the Hugging Face folder that
+its model starts from, or its address in object storage), settings of its `optimizer` and the `batch_type` that the feed
+hands over. `build` gives the model at its start with `requires_grad` set to what trains; `count` and `tokens` what a
+batch adds to the step's global counts; `loss` this rank's share of the step's loss, already divided by the real global
+count, so that every answer token (or clip) weighs alike however the step was cut into ranks and micro-batches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,48 +27,17 @@ from af2_ray.train.losses import afclap_loss_sum, clamp_scale, token_loss_sum
 from af2_ray.train.optim import freeze_except, group_of
 
 
-class Task(Protocol):
-    """What the loop needs to know of a training task."""
-
-    @property
-    def start(self) -> str | Path:
-        """The Hugging Face folder the model starts from, or its address in object storage."""
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """Its optimiser settings."""
-
-    @property
-    def batch_type(self) -> type[Any]:
-        """The Batch that the feed hands over."""
-
-    def build(self) -> nn.Module:
-        """The model at its start, with `requires_grad` set to what trains."""
-
-    def count(self, batch: Any) -> int:
-        """What a batch contributes to the step's global count."""
-
-    def tokens(self, batch: Any) -> int:
-        """Text tokens of a batch, without padding."""
-
-    def loss(self, model: nn.Module, batch: Any, total: int) -> Tensor:
-        """This rank's share of the step's loss: its sum divided by the global `total`."""
-
-
 @dataclass(frozen=True)
 class LmTask:
     """Next-token loss on answer tokens (a curriculum stage)."""
 
     start: str | Path
     stage: Stage
+    batch_type: ClassVar[type[Any]] = LmBatch
 
     @property
     def optimizer(self) -> Optimizer:
         return self.stage.optimizer
-
-    @property
-    def batch_type(self) -> type[LmBatch]:
-        return LmBatch
 
     def build(self) -> nn.Module:
         """The previous stage's export, frozen but for `trainable`."""
@@ -96,12 +67,8 @@ class LmTask:
             answers_only=True,
         )
         targets = batch.labels[:, 1:]
-        loss, _ = token_loss_sum(
-            output.logits,
-            targets[targets != IGNORE],
-            label_smoothing=self.stage.label_smoothing,
-            z_loss=self.stage.z_loss,
-        )
+        smoothing, z_loss = self.stage.label_smoothing, self.stage.z_loss
+        loss = token_loss_sum(output.logits, targets[targets != IGNORE], label_smoothing=smoothing, z_loss=z_loss)
         return loss / max(total, 1)
 
 
@@ -125,14 +92,11 @@ class ClapTask:
 
     start: str | Path
     clap: Clap
+    batch_type: ClassVar[type[Any]] = ClapBatch
 
     @property
     def optimizer(self) -> Optimizer:
         return self.clap.optimizer
-
-    @property
-    def batch_type(self) -> type[ClapBatch]:
-        return ClapBatch
 
     def build(self) -> nn.Module:
         """Both towers, all of them training but the mel BatchNorm (`optim.group_of`) and a fixed temperature."""
@@ -162,7 +126,7 @@ class ClapTask:
             logits=False,
         )
         positives, positive_mask, negatives, negative_mask = self._arrange(batch, text)
-        loss, _ = afclap_loss_sum(
+        loss = afclap_loss_sum(
             audio,
             positives,
             negatives,
@@ -185,3 +149,6 @@ class ClapTask:
         mask[place] = True
         table, mask = flat.view(*shape, width), mask.view(shape)
         return table[:, :, 0], mask[:, :, 0], table[:, :, 1:], mask[:, :, 1:]
+
+
+Task = LmTask | ClapTask

@@ -6,6 +6,7 @@ Cheap figures are taken at every step; those that need collectives or a pass ove
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import psutil
@@ -66,23 +67,16 @@ def gates(engine: Any) -> dict[str, float]:
 
     ZeRO-3 keeps the gates whole (they are far below its threshold), but gathers them to be sure.
     """
+    import deepspeed
+
     found: dict[str, float] = {}
     for name, parameter in engine.module.named_parameters():
         kind = name.rsplit(".", 1)[-1]
-        if kind not in ("attn_gate", "ff_gate"):
-            continue
-        layer = next(part for part in name.split(".") if part.isdigit())
-        found[f"gate/{layer}/{kind.removesuffix('_gate')}"] = math.tanh(_value(parameter))
+        if kind in ("attn_gate", "ff_gate"):
+            layer = next(part for part in name.split(".") if part.isdigit())
+            with deepspeed.zero.GatheredParameters(parameter):
+                found[f"gate/{layer}/{kind.removesuffix('_gate')}"] = math.tanh(float(parameter.detach()))
     return found
-
-
-def _value(parameter: Any) -> float:
-    if not hasattr(parameter, "ds_id"):
-        return float(parameter.detach())
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return float(parameter.detach())
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:
@@ -92,14 +86,12 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     """
     from deepspeed.utils import safe_get_full_grad
 
-    squares: dict[str, float] = {}
+    squares: defaultdict[str, float] = defaultdict(float)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        gradient = safe_get_full_grad(parameter)
-        if gradient is not None:
-            group = group_of(name)
-            squares[group] = squares.get(group, 0.0) + float(gradient.float().square().sum())
+        if (gradient := safe_get_full_grad(parameter)) is not None:
+            squares[group_of(name)] += float(gradient.float().square().sum())
     return {f"grad_norm/{group}": math.sqrt(square) for group, square in squares.items()}
 
 

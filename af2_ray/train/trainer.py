@@ -77,22 +77,16 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
     mlflow_id = tracker.child(job.name, {"steps": job.num_steps, "plan": job.plan.fingerprint})
     loop = LoopConfig(
         task=job.task,
-        deepspeed=recipe.deepspeed,
+        recipe=recipe,
         export=run.address(job.folder / "model"),
         num_steps=job.num_steps,
         step_batches=job.plan.step_batches,
         checkpoint_every=job.checkpoint_every,
-        threads=recipe.cluster.threads_per_worker,
-        seed=recipe.seed,
-        recipe=recipe.fingerprint(),
         bands=job.bands,
-        activation_checkpointing=recipe.deepspeed.activation_checkpointing,
-        tower_checkpointing=recipe.model.audio.gradient_checkpointing,
     )
     storage = checkpoint_storage(run, job.folder)
-    accounts = ReportCallback(run, job.folder, mlflow_id)
     if saved := mend(storage):
-        accounts.catch_up(saved.step, saved.accounts)
+        ReportCallback(run, job.folder, mlflow_id).catch_up(saved.step, saved.accounts)
     run.keep()
     trainer = _Trainer(
         partial(train_loop, loop),  # not as its configuration, which the controller would load with all it refers to
@@ -104,13 +98,13 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
             storage_path=storage,
             failure_config=FailureConfig(max_failures=recipe.faults.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoints.keep, checkpoint_score_attribute="keep"),
-            callbacks=[accounts],
+            callbacks=[ReportCallback(run, job.folder, mlflow_id)],
             worker_runtime_env=worker_env(recipe.cluster),
         ),
     )
     trainer.fit()
     facts = {"name": job.name, **job.facts, **summary(job), "seconds": round(time.perf_counter() - started, 1)}
-    tracker.log_metrics(mlflow_id, {f"final/{key}": value for key, value in facts.items() if _is_number(value)})
+    tracker.log_history(mlflow_id, [{"step": 0} | {f"final/{key}": value for key, value in facts.items()}])
     tracker.finish(job.name)
     return run.finish(job.folder, facts)
 
@@ -178,7 +172,3 @@ def _check_plan(job: Job) -> None:
         check_cursor(job.plan, Cursor(**known))
     except ValueError as error:
         raise ValueError(f"{job.folder}: {error}") from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -40,7 +40,7 @@ class Band:
 
 
 def validate(engine: Any, task: Task, bands: Sequence[Band]) -> dict[str, float]:
-    """Mean loss of each band over all ranks, as `val/<name>`, and of the stage's own bands, as `val/own`.
+    """Mean loss of each band over all ranks, as `val/<name>`, and of the stage's own, as `val/own`.
 
     Every rank takes equally many rows; the mode of the model is as before afterwards.
     """
@@ -48,19 +48,15 @@ def validate(engine: Any, task: Task, bands: Sequence[Band]) -> dict[str, float]
     modes = {part: part.training for part in module.modules()}
     module.eval()
     found: dict[str, float] = {}
-    own: list[float] = []
     try:
         with torch.no_grad():
             for band in bands:
-                loss = _mean_loss(engine, task, band)
-                found[f"val/{band.name}"] = loss
+                found[f"val/{band.name}"] = _mean_loss(engine, task, band)
                 if band.is_own:
-                    own.append(loss)
+                    found["val/own"] = found[f"val/{band.name}"]
     finally:
         for part, mode in modes.items():
             part.training = mode
-    if own:
-        found["val/own"] = sum(own) / len(own)
     return found
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,6 @@ from af2_ray.evaluate.report.page import render
 from af2_ray.tune.trial import Result, items_path
 
 logger = logging.getLogger(__name__)
-
-Parts = Sequence[tuple[tuple[str, str | None], Sequence["Point"]]]
-"""Points by (measure, group)."""
-
-Rows = tuple[list[str], list[list[str]]]
-"""A table of a page: its head, and the cells of its rows."""
 
 
 @dataclass(frozen=True)
@@ -163,31 +157,30 @@ def write_report(
     """
     items = {result.id: read_items(items_path(folders[result.id])) for result in results}
     points = summarise(results, items, sweep.metric)
-    parts = [(part, summarise(results, items, *part)) for part in parts_of(items, sweep.metric)]
+    parts = parts_of(items, sweep.metric)
     keys = list(sweep.keys)
-    _csv(root / "trials.csv", [{**asdict(r), **r.values} for r in results], drop=("values",))
-    _csv(root / "points.csv", [{**asdict(p), **p.values} for p in points], drop=("values",))
+    _csv(root / "trials.csv", results)
+    _csv(root / "points.csv", points)
     winner = best(results, points, sweep.metric)
     if winner is not None:
         text = recipes[winner.id].to_yaml()
         (root / "best.yaml").write_text(f"# Best of sweep {sweep.name}: {winner.values}, seed {winner.seed}.\n{text}")
-    best_facts = None
-    if winner is not None:
-        folder = folders[winner.id]
-        command = f"jobs/train.py {root / 'best.yaml'} --run DIR --fork {folder}"
-        best_facts = {"id": winner.id, "folder": folder, "command": command}
     path = root / "report.html"
     path.write_text(
         render(
             "sweep.html",
             title=f"Sweep {sweep.name}",
             verdict=verdict(points, sweep.metric),
-            points=_points_table(points, keys),
-            parts=_parts_table(points, parts) if parts else None,
-            keys=[(key, plots.points(_levels(points, key), key, sweep.metric)) for key in keys],
-            parallel=plots.parallel([(_texts(each.values), each.metric) for each in results], keys, sweep.metric),
-            trials=_trials_table(results, keys),
-            best=best_facts,
+            points=points,
+            names=[_name(point.values) for point in points],
+            parts=[(group or measure, summarise(results, items, measure, group)) for measure, group in parts],
+            pictures=[(key, plots.points(_levels(points, key), key, sweep.metric)) for key in keys],
+            parallel=plots.parallel([(each.values, each.metric) for each in results], keys, sweep.metric),
+            keys=keys,
+            trials=results,
+            best=winner,
+            folders=folders,
+            recipe=root / "best.yaml",
         ),
         encoding="utf-8",
     )
@@ -213,62 +206,13 @@ def _name(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
 
 
-def _csv(path: Path, rows: list[dict[str, Any]], drop: Sequence[str]) -> None:
-    rows = [{key: value for key, value in row.items() if key not in drop} for row in rows]
+def _csv(path: Path, found: Sequence[Result | Point]) -> None:
+    """A row each, a column for each of the sweep's keys."""
+    rows = [{key: value for key, value in (asdict(one) | one.values).items() if key != "values"} for one in found]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _points_table(points: Sequence[Point], keys: Sequence[str]) -> Rows:
-    rows = [
-        [*(str(p.values[key]) for key in keys), f"{p.done} of {p.trials}", _number(p.mean), _range(p.ci95, ""),
-         _number(p.above, "+"), _range(p.above_ci95)]
-        for p in points
-    ]  # fmt: skip
-    return ([*keys, "seeds done", "mean", "95 %", "above the first", "95 %"], rows)
-
-
-def _parts_table(points: Sequence[Point], parts: Parts) -> Rows:
-    """A row a part: the first point's mean, then each other point's and how far it is above, with its interval."""
-    rows = []
-    for (measure, group), found in parts:
-        cells = [group or measure]
-        for point in found:
-            cells.append(_number(point.mean))
-            if point.above_ci95:
-                cells[-1] += f" ({_number(point.above, '+')}; {_range(point.above_ci95)})"
-        rows.append(cells)
-    return (["", *(_name(point.values) for point in points)], rows)
-
-
-def _trials_table(results: Sequence[Result], keys: Sequence[str]) -> Rows:
-    rows = [
-        [
-            r.id,
-            *(str(r.values[key]) for key in keys),
-            r.status,
-            _number(r.metric),
-            _number(r.loss),
-            str(r.steps),
-            f"{r.seconds:.0f}",
-        ]
-        for r in results
-    ]
-    return (["trial", *keys, "status", "metric", "loss", "steps", "seconds"], rows)
-
-
-def _number(value: float | None, sign: Literal["", "+"] = "") -> str:
-    return "–" if value is None else f"{value:{sign}.4f}"
-
-
-def _range(pair: tuple[float, float] | None, sign: Literal["", "+"] = "+") -> str:
-    return "–" if pair is None else f"{pair[0]:{sign}.4f} to {pair[1]:{sign}.4f}"
-
-
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in values.items()}
 
 
 def _levels(points: Sequence[Point], key: str) -> dict[str, list[tuple[float, tuple[float, float]]]]:

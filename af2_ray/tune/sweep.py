@@ -18,9 +18,11 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from af2_ray.cluster import TRIAL_CPUS, max_trials, preflight
-from af2_ray.config import Evaluation, Recipe, Sweep, Trial
+from af2_ray.config import Recipe, Sweep, Trial
 from af2_ray.runs.mlflow_client import GuardedClient
 from af2_ray.runs.run import Run, finished
 from af2_ray.runs.tracking import Tracker
@@ -50,7 +52,10 @@ class SweepRun:
             {
                 **sweep.model_dump(mode="json"),
                 "trials": [trial.recipe.fingerprint() for trial in self.trials],
-                "evaluations": [_digest(trial.recipe.evaluation) for trial in self.trials],
+                "evaluations": [
+                    hashlib.sha256(trial.recipe.evaluation.model_dump_json().encode()).hexdigest()[:16]
+                    for trial in self.trials
+                ],
             },
             sort_keys=False,
         )
@@ -112,10 +117,7 @@ class SweepRun:
                 raise ValueError(f"share: recipe {recipe.name!r} has no {step} step")
 
     def _tune(self, left: list[Trial], tracking: _Tracking, notify: Callable[[str], None]) -> list[Result]:
-        from ray import tune
-        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-        asha, by_id = self.sweep.asha, {trial.id: trial for trial in left}
+        asha = self.sweep.asha
         most = max(self.sweep.num_steps(trial.recipe) for trial in left)
         scheduler = (
             ASHAScheduler(
@@ -130,11 +132,11 @@ class SweepRun:
             else FIFOScheduler()
         )
         concurrent = self.sweep.max_concurrent_trials or max_trials(left[0].recipe.cluster)
-        watcher = _watcher(self, by_id, tracking, notify)
+        watcher = _Watcher(self, tracking, notify)
         tuner = tune.Tuner(
             tune.with_resources(run_trial, tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}])),
             param_space={
-                "id": tune.grid_search(list(by_id)),
+                "id": tune.grid_search([trial.id for trial in left]),
                 "folder": tune.sample_from(lambda spec: str(self.root / "trials" / spec.config["id"])),
                 "metric": self.sweep.metric,
                 "cwd": os.getcwd(),
@@ -149,46 +151,38 @@ class SweepRun:
             ),
         )
         tuner.fit()
-        return list(watcher.failed)
+        return watcher.failed
 
 
-def _digest(evaluation: Evaluation) -> str:
-    return hashlib.sha256(evaluation.model_dump_json().encode()).hexdigest()[:16]
+class _Watcher(tune.Callback):
+    """Writes each trial's result and closes its MLflow run, whatever ended it; `failed` has the failed ones."""
 
+    def __init__(self, run: SweepRun, tracking: _Tracking, notify: Callable[[str], None]) -> None:
+        self.failed: list[Result] = []
+        self._run, self._tracking, self._notify = run, tracking, notify
 
-def _watcher(run: SweepRun, by_id: dict[str, Trial], tracking: _Tracking, notify: Callable[[str], None]) -> Any:
-    """Ray Tune's callback that writes each trial's result and closes its MLflow run, whatever ended it."""
-    from ray.tune import Callback
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._close(trial.config["id"], "")
 
-    class Watcher(Callback):
-        def __init__(self) -> None:
-            self.failed: list[Result] = []
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        path = trial.error_file
+        error = Path(path).read_text().strip().splitlines() if path and Path(path).is_file() else ["no message"]
+        self._close(trial.config["id"], error[-1])
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._close(by_id[trial.config["id"]], "")
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            path = trial.error_file
-            error = Path(path).read_text().strip().splitlines() if path and Path(path).is_file() else ["no message"]
-            self._close(by_id[trial.config["id"]], error[-1])
-
-        def _close(self, trial: Trial, error: str) -> None:
-            folder = run.folder(trial)
-            steps, loss, seconds = progress(folder, trial.recipe, run.sweep.metric)
-            metric = (read_json(folder / "metric.json") or {}).get("metric")
-            status = "failed" if error else "done" if metric is not None else "stopped"
-            result = Result(
-                trial.id, trial.point, trial.values, trial.seed, status, metric, loss, steps, seconds, error
-            )
-            if error:
-                self.failed.append(result)
-            else:
-                write_result(folder, result)
-            tracking.close(trial, result)
-            found = f"{run.sweep.metric} {metric:.4f}" if metric is not None else error or f"loss {loss or 0:.3f}"
-            notify(f"{trial.id}  {status:8} {found}  {trial.values}")
-
-    return Watcher()
+    def _close(self, trial_id: str, error: str) -> None:
+        trial = next(each for each in self._run.trials if each.id == trial_id)
+        folder, measure = self._run.folder(trial), self._run.sweep.metric
+        steps, loss, seconds = progress(folder, trial.recipe, measure)
+        metric = (read_json(folder / "metric.json") or {}).get("metric")
+        status = "failed" if error else "done" if metric is not None else "stopped"
+        result = Result(trial.id, trial.point, trial.values, trial.seed, status, metric, loss, steps, seconds, error)
+        if error:
+            self.failed.append(result)
+        else:
+            write_result(folder, result)
+        self._tracking.close(trial, result)
+        found = f"{measure} {metric:.4f}" if metric is not None else error or f"loss {loss or 0:.3f}"
+        self._notify(f"{trial.id}  {status:8} {found}  {trial.values}")
 
 
 class _Tracking:

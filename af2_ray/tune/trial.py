@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from af2_ray.cluster import uses_gpu
-from af2_ray.config import Dataset, Recipe, load_recipe
+from af2_ray.config import Recipe, load_recipe
 from af2_ray.evaluate.items import ItemResult, answer_results, read_items, share_right, write_items
 from af2_ray.machine import every
 from af2_ray.runs.run import Run, finished, mark_finished, read_metrics
@@ -44,18 +44,14 @@ class Result:
     error: str = ""
 
 
-def result_path(folder: Path) -> Path:
-    return folder / "result.json"
-
-
 def read_result(folder: Path) -> Result | None:
     """The result of a trial that has ended; none if it has not."""
-    found = read_json(result_path(folder))
+    found = read_json(folder / "result.json")
     return Result(**found) if found else None
 
 
 def write_result(folder: Path, result: Result) -> None:
-    write_whole(result_path(folder), json.dumps(asdict(result), indent=1))
+    write_whole(folder / "result.json", json.dumps(asdict(result), indent=1))
 
 
 def progress(folder: Path, recipe: Recipe, metric: str) -> tuple[int, float | None, float]:
@@ -123,7 +119,7 @@ def evaluate(run: Run, metric: str) -> list[ItemResult]:
 
 
 def _items(run: Run, metric: str) -> list[ItemResult]:
-    from af2_ray.evaluate.clap_embed import ClapSettings
+    from af2_ray.evaluate.clap_embed import ClapModel, ClapSettings
     from af2_ray.evaluate.evaluate import evaluate_clap, evaluate_run
 
     evaluation = run.recipe.evaluation
@@ -131,9 +127,9 @@ def _items(run: Run, metric: str) -> list[ItemResult]:
         assert run.recipe.clap is not None, "checked with the sweep"
         assert evaluation.captions is not None, "checked with the sweep"
         settings = ClapSettings(run.recipe.clap.max_windows, evaluation.batch_windows, evaluation.gallery)
-        return evaluate_clap(run.clap_dir / "model", evaluation.captions, settings).items
+        return evaluate_clap(ClapModel.load(run.clap_dir / "model", settings), evaluation.captions).items
     out = items_path(run.root).parent
-    evaluation = evaluation.model_copy(update={"seen_manifests": list[Dataset](), "captions": None})
+    evaluation = evaluation.model_copy(update={"seen_manifests": [], "captions": None})
     return answer_results(evaluate_run(run.model_dir, evaluation, out_dir=out, deaf=False).predictions)
 
 

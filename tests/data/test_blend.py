@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from af2_ray.data.blend import blend, clip_numbers, epoch_slice
+from af2_ray.data.blend import Blend, clip_numbers, epoch_slice
 from af2_ray.data.samples import Sample
 
 
@@ -40,13 +40,13 @@ def test_a_wrap_reshuffles() -> None:
 
 def test_weight_one_is_every_sample_once() -> None:
     samples = make_samples(40)
-    index = blend([(samples, 1.0)], 3, 0)
+    index = Blend([(samples, 1.0)], 0).epoch(3)
     assert sorted(index.tolist()) == list(range(len(samples)))
 
 
 def test_weights_count_epochs_and_questions_stay_with_their_clip() -> None:
     a, b = make_samples(40, seconds=8.0), make_samples(20, name="other", seconds=8.0)
-    index = blend([(a, 0.25), (b, 3.0)], 0, 0)
+    index = Blend([(a, 0.25), (b, 3.0)], 0).epoch(0)
     counts = Counter(index.tolist())
     assert sum(i < len(a) for i in index) == 0.25 * len(a)
     assert all(counts[i] == 3 for i in range(len(a), len(a) + len(b)))
@@ -57,17 +57,17 @@ def test_every_epoch_has_the_mix_of_durations() -> None:
     samples = make_samples(400, per_clip=1)
     durations = np.array([s.duration_s for s in samples])
     for epoch in range(4):
-        drawn = durations[blend([(samples, 0.25)], epoch, 0)]
+        drawn = durations[Blend([(samples, 0.25)], 0).epoch(epoch)]
         for value in np.unique(durations):
             assert abs((drawn == value).sum() - 0.25 * (durations == value).sum()) <= 1
 
 
 def test_same_seed_same_blend() -> None:
     samples = make_samples(40)
-    np.testing.assert_array_equal(blend([(samples, 0.5)], 2, 9), blend([(samples, 0.5)], 2, 9))
-    assert blend([(samples, 0.5)], 2, 9).tolist() != blend([(samples, 0.5)], 2, 10).tolist()
+    np.testing.assert_array_equal(Blend([(samples, 0.5)], 9).epoch(2), Blend([(samples, 0.5)], 9).epoch(2))
+    assert Blend([(samples, 0.5)], 9).epoch(2).tolist() != Blend([(samples, 0.5)], 10).epoch(2).tolist()
     with pytest.raises(ValueError, match="weight 0 must be above 0"):
-        blend([(samples, 0)], 0, 0)
+        Blend([(samples, 0)], 0).epoch(0)
 
 
 def test_clip_numbers() -> None:

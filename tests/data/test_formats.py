@@ -247,7 +247,7 @@ def test_clips_of_a_shard(make_sound: Callable[..., str], tmp_path: Path, monkey
     with tarfile.open(shard, "w") as tar:
         for path in paths:
             tar.add(path, arcname=f"clips/{Path(path).name}")
-    uris = [f"{shard}#{member}" for member in shards.member_places(shard)]
+    uris = [f"{shard}#{member}" for member in shards.index_of(shard).files]
     assert uris == [f"{shard}#clips/{i}.flac" for i in range(3)]
     for uri, path in zip(uris, paths, strict=True):
         np.testing.assert_array_equal(decode(uri, 0.5, 1.0), decode(path, 0.5, 1.0))

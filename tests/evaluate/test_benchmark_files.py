@@ -69,12 +69,11 @@ def test_a_benchmark_of_questions_brings_its_own_rule_and_groups(
     other = make_corpus(tmp_path / "other")
     block = Evaluation(manifests=[Dataset(manifest=uri) for uri in (str(table), other)], max_new_tokens=4)
     result = evaluate_run(model_dir, block, deaf=False)
-    row = result.answers.benchmarks["mine"]
-    assert row.all is not None
-    assert (row.all.questions, row.all.means["model"]) == (2, 0.5)
-    assert {name: one.means["model"] for name, one in row.groups["level"].items()} == {"easy": 1.0, "hard": 0.0}
+    rows = result.details["by_benchmark"]["mine"]
+    assert (rows["all"]["questions"], rows["all"]["model"]) == (2, 0.5)
+    assert {name: row["model"] for name, row in rows["by_level"].items()} == {"easy": 1.0, "hard": 0.0}
     assert [prediction.to_json()["right"] for prediction in result.predictions[:2]] == [True, False]
-    assert set(result.answers.groups) == {"skill", "duration"}, "pooled, questions are grouped by what all of them have"
+    assert "by_level" not in result.details, "pooled, questions are grouped by what all of them have"
 
 
 @pytest.mark.parametrize("names", [("first", "second"), ("a/same", "b/same")])

@@ -29,7 +29,8 @@ def test_average_precision() -> None:
 
 def test_zero_shot_of_one_and_of_several_labels() -> None:
     similarity = np.array([[0.9, 0.1, 0.0], [0.5, 0.4, 0.6], [0.0, 0.7, 0.1]], dtype=np.float32)
-    found = zero_shot(similarity, [["a"], ["a", "b"], ["b"]], ["a", "b", "c"])
+    relevant = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=bool)
+    found = zero_shot(similarity, relevant, ["a", "b", "c"])
     assert found["top1"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["map"] == 1.0
     assert found["by_class"] == {"a": 0.5, "b": 0.5}

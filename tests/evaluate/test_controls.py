@@ -5,7 +5,7 @@ from quiz import question
 
 from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import Prediction
-from af2_ray.evaluate.controls import KnownAnswers, Majority, control_scores, deaf_pairs
+from af2_ray.evaluate.controls import KnownAnswers, control_scores, deaf_pairs
 from af2_ray.evaluate.scoring import control_systems
 
 
@@ -49,11 +49,11 @@ def test_deaf_clip_where_there_is_little_choice() -> None:
 
 def test_majority_answers_among_the_options() -> None:
     train = [question(0, "high"), question(1, "high"), question(2, "low"), question(3, "drum", options=())]
-    majority = Majority(KnownAnswers(train))
-    assert majority.answer(question(9, "low")) == "high"
-    assert majority.answer(question(9, "low", options=("low", "bell"))) == "low"
-    assert majority.answer(question(9, "low", options=())) == "high"
-    assert majority.answer(question(9, "low", options=(), template="new")) == ""
+    known = KnownAnswers(train)
+    assert known.majority(question(9, "low")) == "high"
+    assert known.majority(question(9, "low", options=("low", "bell"))) == "low"
+    assert known.majority(question(9, "low", options=())) == "high"
+    assert known.majority(question(9, "low", options=(), template="new")) == ""
 
 
 def test_text_only_is_at_chance_where_the_words_tell_nothing() -> None:

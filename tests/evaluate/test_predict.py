@@ -135,25 +135,23 @@ def test_captions_alone_are_evaluated(model_dir: Path, corpus: Path, tmp_path: P
     manifest.write_text(json.dumps(facts))
     block = LIMITS.model_copy(update={"manifests": [Dataset(manifest=str(manifest))]})
     result = evaluate_run(model_dir, block, out_dir=tmp_path)
-    assert result.answers.summary() == {"questions": 0}
-    assert result.answers.captions is not None
-    assert result.answers.captions.captions == len(facts["data"]) == 8
+    assert result.to_json()["accuracy"] == {"questions": 0}
+    assert result.details["captions"]["captions"] == len(facts["data"]) == 8
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 8
 
 
 def test_a_whole_evaluation(model_dir: Path, corpus: Path, tmp_path: Path) -> None:
-    manifest = str(corpus / "test.json")
-    datasets = [Dataset(manifest=manifest)]
+    datasets = [Dataset(manifest=str(corpus / "test.json"))]
     block = LIMITS.model_copy(update={"manifests": datasets, "seen_manifests": datasets})
-    result = evaluate_run(model_dir, block, train=[manifest], out_dir=tmp_path)
-    accuracy = result.answers.summary()
+    result = evaluate_run(model_dir, block, train=datasets, out_dir=tmp_path)
+    accuracy = result.to_json()["accuracy"]
     assert set(accuracy) == {
         *("all", "pairs", "deaf", "majority", "text_only", "questions", "ci95"),
         *("by_skill", "by_duration", "seen_clips"),
     }
     assert accuracy["questions"] == 8
     assert accuracy["seen_clips"] == accuracy["all"]
-    assert result.answers.to_json()["captions"]["captions"] == 8
+    assert result.details["captions"]["captions"] == 8
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     closed = [row["right"] for row in rows if row["right"] is not None]

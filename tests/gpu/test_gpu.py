@@ -23,7 +23,7 @@ from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Answer, Clip, Request
 from af2_ray.text import format_prompt
 from af2_ray.train.deepspeed import start_engine
-from af2_ray.train.losses import afclap_loss
+from af2_ray.train.losses import afclap_loss_sum
 from af2_ray.train.step import Step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -113,7 +113,7 @@ def test_afclap_s_loss_and_gradients_are_the_cpu_s() -> None:
     for device in ("cpu", "cuda"):
         inputs = [vector.detach().to(device).requires_grad_() for vector in vectors]
         scale = torch.tensor([14.0], device=device)
-        loss = afclap_loss(*inputs, *(mask.to(device) for mask in masks), scale)
+        loss = afclap_loss_sum(*inputs, *(mask.to(device) for mask in masks), scale)
         loss.backward()
         found.append([loss.detach().cpu(), *(vector.grad.cpu() for vector in inputs)])
     for ours, theirs in zip(*found, strict=True):

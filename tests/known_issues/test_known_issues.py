@@ -66,13 +66,13 @@ def test_low_levels_are_rounded_not_cut_to_silence():
             return np.zeros(num, np.float32)
 
     entry = Entry.__new__(Entry)
-    scene = Scene(0, 0, 0, "order", "forward", (), 1.0, entry)
+    scene = Scene(0, 0, "order", 1.0, entry)
     assert np.abs(render_scene(scene, Silence())).mean() > 1  # type: ignore[arg-type]
 
 
 def test_a_pool_ends_its_workers_whatever_the_job_does_on_sigterm(tmp_path, monkeypatch):
     """Workers inherited the job's handler, which raises: the end of the pool waited for one that it had not killed."""
-    monkeypatch.setattr(corpus, "_open_bank", lambda folder: None)
+    monkeypatch.setattr(corpus, "Bank", lambda folder: None)
     monkeypatch.setattr(corpus, "_make_block", _on_sigterm)
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
@@ -85,7 +85,7 @@ def test_a_pool_ends_its_workers_whatever_the_job_does_on_sigterm(tmp_path, monk
 @pytest.mark.timeout(60)
 def test_a_worker_that_is_killed_ends_the_corpus_with_an_error(tmp_path, monkeypatch):
     """A pool put another worker in its place and waited for ever for what the first had been given."""
-    monkeypatch.setattr(corpus, "_open_bank", lambda folder: None)
+    monkeypatch.setattr(corpus, "Bank", lambda folder: None)
     monkeypatch.setattr(corpus, "_make_block", _killed)
     scenes = SceneSet(name="any", split="train", num_scenes=16, duration_s=(10, 10), num_events=(1, 1))
     with pytest.raises(RuntimeError, match="any/train was killed: too little memory"):

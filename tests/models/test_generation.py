@@ -7,7 +7,6 @@ import torch
 from small import PAD, make_ids, make_model, make_windows
 from transformers import TextIteratorStreamer
 
-from af2_ray.models.audio_states import AudioStates
 from af2_ray.models.cross_attention import AudioCache
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
 from af2_ray.text import add_special_tokens, train_tokenizer
@@ -60,14 +59,6 @@ def test_kept_states_answer_a_second_question(model: Model) -> None:
     states = model.encode_audio(windows, [2])
     again = model.generate(question, audio_states=states, **GREEDY)
     assert torch.equal(again, model.generate(question, waveforms=windows, windows_per_clip=[2], **GREEDY))
-
-
-def test_states_kept_from_different_calls_answer_in_one_batch(model: Model) -> None:
-    windows, counts, questions = make_windows(4), [3, 1], make_ids(2, seed=5)
-    kept = [model.encode_audio(clip, [len(clip)]) for clip in windows.split(counts)]
-    together = model.generate(questions, audio_states=AudioStates.concat(kept), **GREEDY)
-    for row, states in enumerate(kept):
-        assert torch.equal(together[row], model.generate(questions[row : row + 1], audio_states=states, **GREEDY)[0])
 
 
 def test_a_clip_beyond_thirty_windows_needs_only_the_configuration() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from ray import cloudpickle
 from af2_ray.config import Budget
 from af2_ray.data.batching import Plan, Row, plan_captions, plan_epoch, text_lengths, window_counts
 from af2_ray.data.collate import ClapBatch, ClapCollator, LmBatch, LmCollator
-from af2_ray.data.feed import Cursor, check_cursor, iter_batches, iter_local, make_dataset
+from af2_ray.data.feed import Cursor, check_cursor, iter_batches, make_dataset
 from af2_ray.data.samples import CaptionSet, Sample
 
 
@@ -58,6 +58,11 @@ def split_batches(
 
     ranks = ray_cluster.get([consume.remote(shard) for shard in shards], timeout=120)
     return [[batch_type.from_row(row) for row in rank] for rank in ranks]
+
+
+def iter_local(made: Plan[Any], collator: Any, *, start: int = 0) -> Iterator[Any]:
+    """The same batches in this process, without Ray."""
+    return (collator(row).tensors() for row in made.rows(start))
 
 
 def assert_same(got: Any, wanted: Any) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from composed import blocks, facts, pool_of
+from composed import blocks
+from truth import is_true, parse
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.captions.by_grammar import make_captions
+from af2_ray.synth.captions.by_grammar import captions_of
 from af2_ray.synth.facts import PARTS
+from af2_ray.synth.scenes import facts_of
 from af2_ray.synth.sounds.bank import Bank
-from af2_ray.synth.text.grammar import Composition, composition_of, is_true
-from af2_ray.synth.text.parse import parse
+from af2_ray.synth.text.grammar import Composition, composition_of
 
 HELD_OUT = SceneSet(name="text", split="test", num_scenes=2000, duration_s=(5, 30), num_events=(1, 4))
 
@@ -37,10 +38,10 @@ def test_no_negative_of_2000_scenes_is_true_and_every_positive_is(bank: Bank) ->
     kinds: Counter[str] = Counter()
     num_scenes = 0
     for block in blocks(HELD_OUT, bank):
-        for scene in facts(block):
+        for scene in block:
             num_scenes += 1
-            truth = composition_of(scene)
-            made = make_captions(scene, bank.phrases, pool_of(block, bank), 3, 3, rng)
+            truth = composition_of(facts_of(scene))
+            made = captions_of(truth, bank.phrases, bank.askable(scene.bed_kind), 3, 3, rng)
             positives = (made.caption, *made.paraphrases)
             assert len(set(positives)) == 3
             for positive, negatives in zip(positives, made.negatives, strict=True):

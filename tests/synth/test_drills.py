@@ -10,9 +10,8 @@ import pytest
 
 from af2_ray.config import Corpus, SceneSet
 from af2_ray.synth.corpus import make_corpus
-from af2_ray.synth.facts import Facts
-from af2_ray.synth.scenes import compose_block, facts_of
-from af2_ray.synth.skills.drills import make_drills
+from af2_ray.synth.scenes import Scene, compose_block, facts_of
+from af2_ray.synth.skills.questions import make_drills
 from af2_ray.synth.sounds.bank import Bank
 from af2_ray.synth.text.grammar import NUMBERS
 from af2_ray.train.stage_lm import read_pairs
@@ -29,10 +28,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drills_of(made: Path) -> list[tuple[Facts, str, str]]:
+def drills_of(made: Path) -> list[tuple[Scene, str, str]]:
     bank, rng = Bank(made / "sources"), np.random.default_rng(0)
-    blocks = [[facts_of(scene) for scene in compose_block(TRAIN, bank, index, seed=0)] for index in range(20)]
-    return [(s, d.prompt, d.answer) for block in blocks for i, s in enumerate(block) for d in make_drills(i, s, rng)]
+    scenes = [scene for index in range(20) for scene in compose_block(TRAIN, bank, index, seed=0)]
+    return [(scene, d.prompt, d.answer) for scene in scenes for d in make_drills(0, facts_of(scene), rng)]
 
 
 def test_order_is_the_scene_s_order(made: Path) -> None:
@@ -54,17 +53,17 @@ def test_order_is_the_scene_s_order(made: Path) -> None:
 def test_place_number_and_loudness_are_the_scene_s(made: Path) -> None:
     kinds = set()
     for scene, prompt, answer in drills_of(made):
-        sounds = {sound.label: sound for sound in scene.sounds}
-        named = [label for label in sounds if f"the {label} " in f"{prompt.rstrip('?')} "]
+        events = {event.label: event for event in scene.events}
+        named = [label for label in events if f"the {label} " in f"{prompt.rstrip('?')} "]
         if prompt.startswith("When"):
-            assert answer == sounds[named[0]].place
+            assert answer == scene.part_of(events[named[0]])
         elif prompt.startswith("How many"):
-            assert answer == NUMBERS[sounds[named[0]].count - 1]
+            assert answer == NUMBERS[events[named[0]].count - 1]
         elif prompt.startswith("Does"):
-            gains = sounds[named[0]].gains_db
+            gains = events[named[0]].gains_db
             assert answer == ("louder" if gains[-1] > gains[0] else "softer")
         elif "louder" in prompt or "softer" in prompt:
-            by_level = sorted(named, key=lambda label: sounds[label].gains_db[0])
+            by_level = sorted(named, key=lambda label: events[label].gains_db[0])
             assert answer == (by_level[-1] if "louder" in prompt else by_level[0])
         else:
             continue

@@ -44,11 +44,15 @@ def test_a_good_set_is_taken_judged_kept_and_not_paid_for_again(llm: Scripted, t
     assert form["type"] == "json_schema"
     assert form["json_schema"]["schema"]["properties"]["sets"]["minItems"] == 2
     assert "2. a bell followed by a dog" in llm.asked[1]["messages"][1]["content"]
-    assert (engine.spent.requests, engine.spent.prompt_tokens, engine.spent.completion_tokens) == (2, 200, 20)
-    assert engine.spent.cost(llm.endpoint) == pytest.approx(600e-6)
+    assert "Texts:\n1. a bell after a dog\n2." in llm.asked[1]["messages"][1]["content"]
+    assert engine.spent == {"requests": 2, "prompt_tokens": 200, "completion_tokens": 20}
+    assert llm.endpoint.cost(engine.spent) == pytest.approx(600e-6)
     again = LlmCaptions(Client(llm.endpoint), 2, 2, Journal(tmp_path))
     assert again(CAPTION) == made
-    assert (again.spent.requests, again.spent.cached) == (0, 1)
+    assert again.spent == {"cached": 1}
+    llm.answers = [{"sets": GOOD}, {"verdicts": ["all"]}]
+    with pytest.raises(ValueError, match="the check of the set came back incomplete"):
+        LlmCaptions(Client(llm.endpoint), 2, 2, attempts=1)(CAPTION)
 
 
 def test_what_does_not_hold_goes_back_with_the_reason(llm: Scripted) -> None:
@@ -86,7 +90,7 @@ def test_a_caption_that_never_works_is_an_error_with_the_last_reason(llm: Script
     engine = LlmCaptions(Client(llm.endpoint), 2, 2)
     with pytest.raises(ValueError, match="there must be 2 sets"):
         engine(CAPTION)
-    assert (engine.spent.requests, engine.spent.prompt_tokens) == (3, 300), "what is given up was paid for"
+    assert (engine.spent["requests"], engine.spent["prompt_tokens"]) == (3, 300), "what is given up was paid for"
     llm.answers = [401]
     with pytest.raises(ValueError, match="the endpoint failed"):
         LlmCaptions(Client(llm.endpoint), 2, 2)(CAPTION)

@@ -46,7 +46,7 @@ def test_readings_stand_beside_the_manifest_and_hold_the_answers(made: Path) -> 
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    known = Facts(4.0, (Sound("dog", "loud", place="end"), Sound("bell", "3", count=3), Sound("rain")))
+    known = Facts((Sound("dog", "loud", place="end"), Sound("bell", "3"), Sound("rain")))
     assert narrate(known) == "end: loud dog, bell three times, rain."
 
 

@@ -25,8 +25,6 @@ def test_every_class_has_distinct_audible_clips() -> None:
         for wave in waves:
             assert 0.2 <= len(wave) / 16000 <= 2
             assert np.abs(wave).max() == pytest.approx(0.9, abs=1e-3)
-    with pytest.raises(ValueError, match="nothing renders 'harpsicord'"):
-        render("harpsicord", np.random.default_rng(0))
 
 
 def test_midi_file_has_one_phrase_a_slot() -> None:
@@ -41,8 +39,7 @@ def test_midi_file_has_one_phrase_a_slot() -> None:
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
 def test_speech_is_rendered() -> None:
-    wave, rate = speak("hello", "en-us")
-    assert len(wave) > 0.2 * rate
+    assert len(speak("hello", "en-us", pitch=50)) > 0.2 * 16000
 
 
 def test_without_programs_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +47,7 @@ def test_without_programs_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(FileNotFoundError, match="fluidsynth"):
         play(Path("none.sf2"), [Phrase(0, (60,), 100, 0.5)])
     with pytest.raises(FileNotFoundError, match="espeak-ng"):
-        speak("hello", "en-us")
+        speak("hello", "en-us", pitch=50)
     assert packages.fetch(Path("/nowhere/cache")) == {}
 
 

@@ -6,15 +6,16 @@ import itertools
 from collections import defaultdict
 
 import numpy as np
-from composed import blocks, facts, pool_of
+from composed import blocks
 from numpy.typing import NDArray
 
 from af2_ray.config import SceneSet
-from af2_ray.synth.captions.by_grammar import make_captions
-from af2_ray.synth.scenes import Scene
+from af2_ray.synth.captions.by_grammar import captions_of
+from af2_ray.synth.scenes import Scene, facts_of
 from af2_ray.synth.skills.question import Question
 from af2_ray.synth.skills.questions import make_questions
 from af2_ray.synth.sounds.bank import Bank
+from af2_ray.synth.text.grammar import composition_of
 
 TRAIN = SceneSet(name="text", split="train", num_scenes=1200, duration_s=(5, 30), num_events=(1, 4))
 TEST = SceneSet(name="text", split="test", num_scenes=1200, duration_s=(5, 30), num_events=(1, 4))
@@ -62,7 +63,7 @@ def test_questions_cannot_be_answered_from_text_and_duration(bank: Bank) -> None
     for scenes in (TRAIN, TEST):
         rng = np.random.default_rng(1)
         for block in blocks(scenes, bank):
-            made = make_questions(facts(block), 3, 1, pool_of(block, bank), rng)
+            made = make_questions([*map(facts_of, block)], 3, 1, bank.askable(block[0].bed_kind), rng)
             asked[scenes.split] += [(q, block[q.scene]) for q in made if q.skill != "caption"]
 
     def features(items: list[tuple[Question, Scene]]) -> NDArray[np.float32]:
@@ -99,8 +100,9 @@ def test_positives_and_negatives_are_alike(bank: Bank) -> None:
     for scenes in (TRAIN, TEST):
         rng = np.random.default_rng(2)
         for block in blocks(scenes, bank):
-            for scene in facts(block):
-                made = make_captions(scene, bank.phrases, pool_of(block, bank), 3, 3, rng)
+            for scene in block:
+                truth = composition_of(facts_of(scene))
+                made = captions_of(truth, bank.phrases, bank.askable(scene.bed_kind), 3, 3, rng)
                 for positive, negatives in zip((made.caption, *made.paraphrases), made.negatives, strict=True):
                     # as many negatives as positives, so that chance is one half
                     rows[scenes.split] += [(positive, 1), (str(rng.choice(negatives)), 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,14 +20,14 @@ from af2_ray.audio.hear import hear
 from af2_ray.config import DeepSpeedSettings, Stage
 from af2_ray.data.batching import Row
 from af2_ray.data.collate import LmBatch, LmCollator
-from af2_ray.data.feature_store import CacheEntry, FeatureStore, open_folder, stamps
+from af2_ray.data.feature_store import CacheEntry, FeatureStore, entries_to_json, open_folder, stamps
 from af2_ray.data.samples import Sample
 from af2_ray.text import AUDIO
 from af2_ray.train import precision
 from af2_ray.train.cache_features import (
     Encoding,
     FeatureEncoder,
-    decode_clips,
+    decode_row,
     load_tower,
     make_encoding,
     shards_of,
@@ -64,9 +65,8 @@ def encode_all(start: Path, root: Path, samples: list[Sample], dtype: str = "fp3
     failures: dict[int, tuple[str, str]] = {}
     encoder = FeatureEncoder(encoding)
     for shard in shards_of(lacking, MAX_WINDOWS, windows_per_shard=3):
-        windows, failed = decode_clips(shard, MAX_WINDOWS)
-        encoder.encode(shard, windows)
-        failures |= failed
+        row = encoder(decode_row({"clips": entries_to_json(shard)}, MAX_WINDOWS))
+        failures |= {key: (reason, detail) for key, reason, detail in json.loads(row["failures"])}
     store, lacking = FeatureStore.of(encoding.folder, clips, failures)
     assert [stretch.uri for stretch, _ in lacking] == ["none.flac"]
     return store, encoding
@@ -178,6 +178,14 @@ def test_a_row_without_clips_keeps_its_place(
     loss = task.loss(task.build(), empty, 7)
     loss.backward()
     assert float(loss) == 0
+
+
+def test_a_job_that_goes_on_with_broken_clips_alone_sets_them_aside_again(
+    tmp_path: Path, start: Path, samples: list[Sample]
+) -> None:
+    encode_all(start, tmp_path / "cache", samples)
+    store, _ = encode_all(start, tmp_path / "cache", samples)
+    assert [reason for reason, _ in store.failures.values()] == ["missing"]
 
 
 def test_a_stage_that_trains_the_tower_cannot_be_cached() -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from test_validation import band
 
-from af2_ray.config import DeepSpeedSettings
+from af2_ray.config import DeepSpeedSettings, load_recipe
 from af2_ray.train import checkpoint
 from af2_ray.train.checkpoint import Saved, State
 from af2_ray.train.deepspeed import start_engine
@@ -24,6 +24,7 @@ from af2_ray.train.loop import LoopConfig, _Stage
 from af2_ray.train.telemetry import Meter
 
 STEPS = 4
+RECIPE = load_recipe("tiny").model_copy(update={"deepspeed": DeepSpeedSettings(zero_stage=1, precision="fp32")})
 
 
 @pytest.fixture
@@ -56,18 +57,15 @@ def train(folder: Path, saved: Saved | None) -> tuple[dict[str, torch.Tensor], S
     model = cuts.make_model(torch.float32)
     loop = LoopConfig(
         task=cuts.TASK,
-        deepspeed=DeepSpeedSettings(zero_stage=1, precision="fp32"),
+        recipe=RECIPE,
         export=str(folder / "model"),
         num_steps=STEPS,
         step_batches=1,
         checkpoint_every=2,
-        threads=1,
-        seed=0,
-        recipe="r",
         bands=(band("own", cuts.my_rows((1, 4), 0, with_fault=False), is_own=True),),
     )
     meter = Meter(loop.task, model, 1)
-    engine = start_engine(model, loop.deepspeed, loop.task.optimizer, num_steps=STEPS, accumulation=1)
+    engine = start_engine(model, RECIPE.deepspeed, loop.task.optimizer, num_steps=STEPS, accumulation=1)
     state = checkpoint.restore(engine, saved)
     rows = [cuts.row_of(0, [number, number + 1], with_fault=False) for number in range(STEPS)]
     _Stage(engine, loop, state, meter).train(iter(rows[state.step :]), 1)
@@ -92,7 +90,7 @@ def test_a_stage_reports_and_goes_on_to_the_same_weights(tmp_path: Path, reports
     trained = {name for name, parameter in cuts.make_model(torch.float32).named_parameters() if parameter.requires_grad}
     assert {name for name in model if name.endswith("weight")} <= trained, "frozen weights are not saved"
 
-    again, state = train(tmp_path, checkpoint.read_saved(folder, "r"))
+    again, state = train(tmp_path, checkpoint.read_saved(folder, RECIPE.fingerprint()))
     assert [told["step"] for told in reports] == [2, 4, 4]
     for name, tensor in whole.items():
         assert tensor.equal(again[name]), name

@@ -8,7 +8,7 @@ from af2_ray.config import load_recipe
 from af2_ray.text import IGNORE
 from af2_ray.train.memory_probe import RowCost, Shape, largest_budget, made_up_row
 
-STAGE = load_recipe("tiny").stage("finetune")
+STAGE = load_recipe("tiny").stages[1]
 RATIO = STAGE.budget.text_tokens_per_row / STAGE.budget.windows_per_row
 
 

@@ -9,7 +9,7 @@ import csv
 import io
 import posixpath
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from af2_ray.data.quarantine import Failure
@@ -80,17 +80,17 @@ def labelled_csv(
     """
 
     def read(uri: str, root: str | None) -> Table:
-        files, clips, failures = AudioFiles(root or folder(uri), uri), list[Labelled](), list[Failure]()
-        for name, text in map(clip, read_rows(uri)):
-            labels = tuple(label.strip().replace("_", " ") for label in re.split(r"[,;|]", text) if label.strip())
-            found = files.find(name)
-            if isinstance(found, Failure):
-                failures.append(found)
-            elif labels:
-                clips.append(Labelled(found, 0.0, WHOLE_S, labels))
+        rows = map(clip, read_rows(uri))
+        found, failures = find_audio(uri, root or folder(uri), (((name,), labels_in(text)) for name, text in rows))
+        clips = [Labelled(file, 0.0, WHOLE_S, tuple(labels)) for file, labels in found if labels]
         return Table(uri, labelled=clips, failures=failures)
 
     return EmbeddingBenchmark(matches if callable(matches) else with_columns(matches), read, score_labels)
+
+
+def labels_in(text: str) -> list[str]:
+    """Labels with `,` `;` or `|` between them, in plain words."""
+    return [label.strip().replace("_", " ") for label in re.split(r"[,;|]", text) if label.strip()]
 
 
 def captioned_csv(
@@ -109,32 +109,32 @@ def captioned_csv(
 
 def read_captioned(uri: str, folder: str, clips: Mapping[tuple[str, ...], list[str]]) -> Table:
     """Caption sets, from the names below `folder` that a clip may have and its captions."""
-    files, captions, failures = AudioFiles(folder, uri), list[CaptionSet](), list[Failure]()
-    for names, texts in clips.items():
-        found = files.find(*names)
-        if isinstance(found, Failure):
-            failures.append(found)
-        elif texts:
-            captions.append(CaptionSet(found, 0.0, WHOLE_S, texts[0], tuple(texts[1:]), ()))
+    found, failures = find_audio(uri, folder, clips.items())
+    captions = [CaptionSet(file, 0.0, WHOLE_S, texts[0], tuple(texts[1:]), ()) for file, texts in found if texts]
     return Table(uri, captions=captions, failures=failures)
 
 
-class AudioFiles:
-    """The audio files under a folder, found with or without their suffix."""
+def find_audio(
+    uri: str, folder: str, clips: Iterable[tuple[Sequence[str], Sequence[str]]]
+) -> tuple[list[tuple[str, Sequence[str]]], list[Failure]]:
+    """The audio files of a CSV's clips, each with its labels or captions; and clips that have no file.
 
-    def __init__(self, folder: str, table: str) -> None:
-        fs, path = locate(folder)
-        self._root, self._table = path.rstrip("/"), table
-        self._scheme = folder.partition("://")[0] + "://" if "://" in folder else ""
-        if not fs.isdir(path):
-            raise ValueError(f"{folder}: no folder of audio for {table}; name it with --root")
-        found = [file for file in fs.find(path) if file.lower().endswith(AUDIO_SUFFIXES)]
-        self._known = {file.removeprefix(self._root + "/"): file for file in found}
-        self._known |= {PurePosixPath(name).with_suffix("").as_posix(): file for name, file in self._known.items()}
-
-    def find(self, *names: str) -> str | Failure:
-        """The uri of the first of these names that there is."""
-        for name in names:
-            if name in self._known:
-                return self._scheme + self._known[name]
-        return Failure(f"{self._root}/{names[0]}", "no file", detail=f"named by {self._table}")
+    Args:
+        uri: name of the CSV, for messages.
+        folder: place of the audio.
+        clips: names below `folder` that a clip may have, with or without suffix, and its labels or captions.
+    """
+    fs, path = locate(folder)
+    root, scheme = path.rstrip("/"), folder.partition("://")[0] + "://" if "://" in folder else ""
+    if not fs.isdir(path):
+        raise ValueError(f"{folder}: no folder of audio for {uri}; name it with --root")
+    files = [file for file in fs.find(path) if file.lower().endswith(AUDIO_SUFFIXES)]
+    known = {file.removeprefix(root + "/"): file for file in files}
+    known |= {PurePosixPath(name).with_suffix("").as_posix(): file for name, file in known.items()}
+    found, failures = list[tuple[str, Sequence[str]]](), list[Failure]()
+    for names, texts in clips:
+        if name := next((name for name in names if name in known), None):
+            found.append((scheme + known[name], texts))
+        else:
+            failures.append(Failure(f"{root}/{names[0]}", "no file", detail=f"named by {uri}"))
+    return found, failures

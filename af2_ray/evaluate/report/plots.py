@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -46,9 +46,14 @@ Curve = Sequence[tuple[int, float]]
 Rows = Mapping[str, Mapping[str, Any]]
 
 
-def look(name: str) -> AbstractContextManager[None]:
-    """The look of all pictures while one is drawn; `name` makes its ids, so equal facts give equal bytes."""
-    return mpl.rc_context(_STYLE | {"svg.hashsalt": name})
+def look(name: str, *, grid: Literal["x", "y", "both"] = "both") -> AbstractContextManager[None]:
+    """The look of all pictures while one is drawn.
+
+    Args:
+        name: text that makes its ids, so that equal facts give equal bytes.
+        grid: axis whose ticks have lines.
+    """
+    return mpl.rc_context(_STYLE | {"svg.hashsalt": name, "axes.grid.axis": grid})
 
 
 def svg(figure: Figure, name: str) -> str:
@@ -56,16 +61,14 @@ def svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)
-    text = re.sub(r"(svg|svg [^>]*?)height=\"[^\"]*pt\"", r"\1", text, count=1)
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text[text.index("<svg") :], count=1)
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(name)}" ', 1)
 
 
 def losses(curves: Mapping[str, Curve], titles: Mapping[str, str]) -> str:
     """Loss against optimiser step, a panel a curve: the steps faint, their running mean strong."""
     names = [name for name, curve in curves.items() if curve]
-    with look("loss curves"):
+    with look("loss curves", grid="y"):
         figure = Figure(figsize=(2.1 * max(2, len(names)), 2.5))
         for place, name in enumerate(names):
             axes = figure.add_subplot(1, len(names), place + 1)
@@ -73,9 +76,7 @@ def losses(curves: Mapping[str, Curve], titles: Mapping[str, str]) -> str:
             axes.plot(steps, values, color=MODEL, linewidth=0.8, alpha=0.3)
             axes.plot(steps, running_mean(values, max(1, len(values) // 12)), color=MODEL, linewidth=1.8)
             axes.set_title(titles.get(name, name), pad=8)
-            axes.set_xlabel("step")
-            axes.set_ylim(bottom=0, top=1.05 * float(np.nanmax(values)))
-            axes.grid(axis="x", visible=False)
+            axes.set(xlabel="step", ylim=(0, 1.05 * float(np.nanmax(values))))
         return svg(figure, "loss curves")
 
 
@@ -88,17 +89,13 @@ def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 def accuracies(rows: Rows, name: str) -> str:
     """Model against its controls, a line a group: bar and 95 % interval, dots for controls, a tick for chance."""
     groups = list(rows)
-    with look(name):
+    with look(name, grid="x"):
         figure = Figure(figsize=(7.0, 0.9 + 0.46 * len(groups)))
         axes = figure.add_subplot()
         for place, group in enumerate(groups):
             _accuracy_line(axes, place, rows[group])
-        axes.set_yticks(range(len(groups)), [f"{group}  ({rows[group]['questions']})" for group in groups])
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.set_ylim(len(groups) - 0.4, -0.6)
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("right answers, %")
-        axes.grid(axis="y", visible=False)
+        axes.set_yticks(range(len(groups)), [f"{group}  ({rows[group]['questions']})" for group in groups], color=INK)
+        axes.set(xlim=(0, 100), ylim=(len(groups) - 0.4, -0.6), xlabel="right answers, %")
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         figure.legend(unique.values(), unique.keys(), ncols=len(unique), loc="outside upper left", fontsize=9)
@@ -128,7 +125,7 @@ def _accuracy_line(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
 
 def padding(stages: Sequence[Mapping[str, Any]]) -> str:
     """Share of padded windows a stage, as planned and as it would be without planning."""
-    with look("padding"):
+    with look("padding", grid="x"):
         figure = Figure(figsize=(7.0, 0.8 + 0.62 * len(stages)))
         axes = figure.add_subplot()
         for place, stage in enumerate(stages):
@@ -137,34 +134,29 @@ def padding(stages: Sequence[Mapping[str, Any]]) -> str:
                 share = 100 * stage[key]
                 axes.barh(place + shift, share, height=0.3, color=colour, label=label if place == 0 else None)
                 axes.text(share + 0.8, place + shift, f"{share:.1f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(stages)), [stage["name"] for stage in stages])
-        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_yticks(range(len(stages)), [stage["name"] for stage in stages], color=INK)
         axes.invert_yaxis()
-        axes.set_xlim(0, max(10.0, *(115 * stage["padding_share_unplanned"] for stage in stages)))
-        axes.set_xlabel("padding, % of all audio windows")
-        axes.grid(axis="y", visible=False)
+        widest = max(10.0, *(115 * stage["padding_share_unplanned"] for stage in stages))
+        axes.set(xlim=(0, widest), xlabel="padding, % of all audio windows")
         figure.legend(ncols=2, loc="outside upper left", fontsize=9)
         return svg(figure, "padding")
 
 
 def histograms(panels: Mapping[str, Sequence[float]], logarithmic: Sequence[str] = ()) -> str:
     """How often values occur, a panel each; `logarithmic` names those with a logarithmic axis."""
-    with look("histograms"):
+    with look("histograms", grid="y"):
         figure = Figure(figsize=(9.2, 2.4))
         for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            axes.set_title(title)
-            axes.grid(axis="x", visible=False)
             space: Callable[..., NDArray[np.float64]] = np.geomspace if title in logarithmic else np.linspace
             if values:
                 axes.hist(values, space(max(min(values), 0.1), max(max(values), 0.2) * 1.001, 40), color=MODEL)
-            if title in logarithmic:
-                axes.set_xscale("log")
+            axes.set(title=title, xscale="log" if title in logarithmic else "linear")
         return svg(figure, "histograms")
 
 
 def points(levels: Mapping[str, Sequence[tuple[float, Sequence[float]]]], key: str, metric: str) -> str:
     """A metric against the values of one key: a dot (mean) and its 95 % interval for each point of a value."""
-    with look(key):
+    with look(key, grid="y"):
         figure = Figure(figsize=(7.0, 2.6))
         axes = figure.add_subplot()
         for level, found in enumerate(levels.values()):
@@ -172,16 +164,13 @@ def points(levels: Mapping[str, Sequence[tuple[float, Sequence[float]]]], key: s
                 place = level + 0.06 * (number - (len(found) - 1) / 2)
                 axes.plot([place, place], ci95, color=INK, linewidth=1.2)
                 axes.plot(place, mean, "o", color=MODEL)
-        axes.set_xticks(range(len(levels)), list(levels))
-        axes.set_xlabel(key)
-        axes.set_ylabel(metric)
-        axes.grid(axis="x", visible=False)
+        axes.set(xticks=range(len(levels)), xticklabels=list(levels), xlabel=key, ylabel=metric)
         return svg(figure, key)
 
 
-def parallel(rows: Sequence[tuple[Mapping[str, str], float | None]], keys: Sequence[str], metric: str) -> str:
+def parallel(rows: Sequence[tuple[Mapping[str, Any], float | None]], keys: Sequence[str], metric: str) -> str:
     """Parallel coordinates: a line a row through its values to its metric; faint where there is no metric."""
-    levels = {key: list(dict.fromkeys(values[key] for values, _ in rows)) for key in keys}
+    levels = {key: list(dict.fromkeys(str(values[key]) for values, _ in rows)) for key in keys}
     heights = {key: np.linspace(0, 1, max(2, len(names))).tolist() for key, names in levels.items()}
     found = [score for _, score in rows if score is not None]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
@@ -189,7 +178,7 @@ def parallel(rows: Sequence[tuple[Mapping[str, str], float | None]], keys: Seque
         figure = Figure(figsize=(9.2, 3.2))
         axes = figure.add_subplot()
         for values, score in rows:
-            line = [heights[key][levels[key].index(values[key])] for key in keys]
+            line = [heights[key][levels[key].index(str(values[key]))] for key in keys]
             if score is None:
                 axes.plot(range(len(keys)), line, color=FAINT, linewidth=0.8, marker=".")
                 continue
@@ -200,8 +189,7 @@ def parallel(rows: Sequence[tuple[Mapping[str, str], float | None]], keys: Seque
         notes += [(len(keys), share, f"{low + share * (high - low):.3f}") for share in (0.0, 1.0)]
         for place, y, text in notes:
             axes.annotate(text, (place, y), textcoords="offset points", xytext=(4, 3))
-        axes.set_xticks(range(len(keys) + 1), [*keys, metric])
-        axes.set_yticks([])
+        axes.set(xticks=range(len(keys) + 1), xticklabels=[*keys, metric], yticks=[])
         axes.spines["left"].set_visible(False)
         axes.grid(visible=False)
         return svg(figure, "parallel coordinates")

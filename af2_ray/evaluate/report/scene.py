@@ -51,9 +51,7 @@ def draw_scene(mono: NDArray[np.floating], events: Sequence[Mapping[str, Any]], 
                 axes.axvline(edge_s, color="white", linewidth=0.8, alpha=0.6, linestyle=(0, (2, 3)))
         bars.set_ylim(-num_lanes + 0.4, 0.6)
         bars.axis("off")
-        axes.set_xlim(0, duration_s)
-        axes.set_ylabel("mel bin")
-        axes.set_xlabel("seconds")
+        axes.set(xlim=(0, duration_s), xlabel="seconds", ylabel="mel bin")
         axes.grid(visible=False)
         return svg(figure, "mel picture of a scene")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from af2_ray.llm.client import Spent
 from af2_ray.synth.captions.sets import Captions
-from af2_ray.synth.facts import MAX_COUNT, PARTS, Facts
+from af2_ray.synth.facts import MAX_COUNT, PARTS
 from af2_ray.synth.text.grammar import (
     FRAMES,
     JOINS,
@@ -24,7 +24,6 @@ from af2_ray.synth.text.grammar import (
     Item,
     Phrases,
     Style,
-    composition_of,
     realise,
 )
 from af2_ray.synth.text.parse import read_caption
@@ -32,6 +31,8 @@ from af2_ray.synth.text.parse import read_caption
 Rng = np.random.Generator
 RELATIONS = ("order", "binding", "attribute")
 MOST_SOUNDS = 4096  # sounds that a wrong caption may name instead
+# Loud and soft are in none: they are said of two sounds, and of one alone either may be true.
+_FAMILIES = (("louder", "softer"), PARTS, tuple(str(number) for number in range(1, MAX_COUNT + 1)))
 
 
 def changed(composition: Composition, relation: str, pool: Sequence[str], rng: Rng) -> Composition | None:
@@ -51,26 +52,18 @@ def changed(composition: Composition, relation: str, pool: Sequence[str], rng: R
             {first: replace(first, attribute=second.attribute), second: replace(second, attribute=first.attribute)},
         )
     if relation == "attribute" and len(marked) == 1:
-        if not (others := _others(marked[0].attribute)):
-            return None  # loud and soft are said of two sounds only: alone, either may be true
-        in_order = len(items) > 1 and marked[0].attribute in PARTS  # its place in the sequence says the part already
-        return (
-            None
-            if in_order
-            else _mapped(composition, {marked[0]: replace(marked[0], attribute=str(rng.choice(others)))})
-        )
+        item = marked[0]
+        if len(items) > 1 and item.attribute in PARTS:
+            return None  # its place in the sequence says the part already
+        family = next((values for values in _FAMILIES if item.attribute in values), ())
+        if others := [value for value in family if value != item.attribute]:
+            return _mapped(composition, {item: replace(item, attribute=str(rng.choice(others)))})
     return None
-
-
-def _others(attribute: str) -> list[str]:
-    """The other values of an attribute."""
-    families = (("louder", "softer"), PARTS, tuple(str(number) for number in range(1, MAX_COUNT + 1)))
-    return [value for family in families if attribute in family for value in family if value != attribute]
 
 
 def _mapped(composition: Composition, changes: Mapping[Item, Item]) -> Composition:
     groups = (tuple(changes.get(item, item) for item in group) for group in composition)
-    return tuple(tuple(sorted(group, key=lambda item: item.label)) for group in groups)
+    return tuple(tuple(sorted(group)) for group in groups)
 
 
 def _reordered(composition: Composition, rng: Rng) -> Composition | None:
@@ -84,13 +77,6 @@ def _reordered(composition: Composition, rng: Rng) -> Composition | None:
         return tuple(composition[index] for index in order)
     labels = [composition[index][0].label for index in order]
     return tuple((replace(group[0], label=label),) for group, label in zip(composition, labels, strict=True))
-
-
-def make_captions(
-    facts: Facts, phrases: Phrases, pool: Sequence[str], num_positives: int, num_negatives: int, rng: Rng
-) -> Captions:
-    """The captions of a clip, from what is known of it (`captions_of`)."""
-    return captions_of(composition_of(facts), phrases, pool, num_positives, num_negatives, rng)
 
 
 def captions_of(
@@ -177,4 +163,4 @@ class GrammarCaptions:
         rng = np.random.default_rng([self.seed, number])
         others = {label: (label, label) for label in self.pool}
         made = captions_of(composition, others | dict(phrases), self.pool, self.num_positives, self.num_negatives, rng)
-        return Captions(caption, made.paraphrases, made.negatives)
+        return replace(made, caption=caption)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from af2_ray.llm.client import Client, NoReply, Spent, message
+from af2_ray.llm.client import Client, NoReply, Spent
 from af2_ray.llm.journal import Journal
 from af2_ray.llm.judge import judge
 from af2_ray.synth.captions.sets import Captions
@@ -87,11 +87,11 @@ class LlmCaptions:
         model, sizes = self.client.endpoint.model, (self.num_positives, self.num_negatives)
         deciding = [_VERSION, _TASK, self.judged, model, caption, *sizes]
         if self.journal and (known := self.journal.read(deciding)):
-            self.spent.cached += 1
+            self.spent["cached"] += 1
             return _captions(caption, known)
         task = _TASK.format(positives=self.num_positives - 1, negatives=self.num_negatives)
         asked = f"Caption: {caption}\nThe first set is the caption itself, unchanged."
-        messages = [message("system", task), message("user", asked)]
+        messages = [{"role": "system", "content": task}, {"role": "user", "content": asked}]
         fault = partial(self._fault, caption)
         try:
             sets = self.client.reply_that_holds(messages, "sets", _schema(*sizes), fault, self.attempts)

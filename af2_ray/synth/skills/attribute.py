@@ -11,20 +11,14 @@ CHANGES = ("louder", "softer")
 
 
 def _asks(pair: Pair, rng: Rng) -> list[Ask]:
-    return _change(pair) if pair.first.relation in CHANGES else _binding(pair)
-
-
-def _change(pair: Pair) -> list[Ask]:
-    label = pair.first.focus[0]
-    which = f"Does the {label} get louder or softer?"
-    return [
-        Ask("change-choice", which, CHANGES, RELATION),
-        Ask("change-how", f"How does the loudness of the {label} change?", CHANGES, RELATION),
-        Ask("change-open", which, CHANGES, RELATION),
-    ]
-
-
-def _binding(pair: Pair) -> list[Ask]:
+    if pair.first.relation in CHANGES:
+        label = pair.first.focus[0]
+        which = f"Does the {label} get louder or softer?"
+        return [
+            Ask("change-choice", which, CHANGES, RELATION),
+            Ask("change-how", f"How does the loudness of the {label} change?", CHANGES, RELATION),
+            Ask("change-open", which, CHANGES, RELATION),
+        ]
     a, b = pair.first.focus
     return [
         Ask("loudest", "Which sound is the loudest?", (a, b, *pair.wrong), _louder),

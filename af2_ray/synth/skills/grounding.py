@@ -7,6 +7,7 @@ from functools import partial
 
 from af2_ray.synth.facts import PARTS, Facts
 from af2_ray.synth.skills.question import RELATION, Ask, Pair, Rng, Skill
+from af2_ray.synth.text.grammar import TAILS
 
 
 def _asks(pair: Pair, rng: Rng) -> list[Ask]:
@@ -19,8 +20,7 @@ def _asks(pair: Pair, rng: Rng) -> list[Ask]:
     for part in (pair.first.relation, pair.second.relation):
         here = [_at(facts, part) for facts in (pair.first, pair.second)]
         if here[0] and here[1] and here[0] != here[1]:
-            article = "in" if part == "middle" else "at"
-            text = f"Which sound is heard {article} the {part}?"
+            text = f"Which sound is heard{TAILS[part]}?"
             asks.append(Ask("which-at", text, (here[0], here[1], *pair.wrong), partial(_at, part=part)))
     return asks
 

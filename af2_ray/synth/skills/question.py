@@ -22,7 +22,7 @@ class Question:
         scene: number of the clip in its block.
         prompt: words of the question, with its options.
         answer: right answer; "" where it is the clip's caption.
-        skill: name in `table.SKILLS`.
+        skill: name in `questions.SKILLS`, or `caption`.
         template: kind of wording, by which answers are counted.
         options: answers to choose from; none: any class.
         pair: number that a question shares with its counterpart in the block; "" where it has none.
@@ -41,7 +41,7 @@ class Question:
 class Ask:
     """A question before it is paired: its words, what the answer can be, the answer in each clip.
 
-    `options` are listed after the words, (A) to (D), unless the template is an open one; there they only say what the
+    `options` are listed after the words, (A) to (D), unless the template ends in `-open`; there they only say what the
     question leaves open (none: any class).
     """
 
@@ -49,11 +49,6 @@ class Ask:
     text: str
     options: tuple[str, ...]
     answer: Callable[[Facts], str]
-
-    @property
-    def listed(self) -> bool:
-        """Whether the prompt lists the options."""
-        return not self.template.endswith("-open")
 
 
 @dataclass(frozen=True)
@@ -74,14 +69,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Skill:
-    """One skill: a file of this folder and a line of `table.SKILLS`.
+    """One skill: a file of this folder and a line of `questions.SKILLS`.
 
     Attributes:
-        kind: relation of two counterparts (`Facts.kind`) that it asks about; "" for none.
+        kind: relation of two counterparts (`Facts.kind`) that it asks about.
         asks: function that gives every way to ask for that relation.
         drills: function that gives words and answers of short open questions about one clip, whatever its kind.
     """
 
-    kind: str = ""
-    asks: Callable[[Pair, Rng], list[Ask]] | None = None
+    kind: str
+    asks: Callable[[Pair, Rng], list[Ask]]
     drills: Callable[[Facts, Rng], Iterator[tuple[str, str]]] | None = None

@@ -7,8 +7,9 @@ every scene. Held-out clips lie there once, untouched. int16 with a gain of its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +18,11 @@ from numpy.typing import NDArray
 
 from af2_ray.audio.augment import EQ_KNOTS_HZ, equalised
 from af2_ray.audio.windows import SAMPLE_RATE
-from af2_ray.synth.sounds.curate import LEVEL, Clip, loudness
+from af2_ray.synth.sounds.catalogue import SoundClass
+from af2_ray.synth.sounds.curate import LEVEL, Clip, Wave, loudness
 
 NUM_VARIANTS = 8  # augmented copies of a training clip
-Wave = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Bed:
-    """A background: its kind decides how loud it is and over which sounds it may lie."""
-
-    id: str
-    kind: str  # noise, ambience or music
-    split: str
-    package: str
-    file: str
-    licence: str
-    wave: Wave
+CLIPS_OF = {"seen": "train"}  # split of scenes whose clips are another split's: new scenes of training clips
 
 
 @dataclass(frozen=True)
@@ -80,58 +69,50 @@ class Bank:
         """All classes."""
         return list(self.phrases)
 
-    def clip(self, split: str, label: str, rng: np.random.Generator, *, augment: bool) -> Entry:
-        """A random clip of a class; with `augment`, one of its variants."""
-        clips = self._clips[split, label]
+    def askable(self, bed_kind: str) -> list[str]:
+        """Classes that may be asked about over a bed: none that could be part of its music."""
+        return [label for label in self.labels if not (bed_kind == "music" and self.musical[label])]
+
+    def clip(self, split: str, label: str, rng: np.random.Generator) -> Entry:
+        """A random clip of a class for the scenes of a split; for those of training, one of its variants."""
+        clips = self._clips[CLIPS_OF.get(split, split), label]
         variants = clips[sorted(clips)[int(rng.integers(len(clips)))]]
-        return variants[int(rng.integers(len(variants)))] if augment else variants[0]
+        return variants[int(rng.integers(len(variants)))] if split == "train" else variants[0]
 
     def bed(self, split: str, kind: str, rng: np.random.Generator) -> Entry:
-        """A random bed of a kind; noise where the split has none of that kind."""
+        """A random bed of a kind for the scenes of a split; noise where there is none of that kind."""
+        split = CLIPS_OF.get(split, split)
         beds = self._beds.get((split, kind)) or self._beds[split, "noise"]
         return beds[int(rng.integers(len(beds)))]
 
-    def read(self, entry: Entry, start: int = 0, length: int | None = None) -> Wave:
+    def read(self, entry: Entry, start: int, length: int) -> Wave:
         """Samples of an entry as float32; a bed is read around its end where `length` runs past it."""
-        length = entry.length if length is None else length
         whole = self.samples[entry.start : entry.start + entry.length]
-        if start + length <= entry.length:
-            part = whole[start : start + length]
-        else:
-            part = whole[np.arange(start, start + length) % entry.length]
+        part = np.take(whole, np.arange(start, start + length), mode="wrap")
         return part.astype(np.float32) * np.float32(entry.gain)
 
 
 def write_bank(
-    folder: Path,
-    clips: Sequence[Clip],
-    beds: Sequence[Bed],
-    phrases: dict[str, list[str]],
-    musical: dict[str, bool],
-    seed: int,
+    folder: Path, clips: Sequence[Clip], beds: Sequence[Clip], classes: Sequence[SoundClass], seed: int
 ) -> None:
     """Store clips (training clips with their variants) and beds as `bank.npy` and `bank.json`."""
     rows: list[dict[str, object]] = []
     parts: list[NDArray[np.int16]] = []
     start = 0
-    stored: Iterable[tuple[str, str, str, Wave]] = (
-        *((c.id, c.label, c.split, wave) for c in clips for wave in _variants(c, seed)),
-        *((b.id, b.kind, b.split, b.wave) for b in beds),
-    )
-    for id_, label, split, wave in stored:
+    variants = ((clip, wave) for clip in clips for wave in _variants(clip, seed))
+    for clip, wave in chain(variants, ((bed, bed.wave) for bed in beds)):
         peak = max(float(np.abs(wave).max()), 1e-6)
         parts.append(np.round(wave * (32767 / peak)).astype(np.int16))
-        rows.append(asdict(Entry(id_, label, split, start, len(wave), peak / 32767)))
+        rows.append(asdict(Entry(clip.id, clip.label, clip.split, start, len(wave), peak / 32767)))
         start += len(wave)
-    num_beds = len(beds)
     # replaced, never overwritten: another process may have the old file mapped
     np.save(folder / "bank.part.npy", np.concatenate(parts))
     (folder / "bank.part.npy").replace(folder / "bank.npy")
     index = {
-        "clips": rows[: len(rows) - num_beds],
-        "beds": rows[len(rows) - num_beds :],
-        "phrases": phrases,
-        "musical": musical,
+        "clips": rows[: -len(beds)],
+        "beds": rows[-len(beds) :],
+        "phrases": {each.label: each.phrases for each in classes},
+        "musical": {each.label: each.musical for each in classes},
     }
     (folder / "bank.json").write_text(json.dumps(index))
 

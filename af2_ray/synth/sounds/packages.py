@@ -74,8 +74,8 @@ def fetch(cache: Path) -> dict[str, Path]:
     archives = {name: found[-1] for name in PACKAGES if (found := sorted(cache.glob(f"{name}_*.deb")))}
     folders = {name: cache / "unpacked" / name for name in archives}
     with ThreadPoolExecutor(2) as pool:
-        readable = dict(zip(archives, pool.map(_unpack, archives.values(), folders.values()), strict=True))
-    folders = {name: folder for name, folder in folders.items() if readable[name]}
+        readable = pool.map(_unpack, archives.values(), folders.values())
+        folders = {name: folder for (name, folder), good in zip(folders.items(), readable, strict=True) if good}
     if missing := sorted(set(PACKAGES) - set(folders)):
         log.warning("going on without these packages: %s", ", ".join(missing))
     return folders
@@ -97,12 +97,11 @@ def _unpack(archive: Path, folder: Path) -> bool:
     return process.returncode == 0
 
 
-def install_programs(cache: Path) -> tuple[str, ...]:
+def install_programs(folder: Path) -> tuple[str, ...]:
     """Names of fluidsynth and espeak-ng that can be called, after trying to install what is missing (needs root)."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        cache.mkdir(parents=True, exist_ok=True)
-        _run(["apt-get", "install", "-y", "--no-install-recommends", *missing], cache, timeout_s=300)
+        _run(["apt-get", "install", "-y", "--no-install-recommends", *missing], folder, timeout_s=300)
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
         log.warning("going on without %s (apt-get install --no-install-recommends %s)", missing, " ".join(missing))
     return tuple(name for name in PROGRAMS if name not in missing)

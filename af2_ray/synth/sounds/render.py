@@ -6,7 +6,6 @@ easier than the world. They stand beside recordings, and they stand in for them 
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from af2_ray.audio.windows import SAMPLE_RATE
+from af2_ray.synth.sounds.curate import Wave
+from af2_ray.synth.sounds.packages import read_mono
 
-Wave = NDArray[np.float32]
 Generator = np.random.Generator
 
 # --- numpy -------------------------------------------------------------------------------------------------------
@@ -194,13 +193,7 @@ RENDERERS: dict[str, Callable[[Generator], NDArray[np.float64]]] = {
 
 
 def render(label: str, rng: Generator) -> Wave:
-    """One sound of a class of `RENDERERS`, peak 0.9, 16 kHz.
-
-    Raises:
-        ValueError: no renderer of that name.
-    """
-    if label not in RENDERERS:
-        raise ValueError(f"nothing renders {label!r}; there are: {', '.join(RENDERERS)}")
+    """One sound of a class of `RENDERERS`, peak 0.9, 16 kHz."""
     wave = np.asarray(RENDERERS[label](rng))
     fade = np.minimum(1, np.arange(len(wave), 0, -1) / (0.01 * SAMPLE_RATE))
     return np.asarray(0.9 * wave * fade / np.abs(wave).max(), np.float32)
@@ -256,21 +249,13 @@ def play(soundfont: Path, phrases: Sequence[Phrase]) -> list[Wave]:
         FileNotFoundError: fluidsynth is not on PATH.
         ValueError: fluidsynth failed; the message has its last line.
     """
-    if shutil.which("fluidsynth") is None:
-        raise FileNotFoundError("fluidsynth is not on PATH")
     with tempfile.TemporaryDirectory() as folder:
         midi, wav = Path(folder, "in.mid"), Path(folder, "out.wav")
         midi.write_bytes(midi_file(phrases))
         command = ["fluidsynth", "-ni", "-q", "-g", "0.6", "-R", "0", "-C", "0", "-r", str(SAMPLE_RATE)]
         command += ["-F", str(wav), str(soundfont), str(midi)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode or not wav.is_file():
-            raise ValueError(f"fluidsynth failed on {soundfont.name}: {done.stderr.strip()[-200:]}")
-        audio, rate = soundfile.read(wav, dtype="float32", always_2d=True)
-    if rate != SAMPLE_RATE:
-        raise ValueError(f"fluidsynth wrote {rate} Hz instead of {SAMPLE_RATE}")
+        mono = _written_by(command, wav, timeout_s=300)
     slot = int(SLOT_S * SAMPLE_RATE)
-    mono = audio.mean(1)
     mono = np.pad(mono, (0, max(0, slot * len(phrases) - len(mono))))
     return [mono[index * slot : (index + 1) * slot] for index in range(len(phrases))]
 
@@ -306,20 +291,21 @@ def _variable_length(number: int) -> bytes:
 # --- espeak-ng ---------------------------------------------------------------------------------------------------
 
 
-def speak(words: str, voice: str, *, pitch: int = 50, words_per_minute: int = 150) -> tuple[Wave, int]:
-    """Words spoken by espeak-ng: (mono wave, its sample rate).
+def speak(words: str, voice: str, pitch: int) -> Wave:
+    """Words spoken by espeak-ng, 16 kHz mono.
 
     Raises:
         FileNotFoundError: espeak-ng is not on PATH.
         ValueError: espeak-ng failed; the message has its last line.
     """
-    if shutil.which("espeak-ng") is None:
-        raise FileNotFoundError("espeak-ng is not on PATH")
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder, "out.wav")
-        command = ["espeak-ng", "-v", voice, "-p", str(pitch), "-s", str(words_per_minute), "-w", str(wav), words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode or not wav.is_file():
-            raise ValueError(f"espeak-ng failed with voice {voice}: {done.stderr.strip()[-200:]}")
-        audio, rate = soundfile.read(wav, dtype="float32", always_2d=True)
-    return audio.mean(1), int(rate)
+        command = ["espeak-ng", "-v", voice, "-p", str(pitch), "-s", "150", "-w", str(wav), words]
+        return _written_by(command, wav, timeout_s=60)
+
+
+def _written_by(command: Sequence[str], wav: Path, timeout_s: float) -> Wave:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode or not wav.is_file():
+        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()[-200:]}")
+    return read_mono(wav)

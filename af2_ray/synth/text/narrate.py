@@ -19,7 +19,7 @@ def narrate(facts: Facts) -> str:
 def _words(sound: Sound) -> str:
     words = sound.label
     if sound.attribute.isdigit():
-        words = f"{words} {NUMBERS[sound.count - 1]} times"
+        words = f"{words} {NUMBERS[int(sound.attribute) - 1]} times"
     elif sound.attribute in ("louder", "softer"):
         words = f"{words} getting {sound.attribute}"
     elif sound.attribute in ("loud", "soft"):

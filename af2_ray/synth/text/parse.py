@@ -1,4 +1,4 @@
-"""Captions read back: those of the grammar exactly, and those that people wrote as far as the grammar goes.
+"""Captions that people wrote, read as far as the grammar goes.
 
 A caption like `a loud dog followed by two people talking while it rains` says which sounds there are by its joins
 alone; what stands between two joins is taken as one sound, whatever it says. So paraphrases and wrong captions of a
@@ -9,52 +9,14 @@ alike. The price is what no join says: a caption of one sound can only be wrong 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
-from af2_ray.synth.facts import PARTS
-from af2_ray.synth.text.grammar import FRAMES, JOINS, TIMES, TOGETHER, Composition, Item, Phrases, write_item
+from af2_ray.synth.text.grammar import FRAMES, TAILS, Composition, Item, Phrases
 
 _BACKWARDS = re.compile(r",? (?:preceded by|after) ")
 _FORWARDS = re.compile(r",? (?:and )?(?:followed by|then|before) |,? and then ")
 _TOGETHER = re.compile(r",? (?:while|with|as) ")
+_LEVEL = re.compile(r"(?P<article>an? )?(?P<level>loud|soft) (?P<noun>.+)")
 _MAX_SOUNDS = 16
-
-
-def parse(text: str, phrases: Phrases) -> Composition:
-    """Read a caption back.
-
-    Raises:
-        ValueError: not of this grammar.
-    """
-    for frame in FRAMES[1:]:
-        text = text.removeprefix(frame)
-    join = next((join for join in (" and then ", *JOINS) if join in text), JOINS[0])
-    groups = text.split(join)
-    written = _written(phrases)
-    out: list[tuple[Item, ...]] = []
-    for group in reversed(groups) if join == " after " else groups:
-        together = next((word for word in TOGETHER if word in group), TOGETHER[0])
-        names = group.split(together)
-        if unknown := [name for name in names if name not in written]:
-            raise ValueError(f"{unknown[0]!r} in caption {text!r} is no sound of this corpus")
-        out.append(tuple(sorted((written[name] for name in names), key=lambda item: item.label)))
-    return tuple(out)
-
-
-def _written(phrases: Phrases) -> dict[str, Item]:
-    """Every way to write every item."""
-    return _written_of(tuple((label, tuple(both)) for label, both in phrases.items()))
-
-
-@lru_cache(maxsize=8)  # one for a corpus: writing it anew took nine tenths of reading a caption
-def _written_of(phrases: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Item]:
-    attributes = ("", "loud", "soft", "louder", "softer", *PARTS, *map(str, TIMES))
-    return {
-        write_item(Item(label, attribute), phrase): Item(label, attribute)
-        for label, both in phrases
-        for phrase in both
-        for attribute in attributes
-    }
 
 
 def read_caption(text: str) -> tuple[Composition, Phrases]:
@@ -74,9 +36,7 @@ def read_caption(text: str) -> tuple[Composition, Phrases]:
     if len(backwards) > 1 and len(forwards) > 1:
         raise ValueError(f"{text!r} joins sounds both forwards and backwards in time: which comes first is not said")
     groups = backwards[::-1] if len(backwards) > 1 else forwards
-    composition = tuple(
-        tuple(sorted((_item(name) for name in _TOGETHER.split(group)), key=lambda item: item.label)) for group in groups
-    )
+    composition = tuple(tuple(sorted(map(_item, _TOGETHER.split(group)))) for group in groups)
     labels = [item.label for group in composition for item in group]
     if len(set(labels)) < len(labels):
         raise ValueError(f"{text!r} names one sound twice: what would be changed is not clear")
@@ -87,22 +47,11 @@ def read_caption(text: str) -> tuple[Composition, Phrases]:
 
 def _item(name: str) -> Item:
     """A sound and its attribute, if it is one that the grammar can change."""
-    for number, word in TIMES.items():
-        if name.endswith(f" {word}"):
-            return Item(name.removesuffix(f" {word}"), str(number))
-    for word in ("louder", "softer"):
-        if name.endswith(f" getting {word}"):
-            return Item(name.removesuffix(f" getting {word}"), word)
-    for part in PARTS:
-        tail = f" {'in' if part == 'middle' else 'at'} the {part}"
+    for attribute, tail in TAILS.items():
         if name.endswith(tail):
-            return Item(name.removesuffix(tail), part)
-    words = name.split(" ")
-    for word in ("loud", "soft"):
-        if words[0] == word and len(words) > 1:
-            return Item(" ".join(words[1:]), word)
-        if len(words) > 2 and words[0] in ("a", "an") and words[1] == word:
-            return Item(" ".join(("a", *words[2:])), word)
+            return Item(name.removesuffix(tail), attribute)
+    if level := _LEVEL.fullmatch(name):
+        return Item(("a " if level["article"] else "") + level["noun"], level["level"])
     if not name.strip():
         raise ValueError("a join has nothing on one side")
     return Item(name)
