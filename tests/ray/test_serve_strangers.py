@@ -107,9 +107,7 @@ def connected(url: str, body: bytes, sent: int, key: str = "sk-bob", **headers: 
 
 
 def metrics(url: str) -> dict[str, float]:
-    request = urllib.request.Request(
-        url.removesuffix("/v1") + "/metrics", headers={"authorization": "Bearer sk-ann"}
-    )
+    request = urllib.request.Request(url.removesuffix("/v1") + "/metrics", headers={"authorization": "Bearer sk-ann"})
     with urllib.request.urlopen(request, timeout=30) as response:
         lines = response.read().decode().splitlines()
     sums: dict[str, float] = {}
