@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")  # the one whose lines carry Serve's rep
 
 BUSY_RETRY_S = 5
 COPIES = 4  # of a body's bytes at most: the body, its string, the recording, the message to a decoder
-_LEAST_RATE = 2**16  # bytes a second of a body
+LEAST_RATE = 2**16  # bytes a second of a body
 AskedT = TypeVar("AskedT")
 Hold = Callable[[int], None]
 """Takes so many bytes more for a request; `ApiError` 429 if there are none."""
@@ -126,7 +126,7 @@ async def body_of(http: HttpRequest, check_size: Callable[[int], None], hold: Ho
                 check_size(len(body) + len(chunk))
                 hold(COPIES * len(chunk))
                 body += chunk
-                deadline.reschedule(since + limit_s + len(body) / _LEAST_RATE)
+                deadline.reschedule(since + limit_s + len(body) / LEAST_RATE)
     except TimeoutError as error:
         message = f"the body came too slowly: send it within {limit_s:g} s, and 64 KiB a second beyond"
         raise ApiError(408, message, code="body_timeout") from error

@@ -23,6 +23,7 @@ from ray import cloudpickle, serve
 from af2_ray.cluster import capacity, prospect, shortage
 from af2_ray.config import Serve, load_recipe
 from serve_apps import ingress
+from serve_apps.admission import LEAST_RATE
 from serve_apps.embedding import REQUESTS_PER_PASS, Clap
 from serve_apps.ingress import Ingress, api
 from serve_apps.keys import KeySource
@@ -34,6 +35,7 @@ _INGRESS_CPUS = 0.25
 _LEAST_CPUS = 0.1
 _INGRESS_REQUESTS = 1024  # at one replica of the ingress: slow uploads too; memory is what bounds them
 _INGRESS_LOAD = 16  # requests that a replica of the ingress should have at a time; more: another one
+_HEALTH_S = 5.0  # Serve replaces a replica after three failed checks
 
 # By value, once the module is whole: `serve.ingress` rewrites the signatures of the handlers in this process, and a
 # replica that imported the module itself would take `self` for a parameter of the request (and answer 422).
@@ -72,10 +74,23 @@ def app(args: dict[str, Any]) -> serve.Application:
         raise ValueError("which model? pass model=FOLDER (an exported model) or set AF2_MODEL")
     if given.overrides and not given.recipe:
         raise ValueError("overrides need a recipe to override: pass recipe=NAME too")
-    settings = load_recipe(given.recipe, given.overrides.split()).serve if given.recipe else Serve()
+    settings = _settings(given)
     more = {name: _absolute(folder) for name, folder in settings.more_models.items()}
     settings = settings.model_copy(update={"more_models": more})
     return build(_absolute(given.model), settings, _absolute(given.clap) if given.clap else None)
+
+
+def _settings(given: AppArgs) -> Serve:
+    return load_recipe(given.recipe, given.overrides.split()).serve if given.recipe else Serve()
+
+
+def longest_s(settings: Serve) -> float:
+    """Seconds that a request can take from its first byte to the end of its answer, for Serve's `request_timeout_s`.
+
+    The ingress has limits of its own for each part. What is still there then is a reader who does not read.
+    """
+    body_s = settings.body_timeout_s + settings.max_body_mb * 2**20 / LEAST_RATE
+    return body_s + 2 * settings.request_timeout_s + _LEAVING_S
 
 
 def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Application:
@@ -97,6 +112,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         },
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         graceful_shutdown_timeout_s=leaving_s,
+        health_check_period_s=_HEALTH_S,
         max_ongoing_requests=4 * settings.num_slots,
         max_queued_requests=8 * settings.num_slots,
     )
@@ -197,9 +213,10 @@ def run_app(
         except OSError as error:
             raise ValueError(f"port {port} of 127.0.0.1 is taken: choose another, or 0 for a free one") from error
         port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    args = {"model": str(model), "recipe": recipe, "overrides": " ".join(overrides), "clap": str(clap)}
+    longest = longest_s(_settings(AppArgs.model_validate(args)))
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": longest})
     try:
-        args = {"model": str(model), "recipe": recipe, "overrides": " ".join(overrides), "clap": str(clap)}
         serve.run(app(args), name=APP_NAME)
         yield f"http://127.0.0.1:{port}/v1"
     finally:

@@ -290,6 +290,8 @@ def test_the_service_is_what_serve_builds(rendered: list[Document], monkeypatch:
     arguments = {"model": "s3://bucket/model", "recipe": settings["AF2_RECIPE"], **application.args}
     built = build_app(getattr(importlib.import_module(module), name)(arguments), name=application.name)
     schemas = {each.name: deployment_to_schema(each).model_dump(exclude_unset=True) for each in built.deployments}
+    recipe = load_recipe(settings["AF2_RECIPE"], application.args["overrides"].split())
+    assert config["http_options"]["request_timeout_s"] >= af2.longest_s(recipe.serve)
     stated = {each["name"]: each for each in config["applications"][0]["deployments"]}
     assert stated.keys() == schemas.keys()
     for deployment, values in stated.items():
