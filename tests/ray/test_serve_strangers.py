@@ -298,3 +298,25 @@ def test_a_body_that_is_not_sent_costs_only_its_sender(url: str) -> None:
     status, reply, _ = send(url, "/chat/completions", {"model": MODEL, "messages": big})
     assert (status, reply["error"]["code"]) == (413, "body_too_large")
     assert ask(url, serve_toy.wav(1))[0] == 200
+
+
+def test_a_body_without_end_is_cut(url: str) -> None:
+    """500 MiB without a stated length, where 4 are allowed: what the server's processes grow by, and that it goes on."""
+    parts = urlsplit(url)
+    processes = [*serve_toy.processes("ProxyActor"), *serve_toy.processes("Ingress")]
+    before = most = sum(each.memory_info().rss for each in processes)
+    sent, chunk = 0, b"10000\r\n" + b"x" * 2**16 + b"\r\n"
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-bob\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        with contextlib.suppress(OSError):
+            while sent < 500 * 2**20:
+                connection.sendall(chunk)
+                sent += 2**16
+                if sent % 2**24 == 0:
+                    most = max(most, sum(each.memory_info().rss for each in processes))
+        with contextlib.suppress(OSError):
+            print(connection.recv(200).partition(b"\r\n")[0])
+    print(f"{sent / 2**20:.0f} MiB sent, the server grew by {(most - before) / 2**20:.0f} MiB")
+    assert ask(url, serve_toy.wav(1))[0] == 200
+    assert most - before < 500 * 2**20
