@@ -301,7 +301,7 @@ def test_a_body_that_is_not_sent_costs_only_its_sender(url: str) -> None:
 
 
 def test_a_body_without_end_is_cut(url: str) -> None:
-    """500 MiB without a stated length, where 4 are allowed: what the server's processes grow by, and that it goes on."""
+    """500 MiB without a stated length, where 4 are allowed: how much the server grows, and that it goes on."""
     parts = urlsplit(url)
     processes = [*serve_toy.processes("ProxyActor"), *serve_toy.processes("Ingress")]
     before = most = sum(each.memory_info().rss for each in processes)

@@ -28,6 +28,7 @@ def test_no_shape_of_request_takes_much_memory_or_stops_the_event_loop(mib: int)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) >= 60
+    print({what: max((cost[what], name) for name, cost in found.items()) for what in ("peak_mib", "lag_s")})
     for name, cost in found.items():
         assert 400 <= cost["status"] < 500, (name, cost)
         assert 20 < len(cost["message"]) < 300, (name, cost)
