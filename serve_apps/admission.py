@@ -11,15 +11,16 @@ import logging
 import re
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
+from serve_apps.keys import ANYONE
 from serve_apps.schemas import ApiError
 
 logger = logging.getLogger("ray.serve")  # the one whose lines carry Serve's replica and request id
@@ -33,32 +34,44 @@ Hold = Callable[[int], None]
 
 
 class Memory:
-    """Bytes that the requests of this process hold."""
+    """Bytes that the requests of this process hold.
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit, self.held = limit_bytes, 0
+    Args:
+        per_owner: bytes of them that may be one API key's.
+    """
+
+    def __init__(self, limit_bytes: int, per_owner: int | None = None) -> None:
+        self._limit, self._per_owner = limit_bytes, limit_bytes if per_owner is None else per_owner
+        self._of: Counter[bytes] = Counter()
+
+    @property
+    def held(self) -> int:
+        """Bytes of all."""
+        return self._of.total()
 
     @contextmanager
-    def holding(self) -> Iterator[Hold]:
-        """Within the block a request may take memory; at its end that is free again."""
-        mine = 0
+    def holding(self, owner: bytes = ANYONE) -> Iterator[Hold]:
+        """Within the block a request may take memory, in the event loop's thread; at its end that is free again."""
+        mine, limit = 0, self._limit if owner == ANYONE else self._per_owner
 
         def take(num_bytes: int) -> None:
             nonlocal mine
-            if self.held + num_bytes > self._limit:
+            if self.held + num_bytes > self._limit or self._of[owner] + num_bytes > limit:
                 raise ApiError(
                     429,
                     f"too many requests at once: try again in {BUSY_RETRY_S} s",
                     code="busy",
                     retry_after_s=BUSY_RETRY_S,
                 )
-            self.held += num_bytes
+            self._of[owner] += num_bytes
             mine += num_bytes
 
         try:
             yield take
         finally:
-            self.held -= mine
+            self._of[owner] -= mine
+            if not self._of[owner]:
+                del self._of[owner]
 
 
 class Places:
@@ -112,7 +125,7 @@ async def body_of(http: HttpRequest, check_size: Callable[[int], None], hold: Ho
     Args:
         check_size: function that raises `ApiError` 413 for so many bytes.
         hold: function that takes memory for them.
-        limit_s: seconds for the body, and one more for each 64 KiB of it.
+        limit_s: seconds for the body, and one more for each 64 KiB of it; between two pieces of it, too.
 
     Raises:
         ApiError: 408 too slow, 413 too large, 429 no memory for it now.
@@ -126,7 +139,8 @@ async def body_of(http: HttpRequest, check_size: Callable[[int], None], hold: Ho
                 check_size(len(body) + len(chunk))
                 hold(COPIES * len(chunk))
                 body += chunk
-                deadline.reschedule(since + limit_s + len(body) / LEAST_RATE)
+                now = asyncio.get_running_loop().time()
+                deadline.reschedule(min(since + limit_s + len(body) / LEAST_RATE, now + limit_s))
     except TimeoutError as error:
         message = f"the body came too slowly: send it within {limit_s:g} s, and 64 KiB a second beyond"
         raise ApiError(408, message, code="body_timeout") from error
@@ -159,13 +173,22 @@ async def while_there(http: HttpRequest) -> AsyncIterator[None]:
 
 @dataclass
 class Visit(Generic[AskedT]):
-    """A request on its way: what it asks, its id, who asks, when it came, and what takes memory for it."""
+    """A request on its way.
+
+    Attributes:
+        asked: what it asks.
+        owner: who asks.
+        start: when it came.
+        hold: function that takes memory for it.
+        held: what it holds until its end, memory first; who answers beyond the block takes it over (`pop_all`).
+    """
 
     asked: AskedT
     id: str
     owner: bytes
     start: float
     hold: Hold
+    held: AsyncExitStack
 
 
 @asynccontextmanager
@@ -192,12 +215,13 @@ async def visiting(
     start, request_id = time.monotonic(), request_id_of(http)
     try:
         owner = take()
-        with memory.holding() as hold:
+        async with AsyncExitStack() as held:
+            hold = held.enter_context(memory.holding(owner))
             body = await body_of(http, check_size, hold, body_s)
             asked = await asyncio.to_thread(parse, body)
             del body
             async with asyncio.timeout(limit_s), while_there(http):
-                yield Visit(asked, request_id, owner, start, hold)
+                yield Visit(asked, request_id, owner, start, hold, held)
     except ApiError as error:
         logger.info("request %s refused: %d %s", request_id, error.status, error.code)
         raise

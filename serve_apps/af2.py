@@ -42,7 +42,9 @@ _HEALTH_S = 5.0  # Serve replaces a replica after three failed checks
 cloudpickle.register_pickle_by_value(ingress)
 # Not as decorators: those would hide the classes, and the replicas would miss every name defined further down.
 _MODEL = serve.deployment(name="Model")(Model)
-_CLAP = serve.deployment(name="Clap", max_ongoing_requests=2 * REQUESTS_PER_PASS)(Clap)
+_CLAP = serve.deployment(
+    name="Clap", max_ongoing_requests=2 * REQUESTS_PER_PASS, max_queued_requests=8 * REQUESTS_PER_PASS
+)(Clap)
 _INGRESS = serve.deployment(
     name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS, max_queued_requests=_INGRESS_REQUESTS
 )(serve.ingress(api)(Ingress))
@@ -129,6 +131,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         autoscaling_config={"min_replicas": _min_embedders(settings), "max_replicas": settings.max_replicas},
         ray_actor_options={"num_cpus": cpus, "num_gpus": settings.embedding_gpus},
         graceful_shutdown_timeout_s=leaving_s,
+        health_check_period_s=_HEALTH_S,
     )
     keys = KeySource.of_environment()  # of who deploys: a replica's environment may be another
     return front.bind(model.bind(folder, settings), settings, embedder.bind(clap) if clap else None, keys)

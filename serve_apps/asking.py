@@ -19,24 +19,25 @@ from serve_apps.schemas import ApiError
 
 logger = logging.getLogger("ray.serve")
 
+FATAL_DEATHS = 3
 ResultT = TypeVar("ResultT")
 
 
 class Asking:
     """Asks replicas.
 
-    A request whose replica died is asked once more: the replica may have died of anything. What ended two is not asked
-    again for a while, by clients that try again on their own above all. Two replicas may also end at once for another
-    reason; then the same question is answered again after `fatal_s`.
+    A request whose replica died is asked once more: the replica may have died of anything. Which of the requests that
+    it had was at fault nobody knows, so their callers may ask again; but what was there each time that `FATAL_DEATHS`
+    replicas died, and was answered never, is not asked for a while.
 
     Args:
-        fatal_s: seconds for which a request that ended two replicas is refused.
+        fatal_s: seconds for which such a request is refused.
         clock: seconds, monotonic.
     """
 
     def __init__(self, fatal_s: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._fatal_s, self._clock = fatal_s, clock
-        self._fatal: dict[str, float] = {}  # when it ended the second one, by fingerprint
+        self._deaths: dict[str, tuple[int, float]] = {}  # of replicas with a request, by fingerprint; the last one
 
     async def retried(self, ask: Callable[[], Awaitable[ResultT]], fingerprint: str) -> ResultT:
         """The result of `ask`, which calls replicas.
@@ -47,32 +48,43 @@ class Asking:
         Raises:
             ApiError: 429 all replicas are full, 503 none is there, 400 this request ends replicas.
         """
-        if self._clock() - self._fatal.get(fingerprint, -self._fatal_s) < self._fatal_s:
-            raise ApiError(
-                400,
-                f"this request ended two replicas; it is not tried again for {self._fatal_s / 60:g} minutes: change it",
-                code="fatal_request",
-            )
+        self._check(fingerprint)
         try:
             try:
-                return await ask()
+                result = await ask()
             except RayActorError:
+                self.note_death(fingerprint)
+                self._check(fingerprint)
                 logger.warning("a replica died, asking another")
-                return await ask()
+                result = await ask()
         except BackPressureError as error:
             message = f"too many questions at once: try again in {BUSY_RETRY_S} s"
             raise ApiError(429, message, code="busy", retry_after_s=BUSY_RETRY_S) from error
         except (RayActorError, DeploymentUnavailableError) as error:
             if isinstance(error, RayActorError):
-                self._remember(fingerprint)
+                self.note_death(fingerprint)
             raise ApiError(
                 503, "the model is restarting: try again", code="unavailable", retry_after_s=BUSY_RETRY_S
             ) from error
 
-    def _remember(self, fingerprint: str) -> None:
+        self._deaths.pop(fingerprint, None)
+        return result
+
+    def note_death(self, fingerprint: str) -> None:
+        """A replica died that had this request."""
         now = self._clock()
-        self._fatal = {key: since for key, since in self._fatal.items() if now - since < self._fatal_s}
-        self._fatal[fingerprint] = now
+        self._deaths = {key: each for key, each in self._deaths.items() if now - each[1] < self._fatal_s}
+        self._deaths[fingerprint] = self._deaths.get(fingerprint, (0, now))[0] + 1, now
+
+    def _check(self, fingerprint: str) -> None:
+        num, last = self._deaths.get(fingerprint, (0, 0.0))
+        if num >= FATAL_DEATHS and self._clock() - last < self._fatal_s:
+            raise ApiError(
+                400,
+                f"{num} replicas ended while they had this request; it is not tried again for "
+                f"{self._fatal_s / 60:g} minutes: change it",
+                code="fatal_request",
+            )
 
 
 async def together(
@@ -92,7 +104,7 @@ async def together(
         raise
 
 
-def fingerprint_of(items: Sequence[str | Clip]) -> str:
-    """A short name of what a model is asked: of its texts and recordings, in order."""
-    text = json.dumps([item if isinstance(item, str) else {"clip": item.key} for item in items])
+def fingerprint_of(items: Sequence[str | Clip], owner: bytes) -> str:
+    """A short name of what a model is asked: of its texts and recordings, in order, and of who asks."""
+    text = owner.hex() + json.dumps([item if isinstance(item, str) else {"clip": item.key} for item in items])
     return hashlib.sha256(text.encode()).hexdigest()

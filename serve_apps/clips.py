@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from af2_ray.audio.windows import num_windows_for
 from af2_ray.engine.request import Clip
 from serve_apps.decode_pool import Read
+from serve_apps.keys import ANYONE
 
 _MOST = 4096  # recordings that are known by their keys
 
@@ -32,7 +33,14 @@ class Clips:
         self._heard: OrderedDict[tuple[str, str], float] = OrderedDict()  # seconds, by model and key
 
     async def of(
-        self, files: Sequence[bytes], *, model: str = "", salt: bytes = b"", truncate: bool = False, anew: bool = False
+        self,
+        files: Sequence[bytes],
+        *,
+        model: str = "",
+        salt: bytes = b"",
+        owner: bytes = ANYONE,
+        truncate: bool = False,
+        anew: bool = False,
     ) -> tuple[list[Clip], bool]:
         """Clips of a request's recordings, which share its seconds; whether one was cut.
 
@@ -40,6 +48,7 @@ class Clips:
             files: bytes of the recordings, in order.
             model: name of the model that hears them; without one all are decoded.
             salt: secret of the caller.
+            owner: caller, whose decoding others do not wait for.
             truncate: whether what is too long is cut, or refused.
             anew: whether recordings are decoded that the model has heard, too: it has forgotten them.
 
@@ -55,7 +64,7 @@ class Clips:
             if heard_s is not None and heard_s <= left_s:
                 clips.append(Clip(key, num_windows_for(heard_s), None, heard_s))
                 continue
-            found = await self._read(data, f"audio {index + 1}", left_s, truncate)
+            found = await self._read(data, f"audio {index + 1}", left_s, truncate, owner)
             truncated |= found.is_cut
             clips.append(Clip.of(found.windows, f"{key}:{left_s:g}" if found.is_cut else key, found.duration_s))
         return clips, truncated

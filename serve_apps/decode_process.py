@@ -29,9 +29,14 @@ from af2_ray.audio.windows import SAMPLE_RATE, to_windows
 from serve_apps.schemas import ApiError, bad_audio
 
 FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"}  # libsndfile reads twenty more, seldom used and seldom tested
+SUBTYPES = {
+    *("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW", "IMA_ADPCM", "MS_ADPCM"),
+    *("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III"),
+}  # WAV has others, whose decoders take ten times as long
 RATES_HZ = (1_000, 192_000)
 MAX_CHANNELS = 8
 NOT_AUDIO = "not an audio file this server reads (wav, flac, ogg, mp3)"
+_CPU_S = 60  # for one recording; the server ends it before
 MAX_HEADER_BYTES = 2**16
 
 
@@ -87,7 +92,7 @@ def _check_header(data: bytes, name: str) -> None:
         header = sf.info(io.BytesIO(data))
     except (sf.LibsndfileError, RuntimeError) as error:
         raise bad_audio(f"{name}: {NOT_AUDIO}") from error
-    if header.format not in FORMATS:
+    if header.format not in FORMATS or header.subtype not in SUBTYPES:
         raise bad_audio(f"{name}: {NOT_AUDIO}")
     if not RATES_HZ[0] <= header.samplerate <= RATES_HZ[1]:
         raise bad_audio(f"{name}: sample rate {header.samplerate} Hz; send {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
@@ -136,6 +141,12 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
     return data
 
 
+def _limit_cpu() -> None:
+    """End this process if it goes on for long after whoever would have ended it has gone."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + _CPU_S, resource.RLIM_INFINITY))
+
+
 def main(memory_mib: int) -> None:
     """Answer until the input ends; beyond `memory_mib` of further memory a recording is refused."""
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -148,6 +159,7 @@ def main(memory_mib: int) -> None:
             asked, data = receive(source, sys.maxsize)
         except EOFError:
             return
+        _limit_cpu()
         try:
             found = read_recording(
                 data, asked["name"], asked["left_s"], truncate=asked["truncate"], limit_s=asked["limit_s"]

@@ -13,6 +13,8 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -28,6 +30,7 @@ from serve_apps.schemas import ApiError, AudioUrl, InputAudio
 MAX_REDIRECTS = 3
 TIMEOUT_S = 20.0
 _GLOBAL, _DOCUMENTS = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("3fff::/20")
+_STORE_THREADS = 8
 _COPIES = 2  # of what is fetched: itself, and the message to a decoder
 Lookup = Callable[[str, int], Awaitable[list[str]]]
 
@@ -52,6 +55,8 @@ class Fetcher:
         self._hosts = [host.lower() for host in hosts]
         self._prefixes = [prefix if prefix.endswith("/") else prefix + "/" for prefix in prefixes]
         self._max_bytes, self._lookup = max_bytes, lookup or _lookup
+        # Threads of its own: a store that hangs stops nobody who sends the recording itself.
+        self._threads = ThreadPoolExecutor(_STORE_THREADS, "store")
 
     @classmethod
     def of(cls, serve: Serve) -> Fetcher:
@@ -83,7 +88,7 @@ class Fetcher:
         if scheme == "https" and self._hosts:
             return await self._download(url, name, hold)
         if any(url.startswith(prefix) for prefix in self._prefixes):
-            return await asyncio.to_thread(self._object, url, name, hold)
+            return await self._object(url, name, hold)
         raise _refused(f"{name}: this server fetches no such address: send the recording itself (input_audio)")
 
     # --- https ---------------------------------------------------------------------------------------------------
@@ -144,15 +149,19 @@ class Fetcher:
 
     # --- Object stores -------------------------------------------------------------------------------------------
 
-    def _object(self, uri: str, name: str, hold: Hold) -> bytes:
+    async def _object(self, uri: str, name: str, hold: Hold) -> bytes:
         if ".." in uri or any(mark in uri for mark in "?#*\\%"):
             raise _refused(f"{name}: its address must be plain, without '..' or wildcards")
+        loop = asyncio.get_running_loop()
         try:
-            fs, path = locate(uri)
-            if (size := int(fs.info(path)["size"])) > self._max_bytes:
-                raise _too_large(name, self._max_bytes)
-            hold(_COPIES * size)
-            data: bytes = fs.cat_file(path, start=0, end=self._max_bytes + 1)
+            async with asyncio.timeout(TIMEOUT_S):
+                fs, path = await loop.run_in_executor(self._threads, locate, uri)
+                size = int((await loop.run_in_executor(self._threads, fs.info, path))["size"])
+                if size > self._max_bytes:
+                    raise _too_large(name, self._max_bytes)
+                hold(_COPIES * size)
+                read: Callable[[], bytes] = partial(fs.cat_file, path, start=0, end=size)
+                data = await loop.run_in_executor(self._threads, read)
         except ApiError:
             raise
         except NameRefused as error:

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from importlib import resources
 from typing import cast
@@ -20,17 +20,19 @@ from typing import cast
 import numpy as np
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from af2_ray.config import Serve
-from af2_ray.engine.request import Answer, Embedded, Event, Request, RequestFailure
-from serve_apps.admission import COPIES, AskedT, Memory, Places, Visit, visiting, while_there
+from af2_ray.engine.request import Answer, Clip, Embedded, Event, Request, RequestFailure
+from serve_apps.admission import BUSY_RETRY_S, COPIES, AskedT, Memory, Places, Visit, visiting, while_there
 from serve_apps.asking import Asking, ResultT, fingerprint_of, together
 from serve_apps.clips import Clips, clip_key
 from serve_apps.decode_pool import DecodePool
-from serve_apps.events import Chunks, Stream
+from serve_apps.events import Chunks, EventStream, Stream
 from serve_apps.fetch import Fetcher
 from serve_apps.keys import ANYONE, Keys, KeySource, check_open
 from serve_apps.limits import Limits, failure_error
@@ -80,7 +82,9 @@ class Ingress:
         check_open(self._keys, is_meant=settings.open)
         self._decoders = DecodePool(settings.decoders, settings.decoder_memory_mb, settings.max_audio_s)
         self._clips = Clips(self._decoders.read, settings.max_audio_s)
-        self._memory = Memory(max(settings.ingress_memory_mb, COPIES * settings.max_body_mb) * 2**20)
+        least = COPIES * settings.max_body_mb * 2**20
+        limit = max(settings.ingress_memory_mb * 2**20, least)
+        self._memory = Memory(limit, max(limit // 2, least))  # half of it for one key
         self._places = Places(2 * settings.num_slots)  # half of what a replica takes: another key finds room
         self._replicas = Asking()
         self._page = (resources.files("serve_apps") / "page.html").read_text()
@@ -122,13 +126,13 @@ class Ingress:
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(self, http: HttpRequest) -> Response:
         """Answer a chat completion, whole or as server-sent events."""
-        async with self._visit(http, self._limits.read) as visit, AsyncExitStack() as places:
+        async with self._visit(http, self._limits.read) as visit:
             num = visit.asked.n or 1
             self._keys.count(visit.owner, num - 1)
-            await places.enter_async_context(self._places.taking(visit.owner.hex(), num))
+            await visit.held.enter_async_context(self._places.taking(visit.owner.hex(), num))
             files = await self._fetcher.read_all(visit.asked.audios(), visit.hold)
             if visit.asked.stream:
-                return await self._streamed(visit, files, http, places)
+                return await self._streamed(visit, files, http)
             return await self._whole(visit, files)
 
     @api.post("/v1/embeddings")
@@ -161,7 +165,13 @@ class Ingress:
             raise ApiError(400, "name a recording by the SHA-256 of its file: 64 of 0-9a-f", code="invalid_request")
         key = clip_key(bytes.fromhex(sha256), self._salt(owner))
         self._clips.forget(key)
-        await self._model.broadcast("forget", [key]).results_async(timeout_s=self._settings.request_timeout_s)
+        try:
+            await self._model.broadcast("forget", [key]).results_async(timeout_s=self._settings.request_timeout_s)
+        except DeploymentUnavailableError:
+            pass  # no replica, so nothing that it could keep
+        except (RayActorError, TimeoutError) as error:
+            message = "not all replicas have answered whether they keep it: try again"
+            raise ApiError(503, message, code="unavailable", retry_after_s=BUSY_RETRY_S) from error
         return DeletedAudio(id=sha256)
 
     # --- On the way ----------------------------------------------------------------------------------------------
@@ -190,15 +200,17 @@ class Ingress:
             raise ApiError(
                 404, "this server embeds nothing: start it with clap=FOLDER, an AF-CLAP export", code="model_not_found"
             )
+        await visit.held.enter_async_context(self._places.taking(visit.owner.hex(), 1))
         audios = [audio for part in parts if (audio := audio_of(part))]
-        clips, _ = await self._clips.of(await self._fetcher.read_all(audios, visit.hold))
+        clips, _ = await self._clips.of(await self._fetcher.read_all(audios, visit.hold), owner=visit.owner)
+        hold_windows(visit, clips)
         left = iter(clips)
         items = [part.text if isinstance(part, TextPart) else next(left) for part in parts]
 
         async def ask() -> Embedded | RequestFailure:
             return await clap.embed.remote(items)
 
-        result = await self._replicas.retried(ask, fingerprint_of(items))
+        result = await self._replicas.retried(ask, fingerprint_of(items, visit.owner))
         if isinstance(result, RequestFailure):
             raise failure_error(result)
         usage = EmbeddingUsage.of(result.prompt_tokens, sum(clip.duration_s for clip in clips))
@@ -236,9 +248,7 @@ class Ingress:
         self._log(visit, requests[0], answers)
         return JSONResponse(completion.model_dump(exclude=None if requests[0].truncated else {"truncated"}))
 
-    async def _streamed(
-        self, visit: Visit[ChatRequest], files: list[bytes], http: HttpRequest, places: AsyncExitStack
-    ) -> Response:
+    async def _streamed(self, visit: Visit[ChatRequest], files: list[bytes], http: HttpRequest) -> Response:
         """Wait for the first piece, while an error can still be a status and another replica can still be asked."""
 
         async def ask(requests: list[Request]) -> list[tuple[Stream, Event]]:
@@ -251,24 +261,27 @@ class Ingress:
             for stream, _ in begun:
                 stream.cancel()
             raise failure_error(failure)
-        held = places.pop_all()  # until the last piece is sent
+        answers: list[Answer] = []
 
         async def events() -> AsyncIterator[str]:
             chunks = Chunks(f"chatcmpl-{visit.id}", visit.asked)
-            answers: list[Answer] = []
-            try:
-                async with held, while_there(http):
-                    async for chunk in chunks.of(begun, answers):
+            async with while_there(http):
+                async for chunk in chunks.of(begun, answers):
+                    yield chunk
+                if len(answers) == len(begun):
+                    for chunk in chunks.end(usage_of(requests[0], answers)):
                         yield chunk
-                    if len(answers) == len(begun):
-                        for chunk in chunks.end(usage_of(requests[0], answers)):
-                            yield chunk
-            finally:
-                for stream, _ in begun:
-                    stream.cancel()
-                self._log(visit, requests[0], answers)
+            if isinstance(chunks.error, RayActorError):
+                self._replicas.note_death(fingerprint_of([requests[0].prompt, *requests[0].clips], visit.owner))
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        def end() -> None:
+            for stream, _ in begun:
+                stream.cancel()
+            self._log(visit, requests[0], answers)
+
+        held = visit.held.pop_all()
+        held.callback(end)
+        return EventStream(events(), held)
 
     async def _asked(
         self,
@@ -281,11 +294,11 @@ class Ingress:
         owner = "" if visit.owner == ANYONE else visit.owner.hex()
         for anew in (False, True):
             clips, truncated = await self._clips.of(
-                files, model=chat.model, salt=salt, truncate=bool(chat.truncate_audio), anew=anew
+                files, model=chat.model, salt=salt, owner=visit.owner, truncate=bool(chat.truncate_audio), anew=anew
             )
             requests = self._limits.to_engine(chat, visit.id, clips, truncated=truncated, owner=owner)
-            visit.hold(len(requests) * sum(clip.windows.nbytes for clip in clips if clip.windows is not None))
-            fingerprint = fingerprint_of([requests[0].prompt, *clips])
+            hold_windows(visit, clips, len(requests))
+            fingerprint = fingerprint_of([requests[0].prompt, *clips], visit.owner)
             results = await self._replicas.retried(lambda requests=requests: ask(requests), fingerprint)  # type: ignore[misc]
             firsts = [result[1] if isinstance(result, tuple) else result for result in results]
             if not any(isinstance(first, RequestFailure) and first.missing for first in firsts):
@@ -324,6 +337,11 @@ async def _http_error(_: HttpRequest, error: HTTPException) -> JSONResponse:
 async def _server_error(_: HttpRequest, error: Exception) -> JSONResponse:
     logger.error("a request failed", exc_info=error)
     return JSONResponse(ApiError(500, "the server failed; its log has the reason", code="internal").body(), 500)
+
+
+def hold_windows(visit: Visit[AskedT], clips: Sequence[Clip], times: int = 1) -> None:
+    """Take memory for what is sent to replicas, so many times."""
+    visit.hold(times * sum(clip.windows.nbytes for clip in clips if clip.windows is not None))
 
 
 @contextmanager

@@ -136,8 +136,9 @@ class Keys:
                 if self._seen.get(file) != seen:
                     self._files[file] = _digests_of_file(Path(file))
                     self._seen[file] = seen
-            except FileNotFoundError:
-                continue  # of the machine that deployed the server
+            except FileNotFoundError:  # else it is of the machine that deployed the server
+                if self._seen.pop(file, None):
+                    logger.error("the API keys stay as they were: the file %s is gone", file)
             except (OSError, ValueError) as error:
                 logger.error("the API keys stay as they were: %s", error)
 

@@ -96,6 +96,7 @@ class Admission:
         for other in reversed(self.admitted[:]):
             owner = other.request.owner
             if other.clips and held[owner] > held[ticket.request.owner] + 1:
+                other.forgotten.update(self._memory.forgotten_of(other.clips))
                 self.let_go(other)
                 self.waiting.append(other)
                 held[owner] -= 1

@@ -102,6 +102,10 @@ class AudioMemory:
                 self._pinned_bytes += self._bytes(num, True)
         self._shrink()
 
+    def forgotten_of(self, keys: Iterable[str]) -> set[str]:
+        """Those of pinned clips that go when they are not any more."""
+        return self._forgotten.intersection(keys)
+
     def unpin(self, keys: Iterable[str]) -> None:
         """End one hold of each clip."""
         for key in keys:

@@ -277,15 +277,16 @@ class Engine:
     # --- The three parts of a step -------------------------------------------------------------------------------
 
     def _encode(self) -> None:
-        num_before = self.encoder.num_encoded
+        num_before, has_failed = self.encoder.num_encoded, False
         for key, states in self.encoder.step().items():
             if isinstance(states, Tensor):
                 self.memory.put(key, states, len(states) // self._projection.tokens_per_window)
                 continue
+            has_failed = True
             self.health.note_failure("encoding", states)
             for ticket in [ticket for ticket in self._admission.admitted if key in ticket.clips]:
                 self._leave(ticket, _FAILED)
-        if self.encoder.num_encoded > num_before:
+        if self.encoder.num_encoded > num_before and not has_failed:
             self.health.note_work("encoding")
 
     def _begin(self) -> None:

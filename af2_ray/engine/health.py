@@ -24,7 +24,11 @@ from af2_ray.engine.decoder import Decoder
 from af2_ray.engine.encoder import Encoder
 from af2_ray.text import encode
 
-_LOST = ("CUDA error", "device-side assert")
+_LOST = (  # CUDA's errors after which a process has no device; others, as a wrong argument, end with the call
+    *("illegal memory access", "device-side assert", "launch failure", "misaligned address", "illegal instruction"),
+    *("illegal address", "invalid program counter", "hardware stack error", "ECC error", "launch timed out"),
+    *("context is destroyed", "no CUDA-capable device", "unknown error", "EXECUTION_FAILED"),
+)
 _QUOTED = 200  # characters of an error's text
 
 
@@ -84,9 +88,8 @@ class Health:
 def is_lost(error: Exception) -> bool:
     """Whether an error leaves its process without a device: all further calls fail. Memory that is full does not."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
-        return False
-    return isinstance(error, torch.AcceleratorError) or any(words in text for words in _LOST)
+    is_cuda = isinstance(error, torch.AcceleratorError) or "CUDA" in text
+    return is_cuda and any(words in text for words in _LOST)
 
 
 def answer_silence(

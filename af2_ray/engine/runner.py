@@ -15,6 +15,7 @@ from af2_ray.engine.ticket import Emit, Ticket
 
 logger = logging.getLogger(__name__)
 
+_Forgetting = tuple[Sequence[str], "Future[int]"]
 _LONGEST_SLEEP_S = 3600.0  # however long audio is kept: a condition cannot wait for longer than its clock goes
 
 
@@ -45,7 +46,7 @@ class Runner:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._inbox: deque[Call] = deque()
-        self._forgetting: deque[tuple[Sequence[str], Future[int]]] = deque()
+        self._forgetting: deque[_Forgetting] = deque()
         self._wake = threading.Condition()
         self._closed = False
         self._windows = 0  # of the engine's requests, after its last step
@@ -114,9 +115,7 @@ class Runner:
                 self._forgetting.clear()
                 if self._closed:
                     break
-            self._forget(forgetting)
-            if busy or calls:
-                busy = self._step(calls)
+            busy = self._step(calls, forgetting) if busy or calls else self._forget(forgetting)
         for _, number in forgetting:
             _settle(number, 0)
         for call in calls:
@@ -128,16 +127,20 @@ class Runner:
         old_s = self.engine.memory.next_old_s()
         return _LONGEST_SLEEP_S if old_s is None else min(old_s, _LONGEST_SLEEP_S)
 
-    def _forget(self, forgetting: Sequence[tuple[Sequence[str], Future[int]]]) -> None:
+    def _forget(self, forgetting: Sequence[_Forgetting]) -> bool:
         for keys, number in forgetting:
             _settle(number, self.engine.forget(keys))
         self.engine.memory.forget_old()
+        return False
 
-    def _step(self, calls: list[Call]) -> bool:
+    def _step(self, calls: list[Call], forgetting: Sequence[_Forgetting]) -> bool:
         self._step_since = time.monotonic()
         try:
-            for call in calls:
-                call.submit_to(self.engine)
+            try:
+                for call in calls:
+                    call.submit_to(self.engine)
+            finally:
+                self._forget(forgetting)  # those that were handed over before are among them
             return self.engine.step()
         except Exception as error:  # a fault of the engine itself: its requests fail, and it goes on
             logger.exception("the engine failed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +126,45 @@ def test_a_runner_forgets_when_nobody_asks(make: Callable[..., Engine], monkeypa
     time.sleep(0.1)
     assert len(sleeps) <= 3, "it sleeps until then, and then for good"
     runner.close()
+
+
+def test_what_was_asked_before_is_forgotten_with_it(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question that the runner has not looked at yet, then its recording's deletion."""
+    engine = make()
+    runner = Runner(engine)
+    stopped, ends = threading.Event(), list[Event]()
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: stopped.wait(20) and step())
+    submit = lambda key: runner.submit(  # noqa: E731
+        question(key), lambda event: None if isinstance(event, Piece) else ends.append(event)
+    )
+    submit("a")
+    wait_for(lambda: runner.stalled_s() > 0)
+    submit("b")
+    number = runner.forget(["b"])
+    stopped.set()
+    wait_for(lambda: len(ends) == 2)
+    assert number.result(20) == 0
+    assert ["a" in engine.memory, "b" in engine.memory] == [True, False]
+    runner.close()
+
+
+def test_what_makes_way_stays_forgotten(make: Callable[..., Engine]) -> None:
+    engine = make()
+    admission, memory = engine._admission, engine.memory
+    tickets = [engine.submit(replace(question(key), owner="much"), lambda _: None) for key in "abc"]
+    admission.admit(())
+    engine.forget(["c"])
+    assert tickets[2] in admission.admitted
+    memory._limit = 0
+    other = engine.submit(replace(question("d"), owner="little"), lambda _: None)
+    admission.admit(())
+    assert tickets[2] in admission.waiting or other in admission.admitted
+    while engine.step():
+        pass
+    assert "c" not in engine.memory
 
 
 def test_a_runner_forgets_from_any_thread(make: Callable[..., Engine]) -> None:

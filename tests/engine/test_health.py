@@ -56,6 +56,7 @@ def broken(error: Exception) -> Callable[..., Any]:
 
 PARTS: dict[str, Callable[[Engine], tuple[Any, str]]] = {
     "encoding": lambda engine: (engine.model.audio_tower, "forward"),
+    "encoding, behind the tower": lambda engine: (engine.model.audio_transform, "forward"),
     "reading": lambda engine: (engine._decoder, "prefill"),
     "writing": lambda engine: (engine._decoder, "decode"),
 }
@@ -68,7 +69,9 @@ def test_a_lost_device_is_found_at_once(engine: Engine, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(*PARTS[part](engine), broken(torch.AcceleratorError(LOST)))
         assert ask(engine) == [False]
-    assert engine.health.fault.startswith(f"the device is lost, in {part}: AcceleratorError: CUDA error")
+    assert engine.health.fault.startswith(
+        f"the device is lost, in {part.partition(',')[0]}: AcceleratorError: CUDA error"
+    )
     ask(engine)
     assert engine.health.fault, "a device that is lost stays so, whatever seems to work"
 
@@ -83,7 +86,8 @@ def test_what_always_fails_is_found(
         for num in range(3):
             assert engine.health.fault == "", f"after {num} failures"
             assert ask(engine) == [False]
-        assert engine.health.fault.startswith(f"{part} failed 3 times in a row, then a question of its own: Runtime")
+        name = part.partition(",")[0]
+        assert engine.health.fault.startswith(f"{name} failed 3 times in a row, then a question of its own: Runtime")
     assert ask(engine) == [True]
     assert engine.health.fault == "", "it works again"
 
@@ -142,6 +146,8 @@ def test_an_own_question_leaves_running_answers_alone(engine: Engine) -> None:
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), True),
         (torch.OutOfMemoryError(FULL), False),
         (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("CUDA error: invalid configuration argument"), False),
         (RuntimeError("shapes do not match"), False),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from serve_apps.admission import Memory
 from serve_apps.fetch import Fetcher, _Checked, is_public
 from serve_apps.keys import ANYONE, Keys, KeySource
 from serve_apps.schemas import ApiError, AudioUrl, InputAudio
@@ -246,6 +248,24 @@ def test_a_redirect_is_checked_as_the_first_address_was(monkeypatch: pytest.Monk
         read(Fetcher(["good.org"], [], 1000), "https://good.org/a.wav")
     assert (caught.value.status, caught.value.code) == (400, "audio_url_not_allowed")
     assert asked == ["https://good.org/a.wav"]
+
+
+def test_a_store_that_hangs_holds_nothing_for_who_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, go_on = fsspec.filesystem("memory"), threading.Event()
+    store.pipe_file("/slow/a.wav", b"stored")
+    real = type(store).info
+    monkeypatch.setattr(type(store), "info", lambda *args, **more: go_on.wait(10) and real(*args, **more))
+    fetcher, memory = Fetcher([], ["memory://slow"], 1000), Memory(1000)
+
+    async def run() -> None:
+        with memory.holding() as hold, pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await fetcher.read_all([AudioUrl(url="memory://slow/a.wav")] * 4, hold)
+        go_on.set()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+    assert memory.held == 0
 
 
 def test_what_is_in_the_request_or_in_an_allowed_store() -> None:

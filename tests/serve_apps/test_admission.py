@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from af2_ray.engine.request import Clip
 from serve_apps.admission import COPIES, Memory, Places, body_of, visiting
 from serve_apps.asking import Asking, fingerprint_of, together
+from serve_apps.events import EventStream
 from serve_apps.fetch import Fetcher
 from serve_apps.schemas import ApiError, AudioUrl
 
@@ -60,6 +61,48 @@ def test_memory_is_taken_as_it_comes_and_given_back() -> None:
             full = refused(body_of(request(bytes(11)), any_size, second, 1.0))
             assert (full.status, full.retry_after_s) == (429, 5)
     assert memory.held == 0
+
+
+def test_one_key_takes_no_more_than_its_memory() -> None:
+    memory = Memory(100, 50)
+    with memory.holding(b"a") as one, memory.holding(b"a") as two, memory.holding(b"b") as other:
+        one(40)
+        with pytest.raises(ApiError, match="too many requests"):
+            two(11)
+        other(50)
+        two(10)
+    assert memory.held == 0
+
+
+def test_an_answer_holds_what_it_took_until_its_last_piece() -> None:
+    """A stream is written when its handler has long returned; its caller may even be gone before it begins."""
+    memory, ended = Memory(2**20), []
+
+    async def handler() -> EventStream:
+        http = request(b"what?")
+        async with visiting(http, bytes, lambda: b"a", memory, any_size, body_s=1.0, limit_s=1.0) as its:
+            its.hold(1000)
+            held = its.held.pop_all()
+        held.callback(ended.append, "over")
+
+        async def events() -> AsyncIterator[str]:
+            assert memory.held
+            yield "data"
+
+        return EventStream(events(), held)
+
+    async def gone(_: Any) -> None:
+        raise OSError("gone")
+
+    async def run() -> None:
+        response = await handler()
+        assert memory.held >= 1000
+        with pytest.raises(BaseException, match=r"gone|ClientDisconnect|") as caught:
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, request().receive, gone)
+        assert not isinstance(caught.value, AssertionError)
+
+    asyncio.run(run())
+    assert (memory.held, ended) == (0, ["over"])
 
 
 def visit(http: Request, inner: Callable[[], Awaitable[None]], limit_s: float = 5.0) -> Awaitable[None]:
@@ -144,10 +187,11 @@ def test_recordings_are_fetched_at_the_same_time(monkeypatch: pytest.MonkeyPatch
     assert len(ended) == 8, "the first error ends the others"
 
 
-def test_what_ended_two_replicas_is_not_asked_again() -> None:
+def test_what_ends_replicas_is_not_asked_again() -> None:
     now, asked = [0.0], []
     asking = Asking(clock=lambda: now[0])
-    bad, good = fingerprint_of(["why?", Clip("a", 1)]), fingerprint_of(["why?", Clip("b", 1)])
+    bad, good = (fingerprint_of(["why?", Clip(key, 1)], b"ann") for key in "ab")
+    assert bad != fingerprint_of(["why?", Clip("a", 1)], b"bob"), "others ask for themselves"
 
     async def end() -> str:
         asked.append(1)
@@ -157,7 +201,10 @@ def test_what_ended_two_replicas_is_not_asked_again() -> None:
         return "because"
 
     assert refused(asking.retried(end, bad)).status == 503
-    assert (refused(asking.retried(end, bad)).status, len(asked)) == (400, 2)
+    assert asyncio.run(asking.retried(answer, bad)) == "because", "another one may have been at fault"
+    assert refused(asking.retried(end, bad)).status == 503
+    assert (refused(asking.retried(end, bad)).status, len(asked)) == (400, 5)
+    assert (refused(asking.retried(end, bad)).status, len(asked)) == (400, 5)
     assert asyncio.run(asking.retried(answer, good)) == "because"
     now[0] = 601.0
     assert asyncio.run(asking.retried(answer, bad)) == "because"

@@ -17,7 +17,7 @@ import pytest
 import serve_toy
 import soundfile as sf
 
-from serve_apps.decode_pool import DecodePool
+from serve_apps.decode_pool import DecodePool, is_audio
 from serve_apps.decode_process import read_recording
 from serve_apps.schemas import ApiError
 
@@ -116,6 +116,35 @@ def test_a_decoder_that_dies_costs_one_request() -> None:
     assert (error.status, "broke down" in error.message) == (400, True)
     assert asyncio.run(pool.read(serve_toy.wav(), "audio 1", 300.0)).duration_s == 1.0
     pool.close()
+
+
+def test_one_key_s_long_recordings_do_not_hold_up_another(pool: DecodePool) -> None:
+    long = in_format("FLAC", np.zeros((30 * 192_000, 8), np.int16), 192_000)
+
+    async def run() -> float:
+        flood = [asyncio.create_task(pool.read(long, "audio 1", 300.0, owner=b"a")) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        flood[0].cancel()  # its process is still at it, so it keeps its place
+        since = time.monotonic()
+        await pool.read(serve_toy.wav(), "audio 1", 300.0, owner=b"b")
+        took_s = time.monotonic() - since
+        await asyncio.gather(*flood, return_exceptions=True)
+        return took_s / (time.monotonic() - since)
+
+    async def start() -> None:
+        await asyncio.gather(*(pool.read(serve_toy.wav(), "audio 1", 300.0, owner=owner) for owner in (b"a", b"b")))
+
+    asyncio.run(start())
+    assert asyncio.run(run()) < 0.3
+    assert pool._places._taken == {}
+
+
+def test_decoders_that_are_slow_or_behind_a_tag_are_not_reached(pool: DecodePool) -> None:
+    assert refused(pool, in_format("WAV", TONE, 8_000, "G721_32")).code == "invalid_audio"
+    tag = b"ID3\x04\x00\x00\x00\x00\x00\x05tagged"[:15]
+    assert not is_audio(tag + in_format("AIFF", TONE))
+    assert is_audio(tag + tag + in_format("MP3", TONE, subtype="MPEG_LAYER_III"))
+    assert is_audio(tag + in_format("FLAC", TONE))
 
 
 def test_a_decoder_knows_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def take(body: bytes | dict[str, Any]) -> Request:
     return all_of(raw)[0]
 
 
-async def decode(data: bytes, name: str, left_s: float, truncate: bool) -> Recording:
+async def decode(data: bytes, name: str, left_s: float, truncate: bool, owner: bytes = b"") -> Recording:
     """A recording, decoded in this process."""
     return read_recording(data, name, left_s, truncate=truncate, limit_s=LIMITS.max_audio_s)
 
@@ -98,9 +98,9 @@ def test_several_answers_and_log_probabilities() -> None:
 def test_audio_heard_before_is_not_decoded() -> None:
     decoded = []
 
-    async def counted(data: bytes, name: str, left_s: float, truncate: bool) -> Recording:
+    async def counted(data: bytes, name: str, left_s: float, truncate: bool, owner: bytes = b"") -> Recording:
         decoded.append(name)
-        return await decode(data, name, left_s, truncate)
+        return await decode(data, name, left_s, truncate, owner)
 
     clips, audio = Clips(counted, 20.0), serve_toy.wav(12.0)
     (first,), _ = clips_of(clips, [audio], model="af2")
