@@ -23,24 +23,31 @@ from ray import cloudpickle, serve
 from af2_ray.cluster import capacity, prospect, shortage
 from af2_ray.config import Serve, load_recipe
 from serve_apps import ingress
+from serve_apps.admission import LEAST_RATE
 from serve_apps.embedding import REQUESTS_PER_PASS, Clap
 from serve_apps.ingress import Ingress, api
-from serve_apps.keys import Keys
+from serve_apps.keys import KeySource
 from serve_apps.replica import Model
 
 APP_NAME = "af2"
 _LEAVING_S = 5.0
 _INGRESS_CPUS = 0.25
 _LEAST_CPUS = 0.1
-_INGRESS_REQUESTS = 64  # a replica of the ingress holds this many bodies at most
+_INGRESS_REQUESTS = 1024  # at one replica of the ingress: slow uploads too; memory is what bounds them
+_INGRESS_LOAD = 16  # requests that a replica of the ingress should have at a time; more: another one
+_HEALTH_S = 5.0  # Serve replaces a replica after three failed checks
 
 # By value, once the module is whole: `serve.ingress` rewrites the signatures of the handlers in this process, and a
 # replica that imported the module itself would take `self` for a parameter of the request (and answer 422).
 cloudpickle.register_pickle_by_value(ingress)
 # Not as decorators: those would hide the classes, and the replicas would miss every name defined further down.
 _MODEL = serve.deployment(name="Model")(Model)
-_CLAP = serve.deployment(name="Clap", max_ongoing_requests=2 * REQUESTS_PER_PASS)(Clap)
-_INGRESS = serve.deployment(name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS)(serve.ingress(api)(Ingress))
+_CLAP = serve.deployment(
+    name="Clap", max_ongoing_requests=2 * REQUESTS_PER_PASS, max_queued_requests=8 * REQUESTS_PER_PASS
+)(Clap)
+_INGRESS = serve.deployment(
+    name="Ingress", max_ongoing_requests=_INGRESS_REQUESTS, max_queued_requests=_INGRESS_REQUESTS
+)(serve.ingress(api)(Ingress))
 
 
 class AppArgs(BaseModel):
@@ -69,10 +76,23 @@ def app(args: dict[str, Any]) -> serve.Application:
         raise ValueError("which model? pass model=FOLDER (an exported model) or set AF2_MODEL")
     if given.overrides and not given.recipe:
         raise ValueError("overrides need a recipe to override: pass recipe=NAME too")
-    settings = load_recipe(given.recipe, given.overrides.split()).serve if given.recipe else Serve()
+    settings = _settings(given)
     more = {name: _absolute(folder) for name, folder in settings.more_models.items()}
     settings = settings.model_copy(update={"more_models": more})
     return build(_absolute(given.model), settings, _absolute(given.clap) if given.clap else None)
+
+
+def _settings(given: AppArgs) -> Serve:
+    return load_recipe(given.recipe, given.overrides.split()).serve if given.recipe else Serve()
+
+
+def longest_s(settings: Serve) -> float:
+    """Seconds that a request can take from its first byte to the end of its answer, for Serve's `request_timeout_s`.
+
+    The ingress has limits of its own for each part. What is still there then is a reader who does not read.
+    """
+    body_s = settings.body_timeout_s + settings.max_body_mb * 2**20 / LEAST_RATE
+    return body_s + 2 * settings.request_timeout_s + _LEAVING_S
 
 
 def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Application:
@@ -94,6 +114,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         },
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         graceful_shutdown_timeout_s=leaving_s,
+        health_check_period_s=_HEALTH_S,
         max_ongoing_requests=4 * settings.num_slots,
         max_queued_requests=8 * settings.num_slots,
     )
@@ -101,7 +122,7 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": _INGRESS_REQUESTS / 4,
+            "target_ongoing_requests": _INGRESS_LOAD,
         },
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
         graceful_shutdown_timeout_s=leaving_s,
@@ -110,8 +131,9 @@ def build(folder: str, settings: Serve, clap: str | None = None) -> serve.Applic
         autoscaling_config={"min_replicas": _min_embedders(settings), "max_replicas": settings.max_replicas},
         ray_actor_options={"num_cpus": cpus, "num_gpus": settings.embedding_gpus},
         graceful_shutdown_timeout_s=leaving_s,
+        health_check_period_s=_HEALTH_S,
     )
-    keys = Keys.digests_of_environment()  # of who deploys: a replica's environment may be another
+    keys = KeySource.of_environment()  # of who deploys: a replica's environment may be another
     return front.bind(model.bind(folder, settings), settings, embedder.bind(clap) if clap else None, keys)
 
 
@@ -188,14 +210,16 @@ def run_app(
         RuntimeError: the model's replica did not start (Serve's message has the reason).
     """
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is none
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(f"port {port} of 127.0.0.1 is taken: choose another, or 0 for a free one") from error
         port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    args = {"model": str(model), "recipe": recipe, "overrides": " ".join(overrides), "clap": str(clap)}
+    longest = longest_s(_settings(AppArgs.model_validate(args)))
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": longest})
     try:
-        args = {"model": str(model), "recipe": recipe, "overrides": " ".join(overrides), "clap": str(clap)}
         serve.run(app(args), name=APP_NAME)
         yield f"http://127.0.0.1:{port}/v1"
     finally:

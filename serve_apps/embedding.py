@@ -23,9 +23,16 @@ class Clap:
 
         self._embedder = Embedder.from_pretrained(folder, own_device())
 
+        self._fault = ""
+
+    def check_health(self) -> None:
+        """Called by Serve: a replica whose device is lost makes room for another."""
+        if self._fault:
+            raise RuntimeError(self._fault)
+
     async def embed(self, items: Sequence[str | Clip]) -> Embedded | RequestFailure:
         """The vectors of a request's items, in order."""
-        tokens = self._embedder.read(items)
+        tokens = await asyncio.to_thread(self._embedder.read, items)  # long texts take seconds
         if isinstance(tokens, RequestFailure):
             return tokens
         embedded: Embedded = await self._pass(items)
@@ -33,4 +40,11 @@ class Clap:
 
     @serve.batch(max_batch_size=REQUESTS_PER_PASS, batch_wait_timeout_s=_WAIT_S)
     async def _pass(self, requests: list[Sequence[str | Clip]]) -> list[Embedded]:
-        return await asyncio.to_thread(self._embedder, requests)
+        from af2_ray.engine.health import is_lost
+
+        try:
+            return await asyncio.to_thread(self._embedder, requests)
+        except Exception as error:
+            if is_lost(error):
+                self._fault = f"the device is lost: {error}"[:200]
+            raise

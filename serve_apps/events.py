@@ -7,6 +7,11 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack
+from typing import Protocol
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from af2_ray.engine.request import Answer, Event, Piece, RequestFailure
 from serve_apps.limits import failure_error
@@ -15,8 +20,38 @@ from serve_apps.schemas import ApiError, ChatRequest
 
 logger = logging.getLogger("ray.serve")
 
-Begun = tuple[AsyncIterator[Event], Event]
+
+class Stream(Protocol):
+    """The events of an answer that a replica is writing."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    async def __anext__(self) -> Event: ...
+
+    def cancel(self) -> None:
+        """Give the answer up."""
+
+
+Begun = tuple[Stream, Event]
 """A stream and the event that was taken from it already."""
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events.
+
+    Args:
+        events: the events.
+        held: what the answer holds until its end, whether its caller hears it or not.
+    """
+
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        async with self._held:
+            await super().__call__(scope, receive, send)
 
 
 class Chunks:
@@ -24,6 +59,8 @@ class Chunks:
 
     def __init__(self, id_: str, chat: ChatRequest) -> None:
         self._id, self._chat, self._created = id_, chat, int(time.time())
+        self.error: Exception | RequestFailure | None = None
+        """What an answer broke off with."""
 
     async def of(self, begun: Sequence[Begun], answers: list[Answer]) -> AsyncIterator[str]:
         """Role, pieces and reason of each answer as they come; whole answers go to `answers`.
@@ -44,6 +81,7 @@ class Chunks:
                     answers.append(event)
                     yield self._chunk([ChunkChoice(index=index, delta=Delta(), finish_reason=event.finish_reason)])
                 else:
+                    self.error = event
                     logger.warning("%s ended in the middle: %r", self._id, event)
                     broken = ApiError(500, "the answer broke off: ask again", code="generation_failed")
                     yield f"data: {json.dumps(broken.body())}\n\n"
@@ -64,7 +102,7 @@ class Chunks:
 
 
 async def _pass_on(
-    index: int, stream: AsyncIterator[Event], first: Event, events: asyncio.Queue[tuple[int, Event | Exception]]
+    index: int, stream: Stream, first: Event, events: asyncio.Queue[tuple[int, Event | Exception]]
 ) -> None:
     """Every event of one answer, with its index; what goes wrong on the way is the last."""
     event = first

@@ -13,6 +13,8 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -21,12 +23,20 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from af2_ray.config import Serve
 from af2_ray.storage.places import NameRefused, allow, locate
+from serve_apps.admission import Hold
 from serve_apps.limits import decode_base64
 from serve_apps.schemas import ApiError, AudioUrl, InputAudio
 
 MAX_REDIRECTS = 3
 TIMEOUT_S = 20.0
+_GLOBAL, _DOCUMENTS = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("3fff::/20")
+_STORE_THREADS = 8
+_COPIES = 2  # of what is fetched: itself, and the message to a decoder
 Lookup = Callable[[str, int], Awaitable[list[str]]]
+
+
+def _hold_nothing(num_bytes: int) -> None:
+    """Memory that is not counted."""
 
 
 class Fetcher:
@@ -45,6 +55,8 @@ class Fetcher:
         self._hosts = [host.lower() for host in hosts]
         self._prefixes = [prefix if prefix.endswith("/") else prefix + "/" for prefix in prefixes]
         self._max_bytes, self._lookup = max_bytes, lookup or _lookup
+        # Threads of its own: a store that hangs stops nobody who sends the recording itself.
+        self._threads = ThreadPoolExecutor(_STORE_THREADS, "store")
 
     @classmethod
     def of(cls, serve: Serve) -> Fetcher:
@@ -52,8 +64,21 @@ class Fetcher:
         allow([prefix.partition("://")[0] for prefix in serve.audio_url_prefixes])
         return cls(serve.audio_url_hosts, serve.audio_url_prefixes, serve.max_body_mb * 2**20)
 
-    async def read(self, audio: InputAudio | AudioUrl, name: str) -> bytes:
-        """The bytes of one recording; `ApiError` 4xx says what is wrong with `name`."""
+    async def read_all(self, audios: Sequence[InputAudio | AudioUrl], hold: Hold = _hold_nothing) -> list[bytes]:
+        """The bytes of all recordings of a request, fetched at the same time; the first error ends them all."""
+        tasks = [asyncio.create_task(self.read(audio, f"audio {n + 1}", hold)) for n, audio in enumerate(audios)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def read(self, audio: InputAudio | AudioUrl, name: str, hold: Hold = _hold_nothing) -> bytes:
+        """The bytes of one recording; `ApiError` 4xx says what is wrong with `name`.
+
+        Args:
+            hold: function that takes memory for what is fetched.
+        """
         if isinstance(audio, InputAudio):
             return await asyncio.to_thread(decode_base64, audio.data, name)
         url = audio.url
@@ -61,14 +86,14 @@ class Fetcher:
         if scheme == "data":
             return await asyncio.to_thread(decode_base64, url, name)
         if scheme == "https" and self._hosts:
-            return await self._download(url, name)
+            return await self._download(url, name, hold)
         if any(url.startswith(prefix) for prefix in self._prefixes):
-            return await asyncio.to_thread(self._object, url, name)
+            return await self._object(url, name, hold)
         raise _refused(f"{name}: this server fetches no such address: send the recording itself (input_audio)")
 
     # --- https ---------------------------------------------------------------------------------------------------
 
-    async def _download(self, url: str, name: str) -> bytes:
+    async def _download(self, url: str, name: str, hold: Hold) -> bytes:
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         connector = aiohttp.TCPConnector(resolver=_Checked(self._lookup), use_dns_cache=False)
         try:
@@ -83,14 +108,15 @@ class Fetcher:
                             continue
                         if response.status != 200:
                             raise _failed(f"{name}: its address answers with status {response.status}")
-                        return await self._body(response, name)
+                        return await self._body(response, name, hold)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise _failed(f"{name}: its address cannot be fetched: check it, or send the recording itself") from error
         raise _failed(f"{name}: its address redirects more than {MAX_REDIRECTS} times")
 
-    async def _body(self, response: aiohttp.ClientResponse, name: str) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, name: str, hold: Hold) -> bytes:
         data = bytearray()
         async for chunk in response.content.iter_chunked(2**16):
+            hold(_COPIES * len(chunk))
             data += chunk
             if len(data) > self._max_bytes:
                 raise _too_large(name, self._max_bytes)
@@ -115,22 +141,27 @@ class Fetcher:
         if not allowed:
             raise _refused(f"{name}: this server fetches nothing from that host: send the recording itself")
         try:  # a literal address is connected to without asking the resolver
-            literal = ipaddress.ip_address(host)
-        except ValueError:
-            return
-        if not is_public(str(literal)):
+            is_open = is_public(host)
+        except ValueError:  # a name, unless it is an address in one of the other spellings (2130706433, 0x7f.1)
+            is_open = re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]) is None
+        if not is_open:
             raise _refused(f"{name}: this server fetches nothing from that host: send the recording itself")
 
     # --- Object stores -------------------------------------------------------------------------------------------
 
-    def _object(self, uri: str, name: str) -> bytes:
+    async def _object(self, uri: str, name: str, hold: Hold) -> bytes:
         if ".." in uri or any(mark in uri for mark in "?#*\\%"):
             raise _refused(f"{name}: its address must be plain, without '..' or wildcards")
+        loop = asyncio.get_running_loop()
         try:
-            fs, path = locate(uri)
-            if int(fs.info(path)["size"]) > self._max_bytes:
-                raise _too_large(name, self._max_bytes)
-            data: bytes = fs.cat_file(path, start=0, end=self._max_bytes + 1)
+            async with asyncio.timeout(TIMEOUT_S):
+                fs, path = await loop.run_in_executor(self._threads, locate, uri)
+                size = int((await loop.run_in_executor(self._threads, fs.info, path))["size"])
+                if size > self._max_bytes:
+                    raise _too_large(name, self._max_bytes)
+                hold(_COPIES * size)
+                read: Callable[[], bytes] = partial(fs.cat_file, path, start=0, end=size)
+                data = await loop.run_in_executor(self._threads, read)
         except ApiError:
             raise
         except NameRefused as error:
@@ -178,6 +209,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip in ipaddress.ip_network("64:ff9b::/96"):  # an IPv4 address behind NAT64
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip not in _GLOBAL or ip in _DOCUMENTS:  # what Python calls global has gaps (::/96, fec0::/10, 5f00::/16)
+            return False
     return ip.is_global and not ip.is_multicast
 
 

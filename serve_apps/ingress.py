@@ -1,43 +1,46 @@
 """OpenAI's API in front of the model: reads and checks requests, decodes audio, passes questions on and answers back.
 
 What is wrong with a request is found here, on CPUs, before it costs the model anything. A recording that the model has
-heard before is known by its bytes: it is neither decoded nor sent again, unless the replica has forgotten it.
+heard before is known by its bytes: it is neither decoded nor sent again, unless the replica has forgotten it. One
+deadline holds for all that happens to a request until its answer begins: its body's fetching, decoding and waiting too.
 """
 
 # No `from __future__ import annotations`: FastAPI reads the handlers' annotations in the replica, where the names that
 # only annotations use are not known any more (`af2` sends this module by value).
 
-import asyncio
 import logging
 import re
 import time
-import uuid
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from importlib import resources
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from af2_ray.config import Serve
-from af2_ray.engine.request import Answer, Embedded, Event, Request, RequestFailure
-from serve_apps.events import Chunks
+from af2_ray.engine.request import Answer, Clip, Embedded, Event, Request, RequestFailure
+from serve_apps.admission import BUSY_RETRY_S, COPIES, AskedT, Memory, Places, Visit, visiting, while_there
+from serve_apps.asking import Asking, ResultT, fingerprint_of, together
+from serve_apps.clips import Clips, clip_key
+from serve_apps.decode_pool import DecodePool
+from serve_apps.events import Chunks, EventStream, Stream
 from serve_apps.fetch import Fetcher
-from serve_apps.keys import Keys
+from serve_apps.keys import ANYONE, Keys, KeySource, check_open
 from serve_apps.limits import Limits, failure_error
 from serve_apps.openapi import describe
 from serve_apps.replies import (
     ChatCompletion,
     Choice,
+    DeletedAudio,
     EmbeddingList,
     EmbeddingUsage,
     LabelList,
@@ -53,13 +56,10 @@ from serve_apps.telemetry import scrape
 
 logger = logging.getLogger("ray.serve")  # the one whose lines carry Serve's replica and request id
 
-_BUSY_RETRY_S = 5
-_HEARD = 4096  # recordings that are known by their bytes
 _PAGE_POLICY = (  # the page needs nothing from anywhere else
     "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
 )
-ResultT = TypeVar("ResultT")
 
 api = FastAPI(title="af2_ray", description="Questions of audio, answered by Audio Flamingo 2.")
 api.openapi = partial(describe, api)  # type: ignore[method-assign]
@@ -73,18 +73,24 @@ class Ingress:
         model: DeploymentHandle,
         settings: Serve,
         clap: DeploymentHandle | None = None,
-        keys: Sequence[bytes] = (),
+        keys: KeySource | None = None,
     ) -> None:
-        self._model, self._clap = model, clap
+        self._model, self._clap, self._settings = model, clap, settings
         self._limits = Limits.of(settings)
         self._fetcher = Fetcher.of(settings)
-        self._keys = Keys.from_environment(settings.requests_per_minute, keys)
-        self._timeout_s = settings.request_timeout_s
+        self._keys = Keys([keys or KeySource(), KeySource.of_environment()], settings.requests_per_minute)
+        check_open(self._keys, is_meant=settings.open)
+        self._decoders = DecodePool(settings.decoders, settings.decoder_memory_mb, settings.max_audio_s)
+        self._clips = Clips(self._decoders.read, settings.max_audio_s)
+        least = COPIES * settings.max_body_mb * 2**20
+        limit = max(settings.ingress_memory_mb * 2**20, least)
+        self._memory = Memory(limit, max(limit // 2, least))  # half of it for one key
+        self._places = Places(2 * settings.num_slots)  # half of what a replica takes: another key finds room
+        self._replicas = Asking()
         self._page = (resources.files("serve_apps") / "page.html").read_text()
         embedders = [self._limits.embedder_name] if clap else []
         names = [self._limits.model_name, *self._limits.more_models, *embedders]
         self._cards = {name: ModelCard(id=name, created=int(time.time())) for name in names}
-        self._heard: OrderedDict[tuple[str, str], float] = OrderedDict()  # seconds, by model and recording
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> HTMLResponse:
@@ -120,76 +126,106 @@ class Ingress:
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(self, http: HttpRequest) -> Response:
         """Answer a chat completion, whole or as server-sent events."""
-        start, request_id = time.monotonic(), request_id_of(http)
-        try:
-            self._keys.take(http.headers.get("authorization"))
-            chat = self._limits.read(await body_of(http, self._limits))
-            files = [await self._fetcher.read(audio, f"audio {n + 1}") for n, audio in enumerate(chat.audios())]
-            answer = self._streamed if chat.stream else self._whole
-            response = await answer(chat, files, request_id, start)
-        except ApiError as error:
-            logger.info("request %s refused: %d %s", request_id, error.status, error.code)
-            raise
-        response.headers["x-request-id"] = request_id
-        return response
+        async with self._visit(http, self._limits.read) as visit:
+            num = visit.asked.n or 1
+            self._keys.count(visit.owner, num - 1)
+            await visit.held.enter_async_context(self._places.taking(visit.owner.hex(), num))
+            files = await self._fetcher.read_all(visit.asked.audios(), visit.hold)
+            if visit.asked.stream:
+                return await self._streamed(visit, files, http)
+            return await self._whole(visit, files)
 
     @api.post("/v1/embeddings")
     async def embeddings(self, http: HttpRequest) -> EmbeddingList:
         """Unit vectors of texts and recordings in one space."""
-        self._keys.take(http.headers.get("authorization"))
         with about_input():
-            request = self._limits.read_embedding(await body_of(http, self._limits))
-            embedded, usage = await self._embedded(request.input, request_id_of(http))
-        as_base64 = request.encoding_format == "base64"
-        return EmbeddingList.of(embedded.vectors, as_base64=as_base64, model=request.model, usage=usage)
+            async with self._visit(http, self._limits.read_embedding) as visit:
+                embedded, usage = await self._embedded(visit, visit.asked.input)
+        as_base64, model = visit.asked.encoding_format == "base64", visit.asked.model
+        return EmbeddingList.of(embedded.vectors, as_base64=as_base64, model=model, usage=usage)
 
     @api.post("/v1/audio/labels")
     async def labels(self, http: HttpRequest) -> LabelList:
         """How well each label fits a recording, the best first: zero-shot, by AF-CLAP."""
-        self._keys.take(http.headers.get("authorization"))
         with about_input():
-            request = self._limits.read_labels(await body_of(http, self._limits))
-            texts = [TextPart(type="text", text=text) for text in request.texts()]
-            embedded, usage = await self._embedded([request.input, *texts], request_id_of(http))
+            async with self._visit(http, self._limits.read_labels) as visit:
+                texts = [TextPart(type="text", text=text) for text in visit.asked.texts()]
+                embedded, usage = await self._embedded(visit, [visit.asked.input, *texts])
         fit = embedded.scale * embedded.vectors[1:] @ embedded.vectors[0]
         scores = np.exp(fit - fit.max())
-        ranked = sorted(zip((scores / scores.sum()).tolist(), request.candidate_labels, strict=True), reverse=True)
+        ranked = sorted(zip((scores / scores.sum()).tolist(), visit.asked.candidate_labels, strict=True), reverse=True)
         data = [LabelScore(label=label, score=score) for score, label in ranked]
-        return LabelList(data=data, model=request.model, usage=usage)
+        return LabelList(data=data, model=visit.asked.model, usage=usage)
 
-    async def _embedded(self, parts: Sequence[Content], request_id: str) -> tuple[Embedded, EmbeddingUsage]:
+    @api.delete("/v1/audio/{sha256}")
+    async def forget(self, sha256: str, http: HttpRequest) -> DeletedAudio:
+        """Forget a recording, by the SHA-256 of its file: what the model's replicas keep of it, for this API key."""
+        owner = self._keys.take(http.headers.get("authorization"))
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise ApiError(400, "name a recording by the SHA-256 of its file: 64 of 0-9a-f", code="invalid_request")
+        key = clip_key(bytes.fromhex(sha256), self._salt(owner))
+        self._clips.forget(key)
+        try:
+            await self._model.broadcast("forget", [key]).results_async(timeout_s=self._settings.request_timeout_s)
+        except DeploymentUnavailableError:
+            pass  # no replica, so nothing that it could keep
+        except (RayActorError, TimeoutError) as error:
+            message = "not all replicas have answered whether they keep it: try again"
+            raise ApiError(503, message, code="unavailable", retry_after_s=BUSY_RETRY_S) from error
+        return DeletedAudio(id=sha256)
+
+    # --- On the way ----------------------------------------------------------------------------------------------
+
+    def _visit(
+        self, http: HttpRequest, parse: Callable[[bytearray], AskedT]
+    ) -> AbstractAsyncContextManager[Visit[AskedT]]:
+        settings = self._settings
+        return visiting(
+            http,
+            parse,
+            lambda: self._keys.take(http.headers.get("authorization")),
+            self._memory,
+            self._limits.check_size,
+            body_s=settings.body_timeout_s,
+            limit_s=settings.request_timeout_s,
+        )
+
+    def _salt(self, owner: bytes) -> bytes:
+        return b"" if self._settings.share_audio else owner
+
+    async def _embedded(self, visit: Visit[AskedT], parts: Sequence[Content]) -> tuple[Embedded, EmbeddingUsage]:
         """Vectors of parts, in order."""
-        start = time.monotonic()
         clap = self._clap
         if clap is None:
             raise ApiError(
                 404, "this server embeds nothing: start it with clap=FOLDER, an AF-CLAP export", code="model_not_found"
             )
+        await visit.held.enter_async_context(self._places.taking(visit.owner.hex(), 1))
         audios = [audio for part in parts if (audio := audio_of(part))]
-        files = [await self._fetcher.read(audio, f"audio {n + 1}") for n, audio in enumerate(audios)]
-        clips, _ = await asyncio.to_thread(self._limits.read_audios, files, {})
+        clips, _ = await self._clips.of(await self._fetcher.read_all(audios, visit.hold), owner=visit.owner)
+        hold_windows(visit, clips)
         left = iter(clips)
         items = [part.text if isinstance(part, TextPart) else next(left) for part in parts]
 
         async def ask() -> Embedded | RequestFailure:
             return await clap.embed.remote(items)
 
-        result = await self._retried(ask)
+        result = await self._replicas.retried(ask, fingerprint_of(items, visit.owner))
         if isinstance(result, RequestFailure):
             raise failure_error(result)
         usage = EmbeddingUsage.of(result.prompt_tokens, sum(clip.duration_s for clip in clips))
-        audio_s, took_s = usage.prompt_tokens_details.audio_seconds, time.monotonic() - start
-        logger.info("request %s: embedded=%d audio_s=%.1f took_s=%.2f", request_id, len(parts), audio_s, took_s)
+        audio_s, took_s = usage.prompt_tokens_details.audio_seconds, time.monotonic() - visit.start
+        logger.info("request %s: embedded=%d audio_s=%.1f took_s=%.2f", visit.id, len(parts), audio_s, took_s)
         return result, usage
 
     # --- Answers -------------------------------------------------------------------------------------------------
 
-    async def _whole(self, chat: ChatRequest, files: list[bytes], request_id: str, start: float) -> Response:
+    async def _whole(self, visit: Visit[ChatRequest], files: list[bytes]) -> Response:
         async def ask(requests: list[Request]) -> list[Answer | RequestFailure]:
-            model = self._named(chat.model)
-            return list(await asyncio.gather(*(model.answer.remote(request) for request in requests)))
+            model = self._named(visit.asked.model)
+            return await together([model.answer.remote(request) for request in requests])
 
-        requests, results = await self._asked(chat, files, request_id, ask)
+        requests, results = await self._asked(visit, files, ask)
         answers = [result for result in results if isinstance(result, Answer)]
         if failure := next((result for result in results if isinstance(result, RequestFailure)), None):
             raise failure_error(failure)
@@ -203,93 +239,86 @@ class Ingress:
             for index, answer in enumerate(answers)
         ]
         completion = ChatCompletion(
-            id=f"chatcmpl-{request_id}",
-            model=chat.model,
+            id=f"chatcmpl-{visit.id}",
+            model=visit.asked.model,
             choices=choices,
             usage=usage_of(requests[0], answers),
             truncated=requests[0].truncated,
         )
-        self._tell(request_id, requests[0], answers, start)
+        self._log(visit, requests[0], answers)
         return JSONResponse(completion.model_dump(exclude=None if requests[0].truncated else {"truncated"}))
 
-    async def _streamed(self, chat: ChatRequest, files: list[bytes], request_id: str, start: float) -> Response:
+    async def _streamed(self, visit: Visit[ChatRequest], files: list[bytes], http: HttpRequest) -> Response:
         """Wait for the first piece, while an error can still be a status and another replica can still be asked."""
 
-        async def ask(requests: list[Request]) -> list[tuple[AsyncIterator[Event], Event]]:
-            model = self._named(chat.model).options(stream=True)
-            streams = [model.stream.remote(request) for request in requests]
-            firsts = await asyncio.gather(*(anext(stream) for stream in streams))
-            return list(zip(cast(list[AsyncIterator[Event]], streams), firsts, strict=True))
+        async def ask(requests: list[Request]) -> list[tuple[Stream, Event]]:
+            model = self._named(visit.asked.model).options(stream=True)
+            streams = [cast(Stream, model.stream.remote(request)) for request in requests]
+            return list(zip(streams, await together(streams, anext), strict=True))
 
-        requests, begun = await self._asked(chat, files, request_id, ask)
+        requests, begun = await self._asked(visit, files, ask)
         if failure := next((first for _, first in begun if isinstance(first, RequestFailure)), None):
+            for stream, _ in begun:
+                stream.cancel()
             raise failure_error(failure)
+        answers: list[Answer] = []
 
         async def events() -> AsyncIterator[str]:
-            chunks = Chunks(f"chatcmpl-{request_id}", chat)
-            answers: list[Answer] = []
-            async for chunk in chunks.of(begun, answers):
-                yield chunk
-            if len(answers) == len(begun):
-                for chunk in chunks.end(usage_of(requests[0], answers)):
+            chunks = Chunks(f"chatcmpl-{visit.id}", visit.asked)
+            async with while_there(http):
+                async for chunk in chunks.of(begun, answers):
                     yield chunk
-            self._tell(request_id, requests[0], answers, start)
+                if len(answers) == len(begun):
+                    for chunk in chunks.end(usage_of(requests[0], answers)):
+                        yield chunk
+            if isinstance(chunks.error, RayActorError):
+                self._replicas.note_death(fingerprint_of([requests[0].prompt, *requests[0].clips], visit.owner))
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        def end() -> None:
+            for stream, _ in begun:
+                stream.cancel()
+            self._log(visit, requests[0], answers)
+
+        held = visit.held.pop_all()
+        held.callback(end)
+        return EventStream(events(), held)
 
     async def _asked(
         self,
-        chat: ChatRequest,
+        visit: Visit[ChatRequest],
         files: list[bytes],
-        request_id: str,
         ask: Callable[[list[Request]], Awaitable[list[ResultT]]],
     ) -> tuple[list[Request], list[ResultT]]:
         """Ask the model: recordings it has heard go by their keys, and once more whole if it has forgotten them."""
-        heard = {key: seconds for (model, key), seconds in self._heard.items() if model == chat.model}
-        for _ in range(2):
-            requests = await asyncio.to_thread(self._limits.to_engine, chat, request_id, files, heard)
-            results = await self._retried(lambda requests=requests: ask(requests))  # type: ignore[misc]
+        chat, salt = visit.asked, self._salt(visit.owner)
+        owner = "" if visit.owner == ANYONE else visit.owner.hex()
+        for anew in (False, True):
+            clips, truncated = await self._clips.of(
+                files, model=chat.model, salt=salt, owner=visit.owner, truncate=bool(chat.truncate_audio), anew=anew
+            )
+            requests = self._limits.to_engine(chat, visit.id, clips, truncated=truncated, owner=owner)
+            hold_windows(visit, clips, len(requests))
+            fingerprint = fingerprint_of([requests[0].prompt, *clips], visit.owner)
+            results = await self._replicas.retried(lambda requests=requests: ask(requests), fingerprint)  # type: ignore[misc]
             firsts = [result[1] if isinstance(result, tuple) else result for result in results]
             if not any(isinstance(first, RequestFailure) and first.missing for first in firsts):
                 break
-            heard = {}
-        for clip in requests[0].clips:
-            self._heard[chat.model, clip.key] = clip.duration_s
-            self._heard.move_to_end((chat.model, clip.key))
-        while len(self._heard) > _HEARD:
-            self._heard.popitem(last=False)
+            for result in results:
+                if isinstance(result, tuple):
+                    result[0].cancel()
+        self._clips.keep(chat.model, requests[0].clips)
         return requests, results
 
     def _named(self, name: str) -> DeploymentHandle:
         """The model's replicas, those first that have this one of its models loaded."""
         return self._model if name == self._limits.model_name else self._model.options(multiplexed_model_id=name)
 
-    async def _retried(self, ask: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        """Ask, once more if the replica died under it; time and pressure become API errors."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                try:
-                    return await ask()
-                except RayActorError:
-                    logger.warning("a replica died, asking another")
-                    return await ask()
-        except TimeoutError as error:
-            message = f"no answer within {self._timeout_s:g} s: send less audio or ask for fewer tokens"
-            raise ApiError(408, message, code="timeout") from error
-        except BackPressureError as error:
-            message = f"too many questions at once: try again in {_BUSY_RETRY_S} s"
-            raise ApiError(429, message, code="busy", retry_after_s=_BUSY_RETRY_S) from error
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise ApiError(
-                503, "the model is restarting: try again", code="unavailable", retry_after_s=_BUSY_RETRY_S
-            ) from error
-
-    def _tell(self, request_id: str, request: Request, answers: list[Answer], start: float) -> None:
+    def _log(self, visit: Visit[ChatRequest], request: Request, answers: list[Answer]) -> None:
         tokens = sum(answer.completion_tokens for answer in answers)
         encoded = max((answer.encoded_windows for answer in answers), default=0)
-        took_s, audio_s = time.monotonic() - start, request.audio_s
+        took_s, audio_s = time.monotonic() - visit.start, request.audio_s
         line = "request %s: audio_s=%.1f encoded_windows=%d tokens=%d took_s=%.2f"
-        logger.info(line, request_id, audio_s, encoded, tokens, took_s)
+        logger.info(line, visit.id, audio_s, encoded, tokens, took_s)
 
 
 @api.exception_handler(ApiError)
@@ -310,15 +339,9 @@ async def _server_error(_: HttpRequest, error: Exception) -> JSONResponse:
     return JSONResponse(ApiError(500, "the server failed; its log has the reason", code="internal").body(), 500)
 
 
-async def body_of(http: HttpRequest, limits: Limits) -> bytes:
-    """The body, given up as soon as it is seen to be too large."""
-    stated = http.headers.get("content-length", "0")
-    limits.check_size(int(stated) if stated.isdecimal() and len(stated) < 20 else 0)
-    body = bytearray()
-    async for chunk in http.stream():
-        limits.check_size(len(body) + len(chunk))
-        body += chunk
-    return bytes(body)
+def hold_windows(visit: Visit[AskedT], clips: Sequence[Clip], times: int = 1) -> None:
+    """Take memory for what is sent to replicas, so many times."""
+    visit.hold(times * sum(clip.windows.nbytes for clip in clips if clip.windows is not None))
 
 
 @contextmanager
@@ -330,12 +353,6 @@ def about_input() -> Iterator[None]:
         if error.param == "messages":
             error.param = "input"
         raise
-
-
-def request_id_of(http: HttpRequest) -> str:
-    """`x-request-id` as the caller or Serve's proxy set it, if it is a plain word; else one of our own."""
-    given = http.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[\w-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
 
 
 def usage_of(request: Request, answers: list[Answer]) -> Usage:

@@ -1,26 +1,20 @@
 """From the bytes of a request to something the engine can answer, or an error that says what to mend.
 
-Everything is checked here, before a request may share a batch with others: size, schema, model, length, and the audio
-itself (its header first: a small file can claim hours). What passes is small and harmless for the replica behind.
+Everything is checked before a request may share a batch with others: here its size, schema, model, lengths; the audio
+itself in `decode_process`. What passes is small and harmless for the replica behind.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import io
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import soundfile as sf
-from numpy.typing import NDArray
-
-from af2_ray.audio.decode import AudioError, decode_bytes
-from af2_ray.audio.windows import SAMPLE_RATE, num_windows_for, to_windows
 from af2_ray.config import Serve
 from af2_ray.engine.request import Clip, Request, RequestFailure
+from af2_ray.storage.places import shown
 from af2_ray.text import EOS, SPECIAL_TOKENS
 from serve_apps.schemas import (
     ApiError,
@@ -29,13 +23,13 @@ from serve_apps.schemas import (
     LabelRequest,
     RequestT,
     TextPart,
+    bad_audio,
     parse_request,
 )
 
 MAX_AUDIOS = 8
 MAX_TEXT_CHARS = 32_768
-RATES_HZ = (1_000, 192_000)
-MAX_CHANNELS = 8
+MAX_TEXTS_CHARS = 8 * MAX_TEXT_CHARS  # of one request for embeddings: 0.2 s of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Limits:
                 code="body_too_large",
             )
 
-    def read(self, body: bytes) -> ChatRequest:
+    def read(self, body: bytes | bytearray) -> ChatRequest:
         """Parse and check all but the audio.
 
         Raises:
@@ -84,7 +78,7 @@ class Limits:
         self.check_count(len(request.audios()))
         return request
 
-    def read_embedding(self, body: bytes) -> EmbeddingRequest:
+    def read_embedding(self, body: bytes | bytearray) -> EmbeddingRequest:
         """As `read`, of a request for vectors."""
         request = self._parsed(body, EmbeddingRequest, self.embedder_name)
         texts = [part.text for part in request.input if isinstance(part, TextPart)]
@@ -92,7 +86,7 @@ class Limits:
         self.check_count(len(request.input) - len(texts))
         return request
 
-    def read_labels(self, body: bytes) -> LabelRequest:
+    def read_labels(self, body: bytes | bytearray) -> LabelRequest:
         """As `read`, of a request for labels."""
         request = self._parsed(body, LabelRequest, self.embedder_name)
         self._check_texts(request.texts())
@@ -103,17 +97,24 @@ class Limits:
         """What the model behind embeddings is called."""
         return f"{self.model_name}-clap"
 
-    def _parsed(self, body: bytes, kind: type[RequestT], *names: str) -> RequestT:
+    def _parsed(self, body: bytes | bytearray, kind: type[RequestT], *names: str) -> RequestT:
         self.check_size(len(body))
         request = parse_request(body, kind)
         asked = getattr(request, "model")  # noqa: B009
         if asked not in names:
-            message = f"no model {asked!r} here; this server has {', '.join(map(repr, names))}"
+            message = f"no model {shown(asked)!r} here; this server has {', '.join(map(repr, names))}"
             raise ApiError(404, message, code="model_not_found", param="model")
         return request
 
     @staticmethod
     def _check_texts(texts: Sequence[str]) -> None:
+        if (total := sum(map(len, texts))) > MAX_TEXTS_CHARS:
+            raise ApiError(
+                400,
+                f"the texts have {total} characters, more than {MAX_TEXTS_CHARS}: send fewer at a time",
+                code="context_length_exceeded",
+                param="input",
+            )
         for text in texts:
             check_text(text)
             if not text.strip():
@@ -125,18 +126,15 @@ class Limits:
             raise ApiError(413, f"{num} recordings in a request; send at most {MAX_AUDIOS}", code="too_many_audios")
 
     def to_engine(
-        self, request: ChatRequest, request_id: str, files: Sequence[bytes], heard: Mapping[str, float] | None = None
+        self, request: ChatRequest, request_id: str, clips: Sequence[Clip], *, truncated: bool = False, owner: str = ""
     ) -> list[Request]:
-        """Decode the audio and make the engine's requests, one for each of the `n` answers asked for.
+        """The engine's requests, one for each of the `n` answers asked for.
 
         Args:
-            files: the recordings' bytes, in order.
-            heard: seconds of recordings, by key, that the engine has heard already: these are not decoded again.
-
-        Raises:
-            ApiError: 400 audio that cannot be used, 413 too many seconds of it.
+            clips: the request's recordings, in order (`clips.Clips`).
+            truncated: whether only the beginning of one is there.
+            owner: name of whose API key asks, for a fair queue.
         """
-        clips, truncated = self.read_audios(files, heard or {}, truncate=bool(request.truncate_audio))
         one = Request(
             prompt=request.prompt(),
             clips=tuple(clips),
@@ -148,65 +146,19 @@ class Limits:
             stop=request.stops(),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             id=request_id,
+            owner=owner,
         )
         seeds = range(request.n or 1)  # answers of one request differ, and repeat with its seed
         return [replace(one, seed=None if one.seed is None else one.seed + number) for number in seeds]
 
-    def read_audios(
-        self, files: Sequence[bytes], heard: Mapping[str, float], *, truncate: bool = False
-    ) -> tuple[list[Clip], bool]:
-        """`read_audio` of a request's recordings, which share its seconds; whether any was cut."""
-        clips: list[Clip] = []
-        truncated = False
-        for index, data in enumerate(files):
-            left_s = self.max_audio_s - sum(clip.duration_s for clip in clips)
-            clip, is_cut = self.read_audio(data, f"audio {index + 1}", left_s, heard, truncate=truncate)
-            truncated |= is_cut
-            clips.append(clip)
-        return clips, truncated
-
-    def read_audio(
-        self, data: bytes, name: str, left_s: float, heard: Mapping[str, float], *, truncate: bool = False
-    ) -> tuple[Clip, bool]:
-        """Check and decode a recording of at most `left_s` seconds (or else, its beginning), and whether it was cut.
-
-        One heard before is known by its bytes alone.
-        """
-        key = hashlib.sha256(data).hexdigest()
-        if heard.get(key, left_s + 1) <= left_s:
-            return Clip(key, num_windows_for(heard[key]), None, heard[key]), False
-        _check_header(data, name)
-        cut = False
-        try:
-            mono = decode_bytes(data, name=name, max_duration_s=left_s)
-        except AudioError as error:
-            if error.reason != "too long":
-                raise _bad_audio(str(error)) from error
-            if not truncate or left_s < 1:
-                raise ApiError(
-                    413,
-                    f"{name}: the request has more than {self.max_audio_s:g} s of audio: send a shorter stretch, or "
-                    "truncate_audio: true to have its beginning heard",
-                    code="audio_too_long",
-                    param="messages",
-                ) from error
-            mono, cut, key = _beginning(data, name, left_s), True, f"{key}:{left_s:g}"
-        return Clip.of(to_windows(mono), key, len(mono) / SAMPLE_RATE), cut
-
-
-def _beginning(data: bytes, name: str, duration_s: float) -> NDArray[np.float32]:
-    try:
-        return decode_bytes(data, 0.0, duration_s, name=name)
-    except AudioError as error:
-        raise _bad_audio(str(error)) from error
-
 
 def decode_base64(text: str, name: str) -> bytes:
     """Bytes of a base64 string, with or without line breaks or a `data:` prefix; `ApiError` 400 if it is none."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        coded = text.encode("ascii")
+        if coded.startswith(b"data:"):
+            coded = coded.partition(b",")[2]
+        data = base64.b64decode(coded.translate(None, string.whitespace.encode()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ApiError(
             400,
@@ -215,7 +167,7 @@ def decode_base64(text: str, name: str) -> bytes:
             param="messages",
         ) from error
     if not data:
-        raise _bad_audio(f"{name}: empty file; send a whole recording")
+        raise bad_audio(f"{name}: empty file; send a whole recording")
     return data
 
 
@@ -244,19 +196,3 @@ def check_text(prompt: str) -> None:
                 code="reserved_token",
                 param="messages",
             )
-
-
-def _check_header(data: bytes, name: str) -> None:
-    """Refuse a file whose header alone shows that it is none, or absurd."""
-    try:
-        header = sf.info(io.BytesIO(data))
-    except (sf.LibsndfileError, RuntimeError) as error:
-        raise _bad_audio(f"{name}: not an audio file this server reads (wav, flac, ogg, mp3)") from error
-    if not RATES_HZ[0] <= header.samplerate <= RATES_HZ[1]:
-        raise _bad_audio(f"{name}: sample rate {header.samplerate} Hz; send {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
-    if header.channels > MAX_CHANNELS:
-        raise _bad_audio(f"{name}: {header.channels} channels; send at most {MAX_CHANNELS}")
-
-
-def _bad_audio(message: str) -> ApiError:
-    return ApiError(400, message, code="invalid_audio", param="messages")

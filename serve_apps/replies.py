@@ -193,6 +193,14 @@ class LabelList(BaseModel):
     usage: EmbeddingUsage
 
 
+class DeletedAudio(BaseModel):
+    """`DELETE /v1/audio/SHA256`: nothing is kept of the recording now, whether or not anything was."""
+
+    id: str
+    object: Literal["audio.deleted"] = "audio.deleted"
+    deleted: bool = True
+
+
 class ModelCard(BaseModel):
     """One model of `GET /v1/models`."""
 

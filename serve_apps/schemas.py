@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 MAX_TOP_LOGPROBS = 20
 MAX_INPUTS = 256  # texts and recordings of one request for embeddings
+MAX_PARTS = 256  # of one message
+MAX_LABEL_CHARS = 1024
+MAX_NAME_CHARS = 256
+MAX_VALUES = 2**16  # in one body: a value of two bytes becomes objects of a kilobyte before it can be refused
 
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -60,6 +64,11 @@ class ApiError(Exception):
         if self.status in _KINDS:
             kind = _KINDS[self.status]
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_audio(message: str) -> ApiError:
+    """The error of a recording that cannot be used."""
+    return ApiError(400, message, code="invalid_audio", param="messages")
 
 
 # --- Requests ----------------------------------------------------------------------------------------------------
@@ -113,6 +122,8 @@ def _parts(content: Any) -> Any:
     items = [content] if isinstance(content, str) else content
     if not isinstance(items, list):
         return items
+    if len(items) > MAX_PARTS:
+        raise ValueError(f"{len(items)} parts: send at most {MAX_PARTS}")
     return [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
 
 
@@ -159,7 +170,7 @@ class StreamOptions(_Incoming):
 class ChatRequest(_Incoming):
     """`POST /v1/chat/completions`. Without a temperature the answer is greedy."""
 
-    model: str
+    model: str = Field(max_length=MAX_NAME_CHARS)
     messages: list[Message] = Field(min_length=1, max_length=64)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -222,7 +233,7 @@ class ChatRequest(_Incoming):
 class EmbeddingRequest(_Incoming):
     """`POST /v1/embeddings`: strings as OpenAI has them, and recordings as the content parts of a chat."""
 
-    model: str
+    model: str = Field(max_length=MAX_NAME_CHARS)
     input: list[Content] = Field(min_length=1, max_length=MAX_INPUTS, json_schema_extra=_or_text)
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
@@ -246,10 +257,12 @@ class EmbeddingRequest(_Incoming):
 class LabelRequest(_Incoming):
     """`POST /v1/audio/labels`: how well each label fits a recording; names as in Hugging Face's zero-shot task."""
 
-    model: str
+    model: str = Field(max_length=MAX_NAME_CHARS)
     input: Annotated[AudioPart | AudioUrlPart, Field(discriminator="type")]
-    candidate_labels: list[str] = Field(min_length=1, max_length=MAX_INPUTS)
-    hypothesis_template: str = "This is a sound of {}."
+    candidate_labels: list[Annotated[str, Field(max_length=MAX_LABEL_CHARS)]] = Field(
+        min_length=1, max_length=MAX_INPUTS
+    )
+    hypothesis_template: str = Field("This is a sound of {}.", max_length=MAX_LABEL_CHARS)
 
     @field_validator("hypothesis_template")
     @classmethod
@@ -266,8 +279,15 @@ class LabelRequest(_Incoming):
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
-def parse_request(body: bytes, kind: type[RequestT]) -> RequestT:
-    """Read a request body; `ApiError` 400 names the first key at fault."""
+def parse_request(body: bytes | bytearray, kind: type[RequestT]) -> RequestT:
+    """Read a request body; `ApiError` 400 names the first key at fault.
+
+    What it costs is bounded by the body's bytes: before anything is built, the marks between values are counted, those
+    within strings too. A recording has none of them, and a text that may be asked has fewer.
+    """
+    if sum(body.count(mark) for mark in b",[{") > MAX_VALUES:
+        message = f"the body has more than {MAX_VALUES} values (commas and brackets, those in texts too): send less"
+        raise ApiError(400, message, code="too_many_values")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

@@ -96,11 +96,16 @@ def chat(*audios: bytes, text: str = "which sound is heard?", model: str = "af2"
     return {"model": model, "messages": [{"role": "user", "content": content}], **more}
 
 
-def pids(actor: str) -> list[int]:
+def processes(actor: str) -> list[psutil.Process]:
     """Living processes below this one of an actor, by a part of its name."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if " ".join(process.cmdline()).startswith("ray::") and actor in process.cmdline()[0]:
-                found.append(process.pid)
+                found.append(process)
     return found
+
+
+def pids(actor: str) -> list[int]:
+    """Numbers of these processes."""
+    return [process.pid for process in processes(actor)]

@@ -67,9 +67,39 @@ class Serve(Strict):
         4096, ge=1, description="tokens of a prompt at most; fewer where the language model has fewer positions"
     )
     request_timeout_s: float = Field(120.0, gt=0, strict=False, description="seconds until a request is given up")
-    requests_per_minute: int = Field(0, ge=0, description="limit of one API key, at one ingress replica; 0: none")
+    requests_per_minute: int = Field(
+        0, ge=0, description="answers of one API key a minute (n counts as n), at one ingress replica; 0: any number"
+    )
+    open: bool = Field(False, description="whether a server without API keys may listen to other machines than its own")
+    share_audio: bool = Field(
+        False,
+        description="whether a recording is kept for all API keys alike; else each key has its own, and learns "
+        "nothing of the others'",
+    )
+    ingress_memory_mb: int = Field(
+        1024, ge=1, description="MiB that the requests at one ingress replica may hold; at least 4 x max_body_mb"
+    )
+    body_timeout_s: float = Field(
+        30.0, gt=0, strict=False, description="seconds for the body of a request, and one more for each 64 KiB of it"
+    )
+    decoders: int = Field(2, ge=1, description="processes of an ingress replica that decode audio")
+    decoder_memory_mb: int = Field(512, ge=64, description="MiB that each of these may take")
     audio_url_hosts: list[str] = Field([], description="hosts that https recordings may be fetched from; `*`: any")
     audio_url_prefixes: list[str] = Field([], description="object-store folders that recordings may be read from")
+    answers_per_key: int = Field(
+        0, ge=0, description="answers of one API key that a replica writes at one time; 0: as many as there are slots"
+    )
+    keep_audio_s: float = Field(
+        3600.0,
+        ge=0,
+        strict=False,
+        description="seconds that a replica keeps encoded audio after its last use; 0: not beyond the answer",
+    )
+    max_failed_steps: int = Field(
+        3,
+        ge=1,
+        description="number of failed steps in a row after which a replica tests itself; unhealthy if that fails",
+    )
     stall_s: float = Field(
         60.0, gt=0, strict=False, description="seconds of a step beyond which a replica counts as unhealthy"
     )

@@ -119,6 +119,13 @@ class Decoder:
         if row < len(self._rows_kv):
             self._rows_kv[row] = last
         self._changed = True
+        if not self._rows_kv:
+            self._hearing = None  # nothing that was heard is held any longer by who hears nothing
+
+    def close(self) -> None:
+        """Cut the circles of references, so that the device's memory is free as soon as nobody holds the model."""
+        self._graph = None
+        self._cache.layers.clear()
 
     def _forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, audio: RowsAudio | None) -> Tensor:
         """The LM's last hidden states [B, T, D]."""

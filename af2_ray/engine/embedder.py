@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from af2_ray.storage.stores import local_model
 Item = str | Clip
 _WINDOWS_PER_PASS = {"cpu": 8, "cuda": 128}  # bounds the memory of a pass, whatever a batch holds
 _TEXTS_PER_PASS = 256
+_TEXTS_READ = 16  # tokenised at one time, before it is known whether they are too long
 
 
 @dataclass
@@ -30,6 +32,11 @@ class Embedder:
 
     model: AfClapModel
     processor: AfClapProcessor
+    _reader: PreTrainedTokenizerBase = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A copy that nobody sets to cut or pad: a tokenizer must not change its settings while another thread reads.
+        self._reader = copy.deepcopy(self.processor.tokenizer)
 
     @classmethod
     def from_pretrained(cls, folder: str, device: str = "auto") -> Self:
@@ -48,19 +55,21 @@ class Embedder:
         return cls(model, AfClapProcessor.of(model.config, AutoTokenizer.from_pretrained(local)))
 
     def read(self, items: Sequence[Item]) -> int | RequestFailure:
-        """Text tokens of the items together, or what is wrong with one of them."""
-        tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
+        """Text tokens of the items together, or what is wrong with one of them; from any thread.
+
+        Few texts at a time are tokenised, so that a request whose texts are all too long costs no more than its first.
+        """
         texts = [(place, item) for place, item in enumerate(items) if isinstance(item, str)]
-        if not texts:
-            return 0
-        lengths = [len(ids) for ids in tokenizer([text for _, text in texts])["input_ids"]]
-        limit = self.processor.text_length
-        for (place, _), length in zip(texts, lengths, strict=True):
-            if length > limit:
-                return RequestFailure(
-                    f"input {place}: {length} tokens, more than the {limit} of this model: shorten it", True
-                )
-        return sum(lengths)
+        limit, total = self.processor.text_length, 0
+        for start in range(0, len(texts), _TEXTS_READ):
+            part = texts[start : start + _TEXTS_READ]
+            for (place, _), ids in zip(part, self._reader([text for _, text in part])["input_ids"], strict=True):
+                if len(ids) > limit:
+                    return RequestFailure(
+                        f"input {place}: {len(ids)} tokens, more than the {limit} of this model: shorten it", True
+                    )
+                total += len(ids)
+        return total
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[Sequence[Item]]) -> list[Embedded]:

@@ -7,6 +7,7 @@ what shares its steps (up to rounding: sums in a larger matrix product run in an
 a byte-bounded memory, so a further question about a clip starts with its prompt.
 
 The life of a request: waiting (for memory) -> admitted (its clips are being encoded) -> running (a slot) -> answered.
+Owners take turns at each of these doors (`turns`), so whoever asks for much waits for it alone.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES
+from af2_ray.audio.windows import WINDOW_S
 from af2_ray.config import Serve
+from af2_ray.engine.admission import Admission
 from af2_ray.engine.audio_attention import Projection
 from af2_ray.engine.audio_memory import AudioMemory
 from af2_ray.engine.decoder import Decoder
 from af2_ray.engine.encoder import Encoder
-from af2_ray.engine.request import Answer, Clip, Event, Piece, Request, RequestFailure
+from af2_ray.engine.health import Health, answer_silence
+from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure
 from af2_ray.engine.sampling import choose
 from af2_ray.engine.ticket import Emit, Ticket
+from af2_ray.engine.turns import in_turn, owners_of
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.storage.stores import local_model
 from af2_ray.text import END_OF_CHUNK, encode
@@ -79,7 +82,10 @@ class Engine:
         self._positions = int(model.config.text_config.max_position_embeddings)  # of text; a prefix comes on top
         self._projection = project = Projection(model)
         memory_bytes, budget = self.settings.audio_memory_mb * 2**20, self.settings.encode_windows
-        self.memory = AudioMemory(project, project.states_bytes, project.projected_bytes, memory_bytes)
+        self.memory = AudioMemory(
+            project, project.states_bytes, project.projected_bytes, memory_bytes, self.settings.keep_audio_s
+        )
+        self.health = Health(self.settings.max_failed_steps)
         self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
         room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens
         self._decoder = Decoder(
@@ -88,8 +94,7 @@ class Engine:
         ends = {tokenizer.convert_tokens_to_ids(END_OF_CHUNK), tokenizer.eos_token_id}
         self._ends: set[int] = {end for end in ends if end is not None}
         self._end_ids = torch.tensor(sorted(self._ends), device=model.device)
-        self._waiting: deque[Ticket] = deque()
-        self._admitted: list[Ticket] = []
+        self._admission = Admission(self.memory, self.encoder, self.settings.num_slots)
         self._running: list[Ticket] = []  # by row of the decoder
 
     @classmethod
@@ -116,7 +121,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests without a slot."""
-        return len(self._waiting) + len(self._admitted)
+        return len(self._admission.waiting) + len(self._admission.admitted)
 
     @property
     def num_windows(self) -> int:
@@ -135,7 +140,7 @@ class Engine:
         if isinstance(ids, RequestFailure):
             self._end(ticket, ids)
         else:
-            self._waiting.append(ticket)
+            self._admission.waiting.append(ticket)
         return ticket
 
     @torch.inference_mode()
@@ -143,11 +148,15 @@ class Engine:
         """Encode, read and write one token of every running answer; whether anything is left to do."""
         self.counts.steps += 1
         self._drop()
-        self._admit()
+        for ticket, failure in self._admission.admit(self._running).items():
+            self._end(ticket, failure)
         self._encode()
         self._begin()
         self._go_on()
-        return bool(self._waiting or self._admitted or self._running)
+        self.memory.forget_old()
+        self.health.note_work("the engine")
+        self.end_step()
+        return bool(self._admission.waiting or self._admission.admitted or self._running)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | RequestFailure]:
         """Answer all requests, in order; one that cannot be answered never takes the others with it."""
@@ -178,24 +187,53 @@ class Engine:
         finally:
             ticket.cancel()
 
+    def end_step(self) -> None:
+        """Count what failed in a step; if that is suspicious, see whether anything works at all (`health`)."""
+        if self.health.end_step() and len(self._running) < self.settings.num_slots:
+            try:
+                self.ask_itself()
+            except Exception as error:  # whatever the model raises
+                logger.exception("the engine cannot answer a question of its own either")
+                self.health.judge(error)
+            else:
+                self.health.judge(None)
+
+    @torch.inference_mode()
+    def ask_itself(self) -> None:
+        """Answer a question of its own, with a token, in a free slot.
+
+        Raises:
+            Exception: whatever keeps the engine from answering anything.
+        """
+        answer_silence(self.encoder, self._projection, self._decoder, self.tokenizer)
+
+    def forget(self, keys: Sequence[str]) -> int:
+        """Forget recordings, those in use when their last answer ends; how many clips were kept of them."""
+        return self._admission.forget(keys)
+
     def fail_all(self) -> None:
         """Give every request up, as failed."""
-        for ticket in self._waiting:
+        for ticket in self._admission.waiting:
             self._end(ticket, _FAILED)
-        self._waiting.clear()
-        for ticket in list(self._admitted):
+        self._admission.waiting.clear()
+        for ticket in list(self._admission.admitted):
             self._leave(ticket, _FAILED)
         self._free(dict.fromkeys(self._running, _FAILED))
+
+    def close(self) -> None:
+        """Give every request up, and the device's memory as soon as nobody holds the engine; it answers no more."""
+        self.fail_all()
+        self._decoder.close()
 
     # --- Taking requests -----------------------------------------------------------------------------------------
 
     def _tickets(self) -> tuple[Ticket, ...]:
-        return (*self._waiting, *self._admitted, *self._running)
+        return (*self._admission.waiting, *self._admission.admitted, *self._running)
 
     def _read_prompt(self, request: Request) -> list[int] | RequestFailure:
         """The prompt's tokens, or what is wrong with the request, found before it can share a step."""
         longest = self.max_windows
-        if faults := [fault for clip in request.clips if (fault := _clip_fault(clip, longest))]:
+        if faults := [fault for clip in request.clips if (fault := clip.fault(longest))]:
             return RequestFailure(faults[0], by_caller=True)
         if self._projection.is_prefix and sum(clip.num_windows for clip in request.clips) > longest:
             return RequestFailure(f"this model hears {longest * WINDOW_S} s of audio in all: send less", by_caller=True)
@@ -229,55 +267,46 @@ class Engine:
         }
         if not ended:
             return
-        for ticket in [ticket for ticket in self._waiting if ticket in ended]:
-            self._waiting.remove(ticket)
+        for ticket in [ticket for ticket in self._admission.waiting if ticket in ended]:
+            self._admission.waiting.remove(ticket)
             self._end(ticket, ended[ticket])
-        for ticket in [ticket for ticket in self._admitted if ticket in ended]:
+        for ticket in [ticket for ticket in self._admission.admitted if ticket in ended]:
             self._leave(ticket, ended[ticket])
         self._free(ended)
-
-    def _admit(self) -> None:
-        """Let in requests, first come first, while memory has room for what they hear."""
-        while self._waiting and self.memory.has_room(self._waiting[0].clips):
-            ticket = self._waiting.popleft()
-            coming = {clip.key: clip for clip in ticket.request.clips if clip.key not in self.memory}
-            unknown = [key for key, clip in coming.items() if clip.windows is None and key not in self.encoder]
-            if unknown:
-                self._end(
-                    ticket, RequestFailure("recordings are not kept here: send them again", False, tuple(unknown))
-                )
-                continue
-            self.memory.pin(ticket.clips)
-            self.memory.hits += len(ticket.clips) - len(coming)
-            self.memory.misses += len(coming)
-            ticket.encoded_windows = sum(clip.num_windows for clip in coming.values())
-            for key, clip in coming.items():
-                if clip.windows is not None:
-                    self.encoder.add(key, clip.windows)
-            self._admitted.append(ticket)
 
     # --- The three parts of a step -------------------------------------------------------------------------------
 
     def _encode(self) -> None:
+        num_before, has_failed = self.encoder.num_encoded, False
         for key, states in self.encoder.step().items():
-            if states is not None:
+            if isinstance(states, Tensor):
                 self.memory.put(key, states, len(states) // self._projection.tokens_per_window)
                 continue
-            for ticket in [ticket for ticket in self._admitted if key in ticket.clips]:
+            has_failed = True
+            self.health.note_failure("encoding", states)
+            for ticket in [ticket for ticket in self._admission.admitted if key in ticket.clips]:
                 self._leave(ticket, _FAILED)
+        if self.encoder.num_encoded > num_before and not has_failed:
+            self.health.note_work("encoding")
 
     def _begin(self) -> None:
-        """Read the prompts of requests whose clips are there, as far as slots and the budget go."""
+        """Read the prompts of requests whose clips are there, owners by turns, as far as slots and the budget go."""
         room, budget = self.settings.num_slots - len(self._running), self.settings.prefill_tokens
+        if not room or not self._admission.admitted:
+            return
+        writing, limit = owners_of(self._running), self.settings.answers_per_key
         batch: list[Ticket] = []
-        for ticket in self._admitted:
+        for ticket in in_turn(self._admission.ready(), writing):
+            owner = ticket.request.owner
+            if limit and owner and writing[owner] >= limit:  # nobody's requests are many people's: no bound for them
+                continue
+            budget -= len(ticket.ids)
+            if batch and budget < 0:
+                break
+            writing[owner] += 1
+            batch.append(ticket)
             if len(batch) == room:
                 break
-            if all(key in self.memory for key in ticket.clips):
-                budget -= len(ticket.ids)
-                if batch and budget < 0:
-                    break
-                batch.append(ticket)
         if batch:
             self._prefill(batch)
 
@@ -287,7 +316,8 @@ class Engine:
             clips = [[(clip.key, self.memory.projected(clip.key)) for clip in t.request.clips] for t in batch]
             max_new = [ticket.request.max_new_tokens for ticket in batch]
             logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
-        except Exception:  # the model may raise anything; it is logged, and the caller gets an answer
+        except Exception as error:  # the model may raise anything; it is logged, and the caller gets an answer
+            self.health.note_failure("reading", error)
             logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])
             if len(batch) == 1:
                 self._leave(batch[0], _FAILED)
@@ -296,10 +326,10 @@ class Engine:
                     self._prefill([ticket])
             return
         for ticket in batch:
-            self._admitted.remove(ticket)
+            self._admission.admitted.remove(ticket)
         self.counts.prompt_tokens += sum(len(ticket.ids) for ticket in batch)
         self._running += batch
-        self._advance(batch, logits)
+        self._advance("reading", batch, logits)
 
     def _go_on(self) -> None:
         """One token of every running answer."""
@@ -309,16 +339,21 @@ class Engine:
         self.counts.rows += len(self._running)
         try:
             logits = self._decoder.decode([ticket.token for ticket in self._running])
-        except Exception:  # as for prompts; nobody can say which row is at fault
+        except Exception as error:  # as for prompts; nobody can say which row is at fault
+            self.health.note_failure("writing", error)
             logger.exception("a step of %s failed", [ticket.request.id for ticket in self._running])
             self._free(dict.fromkeys(self._running, _FAILED))
             return
-        self._advance(list(self._running), logits)
+        self._advance("writing", list(self._running), logits)
 
-    def _advance(self, tickets: list[Ticket], logits: Tensor) -> None:
+    def _advance(self, part: str, tickets: list[Ticket], logits: Tensor) -> None:
         """Choose the next token of running rows of logits [B, V], pass text on, free the slots of what is done."""
         samplers = [ticket.sampler for ticket in tickets]
         chosen = choose(logits, samplers, [ticket.must_go_on for ticket in tickets], self._end_ids)
+        if any(token is not None for token in chosen):
+            self.health.note_work(part)
+        else:
+            self.health.note_failure(part, ArithmeticError("the logits are not numbers"))
         ended: dict[Ticket, Answer | RequestFailure] = {}
         for ticket, token, row in zip(tickets, chosen, logits, strict=True):
             if token is None:
@@ -345,13 +380,8 @@ class Engine:
                 self._end(ticket, ended[ticket])
 
     def _leave(self, ticket: Ticket, result: RequestFailure) -> None:
-        """End an admitted request; what only it waited for is not encoded."""
-        self._admitted.remove(ticket)
-        wanted = {key for other in self._admitted for key in other.clips}
-        for key in ticket.clips:
-            if key not in wanted:
-                self.encoder.drop(key)
-        self.memory.unpin(ticket.clips)
+        """End an admitted request."""
+        self._admission.let_go(ticket)
         self._end(ticket, result)
 
     def _end(self, ticket: Ticket, result: Answer | RequestFailure) -> None:
@@ -360,14 +390,3 @@ class Engine:
         else:
             self.counts.failures += 1
         ticket.tell(result)
-
-
-def _clip_fault(clip: Clip, max_windows: int) -> str:
-    """What is wrong with a clip; empty: nothing."""
-    if not 1 <= clip.num_windows <= max_windows:
-        return f"a recording must be of 1 to {max_windows * WINDOW_S} s: send a shorter stretch"
-    windows = clip.windows
-    if windows is not None and (windows.shape != (clip.num_windows, WINDOW_SAMPLES) or windows.dtype != np.int16):
-        wanted = f"int16 ({clip.num_windows}, {WINDOW_SAMPLES})"
-        return f"a clip must be {wanted}, got {windows.dtype} {windows.shape}"
-    return ""

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -34,6 +36,16 @@ class Clip:
         key = key or hashlib.sha256(windows.tobytes()).hexdigest()
         return cls(key, len(windows), windows, duration_s)
 
+    def fault(self, max_windows: int) -> str:
+        """What is wrong with it for a model that hears `max_windows`; empty: nothing."""
+        if not 1 <= self.num_windows <= max_windows:
+            return f"a recording must be of 1 to {max_windows * WINDOW_S} s: send a shorter stretch"
+        windows = self.windows
+        if windows is not None and (windows.shape != (self.num_windows, WINDOW_SAMPLES) or windows.dtype != np.int16):
+            wanted = f"int16 ({self.num_windows}, {WINDOW_SAMPLES})"
+            return f"a clip must be {wanted}, got {windows.dtype} {windows.shape}"
+        return ""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -54,6 +66,8 @@ class Request:
     top_logprobs: int | None = None
     """Number of likely tokens that an answer lists at each place, beside the chosen one; none: no probabilities."""
     id: str = ""
+    owner: str = ""
+    """Who asks, by whom the engine takes turns; empty: anybody."""
 
     @property
     def audio_s(self) -> float:

@@ -28,6 +28,8 @@ class Ticket:
         since: second at which it came (monotonic clock).
         token: last token written.
         encoded_windows: number of its clips' windows that had to be encoded.
+        num_passed: number of requests that went ahead of it while memory had no room for it.
+        forgotten: keys of its clips that were forgotten before it was admitted.
     """
 
     def __init__(
@@ -37,7 +39,8 @@ class Ticket:
         self.clips = {clip.key: clip.num_windows for clip in request.clips}
         self.since = time.monotonic()
         self.cancelled = False
-        self.encoded_windows = 0
+        self.encoded_windows = self.num_passed = 0
+        self.forgotten: set[str] = set()
         self.first_token_s = 0.0
         self.token = 0
         self.num_tokens = 0

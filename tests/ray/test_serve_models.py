@@ -14,7 +14,9 @@ import serve_toy
 
 from af2_ray.config import load_recipe
 from af2_ray.engine.engine import Engine
+from af2_ray.engine.request import Clip
 from serve_apps import af2
+from serve_apps.decode_process import read_recording
 from serve_apps.limits import Limits
 
 NAMES = ("af2-tiny", "second", "third", "broken")
@@ -50,7 +52,8 @@ def test_every_name_is_answered_by_its_own_model(client: openai.OpenAI, folders:
     expected = {}
     for name in NAMES[:3]:
         body = serve_toy.chat(audio, model="af2-tiny") | {"max_tokens": 20}
-        (request,) = limits.to_engine(limits.read(json.dumps(body).encode()), "1", [audio])
+        clip = Clip.of(read_recording(audio, "audio", 60.0).windows)
+        (request,) = limits.to_engine(limits.read(json.dumps(body).encode()), "1", [clip])
         (answer,) = Engine.from_pretrained(str(folders[name]), "cpu").answer([request])
         expected[name] = answer.text
     assert len(set(expected.values())) == 3, "different weights"

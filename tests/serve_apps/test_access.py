@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from serve_apps.admission import Memory
 from serve_apps.fetch import Fetcher, _Checked, is_public
-from serve_apps.keys import Keys
+from serve_apps.keys import ANYONE, Keys, KeySource
 from serve_apps.schemas import ApiError, AudioUrl, InputAudio
+
+
+def keys_of(*keys: str, per_minute: int = 0, clock: Callable[[], float] = time.monotonic) -> Keys:
+    source = KeySource(tuple(hashlib.sha256(key.encode()).digest() for key in keys))
+    return Keys([source], per_minute, clock)
 
 
 def refused(keys: Keys, header: str | None) -> tuple[int, str]:
@@ -21,20 +31,20 @@ def refused(keys: Keys, header: str | None) -> tuple[int, str]:
 
 
 def test_keys() -> None:
-    keys = Keys(["first", "sécond"], per_minute=0)
+    keys = keys_of("first", "second")
     keys.take("Bearer first")
-    keys.take("bearer sécond")
+    keys.take("bearer second")
     assert refused(keys, None) == (401, "missing_api_key")
     assert refused(keys, "first") == (401, "missing_api_key")
     assert refused(keys, "Bearer ") == (401, "missing_api_key")
     assert refused(keys, "Bearer firs") == (401, "invalid_api_key")
     assert refused(keys, "Basic first") == (401, "missing_api_key")
-    Keys([], per_minute=0).take(None)
+    assert keys_of().take(None) == ANYONE
 
 
 def test_each_key_has_a_rate_of_its_own() -> None:
     now = [0.0]
-    keys = Keys(["a", "b"], per_minute=2, clock=lambda: now[0])
+    keys = keys_of("a", "b", per_minute=2, clock=lambda: now[0])
     for _ in range(2):
         keys.take("Bearer a")
     with pytest.raises(ApiError) as caught:
@@ -47,31 +57,80 @@ def test_each_key_has_a_rate_of_its_own() -> None:
     assert refused(keys, "Bearer a") == (429, "rate_limit_exceeded")
 
 
-def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_eight_answers_count_as_eight() -> None:
+    now = [0.0]
+    keys = keys_of("a", per_minute=10, clock=lambda: now[0])
+    who = keys.take("Bearer a")
+    keys.count(who, 7)
+    with pytest.raises(ApiError) as caught:
+        keys.count(who, 7)
+    assert caught.value.retry_after_s == 30
+    now[0] = 30.0
+    keys.count(who, 7)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without keys."""
     for variable in ("AF2_API_KEYS", "AF2_API_KEYS_FILE"):
         monkeypatch.delenv(variable, raising=False)
-    Keys.from_environment(0).take(None)
-    monkeypatch.setenv("AF2_API_KEYS", "one, two")
-    Keys.from_environment(0).take("Bearer two")
-    given = Keys.digests_of_environment()
-    monkeypatch.delenv("AF2_API_KEYS")
+    return monkeypatch
+
+
+def from_environment(*sources: KeySource, clock: Callable[[], float] = time.monotonic) -> Keys:
+    return Keys([*sources, KeySource.of_environment()], 0, clock)
+
+
+def test_keys_of_the_environment(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert from_environment().is_open
+    environment.setenv("AF2_API_KEYS", "one, two")
+    from_environment().take("Bearer two")
+    given = KeySource.of_environment()
+    environment.delenv("AF2_API_KEYS")
     with pytest.raises(ApiError, match="no API key"):
-        Keys.from_environment(0, given).take(None)  # of the process that deploys: the replica's has none
-    Keys.from_environment(0, given).take("Bearer one")
-    monkeypatch.setenv("AF2_API_KEYS", "one, two")
+        from_environment(given).take(None)  # of the process that deploys: the replica's has none
+    from_environment(given).take("Bearer one")
+    environment.setenv("AF2_API_KEYS", "one, two")
     secret = tmp_path / "keys"
     secret.write_text("three\n\n")
-    monkeypatch.setenv("AF2_API_KEYS_FILE", str(secret))
-    keys = Keys.from_environment(0)
+    environment.setenv("AF2_API_KEYS_FILE", str(secret))
+    keys = from_environment()
     keys.take("Bearer one")
     keys.take("Bearer three")
-    monkeypatch.delenv("AF2_API_KEYS")
+    environment.delenv("AF2_API_KEYS")
     secret.write_text("\n")
     with pytest.raises(ValueError, match="without keys"):
-        Keys.from_environment(0)
-    monkeypatch.setenv("AF2_API_KEYS_FILE", str(tmp_path / "nothing"))
+        from_environment()
+    environment.setenv("AF2_API_KEYS_FILE", str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="cannot be read"):
-        Keys.from_environment(0)
+        from_environment()
+
+
+def test_a_key_that_no_header_carries_is_refused_when_it_is_set(environment: pytest.MonkeyPatch) -> None:
+    for key in ("schlüssel", "two words", "bell\x07"):
+        environment.setenv("AF2_API_KEYS", key)
+        with pytest.raises(ValueError, match="AF2_API_KEYS: a key has letters that no header carries"):
+            KeySource.of_environment()
+
+
+def test_keys_are_added_and_revoked_without_a_new_server(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now, secret = [0.0], tmp_path / "keys"
+    secret.write_text("old")
+    environment.setenv("AF2_API_KEYS_FILE", str(secret))
+    deployed = KeySource.of_environment()
+    keys = from_environment(deployed, clock=lambda: now[0])
+    keys.take("Bearer old")
+    secret.write_text("newer")
+    now[0] = 2.0
+    keys.take("Bearer newer")
+    assert refused(keys, "Bearer old") == (401, "invalid_api_key")
+    secret.write_text("")  # by mistake: nobody is let in whom the file did not name, and nobody is locked out
+    now[0] = 4.0
+    keys.take("Bearer newer")
+    secret.unlink()
+    now[0] = 6.0
+    keys.take("Bearer newer")
+    assert refused(keys, None) == (401, "missing_api_key")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +154,13 @@ def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ("::ffff:8.8.8.8", True),
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
+        ("::127.0.0.1", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("fec0::1", False),
+        ("64:ff9b:1::1", False),
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("100:0:0:1::1", False),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
@@ -143,7 +209,10 @@ def test_no_host_leads_inside(host: str) -> None:
     """Where any public host is allowed: literal, mapped, decimal and hexadecimal addresses, and a local name."""
     with pytest.raises(ApiError) as caught:
         read(Fetcher(["*"], [], 1000), f"https://{host}/a.wav")
-    assert caught.value.status == 400
+    assert (caught.value.status, caught.value.code) == (
+        400,
+        f"audio_url_{'failed' if host == 'localhost' else 'not_allowed'}",
+    )
     assert "127" not in caught.value.message.replace(host, "")
 
 
@@ -179,6 +248,24 @@ def test_a_redirect_is_checked_as_the_first_address_was(monkeypatch: pytest.Monk
         read(Fetcher(["good.org"], [], 1000), "https://good.org/a.wav")
     assert (caught.value.status, caught.value.code) == (400, "audio_url_not_allowed")
     assert asked == ["https://good.org/a.wav"]
+
+
+def test_a_store_that_hangs_holds_nothing_for_who_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, go_on = fsspec.filesystem("memory"), threading.Event()
+    store.pipe_file("/slow/a.wav", b"stored")
+    real = type(store).info
+    monkeypatch.setattr(type(store), "info", lambda *args, **more: go_on.wait(10) and real(*args, **more))
+    fetcher, memory = Fetcher([], ["memory://slow"], 1000), Memory(1000)
+
+    async def run() -> None:
+        with memory.holding() as hold, pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await fetcher.read_all([AudioUrl(url="memory://slow/a.wav")] * 4, hold)
+        go_on.set()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+    assert memory.held == 0
 
 
 def test_what_is_in_the_request_or_in_an_allowed_store() -> None:

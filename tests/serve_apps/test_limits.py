@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import serve_toy
 
 from af2_ray.config import Serve
-from af2_ray.engine.request import Request, RequestFailure
+from af2_ray.engine.request import Clip, Request, RequestFailure
+from serve_apps.clips import Clips, clip_key
+from serve_apps.decode_process import Recording, read_recording
 from serve_apps.fetch import Fetcher
 from serve_apps.limits import Limits, failure_error
 from serve_apps.schemas import ApiError, ChatRequest
@@ -28,10 +31,20 @@ def take(body: bytes | dict[str, Any]) -> Request:
     return all_of(raw)[0]
 
 
+async def decode(data: bytes, name: str, left_s: float, truncate: bool, owner: bytes = b"") -> Recording:
+    """A recording, decoded in this process."""
+    return read_recording(data, name, left_s, truncate=truncate, limit_s=LIMITS.max_audio_s)
+
+
+def clips_of(clips: Clips, files: list[bytes], **more: Any) -> tuple[list[Clip], bool]:
+    return asyncio.run(clips.of(files, **more))
+
+
 def all_of(raw: bytes) -> list[Request]:
     """The requests of all `n` answers."""
     chat = LIMITS.read(raw)
-    return LIMITS.to_engine(chat, "id-1", files_of(chat))
+    clips, truncated = clips_of(Clips(decode, LIMITS.max_audio_s), files_of(chat), truncate=bool(chat.truncate_audio))
+    return LIMITS.to_engine(chat, "id-1", clips, truncated=truncated)
 
 
 def files_of(chat: ChatRequest) -> list[bytes]:
@@ -82,15 +95,34 @@ def test_several_answers_and_log_probabilities() -> None:
     assert take(serve_toy.chat()).top_logprobs is None
 
 
-def test_audio_heard_before_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    audio = serve_toy.wav(12.0)
-    chat = LIMITS.read(json.dumps(serve_toy.chat(audio)).encode())
-    first = LIMITS.to_engine(chat, "a", [audio])[0]
-    monkeypatch.setattr("serve_apps.limits.decode_bytes", None)
-    again = LIMITS.to_engine(chat, "b", [audio], {first.clips[0].key: 12.0})[0]
-    assert again.clips == first.clips
-    assert again.clips[0].windows is None
-    assert again.audio_s == first.audio_s == 12.0
+def test_audio_heard_before_is_not_decoded() -> None:
+    decoded = []
+
+    async def counted(data: bytes, name: str, left_s: float, truncate: bool, owner: bytes = b"") -> Recording:
+        decoded.append(name)
+        return await decode(data, name, left_s, truncate, owner)
+
+    clips, audio = Clips(counted, 20.0), serve_toy.wav(12.0)
+    (first,), _ = clips_of(clips, [audio], model="af2")
+    clips.keep("af2", [first])
+    (again,), _ = clips_of(clips, [audio], model="af2")
+    assert again == first
+    assert again.windows is None
+    assert again.duration_s == first.duration_s == 12.0
+    assert decoded == ["audio 1"]
+    clips_of(clips, [audio], model="another")
+    clips_of(clips, [audio], model="af2", anew=True)
+    clips_of(clips, [audio], model="af2", salt=b"somebody else")
+    clips.forget(first.key)
+    clips_of(clips, [audio], model="af2")
+    assert len(decoded) == 5
+
+
+def test_a_recording_has_another_key_for_each_caller() -> None:
+    keys = {clips_of(Clips(decode, 20.0), [serve_toy.wav()], salt=salt)[0][0].key for salt in (b"", b"a", b"b")}
+    digest = hashlib.sha256(serve_toy.wav()).digest()
+    assert keys == {clip_key(digest), clip_key(digest, b"a"), clip_key(digest, b"b")}
+    assert clip_key(digest) == digest.hex()
 
 
 def test_the_beginning_is_heard_where_that_is_asked_for() -> None:
@@ -98,7 +130,8 @@ def test_the_beginning_is_heard_where_that_is_asked_for() -> None:
     assert (cut.audio_s, cut.truncated, cut.clips[0].num_windows) == (20.0, True, 2)
     whole = take(serve_toy.chat(serve_toy.wav(3.0), truncate_audio=True))
     assert (whole.audio_s, whole.truncated) == (3.0, False)
-    assert cut.clips[0].key != LIMITS.read_audio(serve_toy.wav(30.0, rate=8_000), "x", 30.0, {})[0].key
+    (all_of_it,), _ = clips_of(Clips(decode, 30.0), [serve_toy.wav(30.0, rate=8_000)])
+    assert cut.clips[0].key != all_of_it.key
 
 
 def test_turns_are_joined_in_order() -> None:
