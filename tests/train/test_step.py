@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import cuts
 import pytest
 import ranks
 import torch
+
+from af2_ray.config import DeepSpeedSettings
 
 CUTS = [cut for cut in cuts.CUTS if cut != (1, 1)]
 UNSEEN = "attention.self.key.bias"
@@ -94,8 +97,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
         with torch.no_grad():
             model.added_embeddings.fill_(float("nan"))
         engine = cuts.AveragingEngine(model, 1)
-        with pytest.raises(FloatingPointError, match=r"no update was made; lower optimizer\.lr"):
+        wanted = r"step 1: the loss of row 0 is nan: no update was made; lower optimizer\.lr"
+        with pytest.raises(FloatingPointError, match=wanted):
             Step(engine, cuts.TASK)(cuts.my_rows((1, 1), 0, with_fault=False))
         assert engine._calls == 0
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "value"),
+    [(0, "fp32", math.inf), (1, "fp32", math.nan), (2, "bf16", math.inf), (2, "bf16", math.nan), (3, "bf16", math.nan)],
+)
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
+    tmp_path: Path, zero_stage: Any, precision: Any, value: float
+) -> None:
+    settings = DeepSpeedSettings(zero_stage=zero_stage, precision=precision)
+    ranks.run(cuts.run_planted, 1, str(tmp_path), settings, value)
