@@ -30,6 +30,9 @@ def deepspeed_config(
     In bf16 the gradients of a step's rows add up in fp32 where ZeRO partitions them (stages 2 and 3): in bf16, of a
     step of many rows, the last would hardly count. Stage 1 would for that take another optimiser with checkpoints of
     another form, stage 0 none at all; both go on in bf16.
+
+    `overlap_comm` stays DeepSpeed's choice (off below stage 3): with it each micro-batch ends in a wait for the whole
+    GPU, for the sake of a reduction that takes some hundredths of it between the GPUs of one machine.
     """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:

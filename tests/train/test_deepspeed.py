@@ -31,9 +31,9 @@ class Weight(nn.Module):
         return (self.transform.weight * x.to(self.transform.weight.dtype)).sum().float()
 
 
-def engine_of(zero_stage: int, **settings: Any) -> Any:
+def engine_of(settings: dict[str, Any], raw: dict[str, Any] | None = None) -> Any:
     torch.manual_seed(0)
-    chosen = DeepSpeedSettings(**{"zero_stage": zero_stage, "precision": "bf16", **settings})
+    chosen = DeepSpeedSettings(precision="bf16", raw=raw or {}, **settings)
     optimizer = Optimizer(lr=1e-2, warmup_steps=0, grad_clip=1e9)
     return start_engine(Weight(), chosen, optimizer, num_steps=9, accumulation=ROWS)
 
@@ -50,25 +50,25 @@ def step_of(engine: Any) -> torch.Tensor:
     return gradient
 
 
-def in_one_process(rank: int, check: str, zero_stage: int, folder: str) -> None:
+def in_one_process(rank: int, check: str, settings: dict[str, Any], folder: str) -> None:
     """Runs a check of this file in a process of its own: DeepSpeed keeps the process group of its first engine."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("gloo", rank=rank, world_size=1, store=dist.FileStore(f"{folder}/store", 1))
-    globals()[check](zero_stage, Path(folder))
+    globals()[check](settings, Path(folder))
     dist.destroy_process_group()
 
 
-def check_small_rows(zero_stage: int, folder: Path) -> None:
+def check_small_rows(settings: dict[str, Any], folder: Path) -> None:
     exact = torch.full((4, 4), 1 + (ROWS - 1) * SMALL)
-    torch.testing.assert_close(step_of(engine_of(zero_stage)), exact, rtol=1e-6, atol=0)
-    assert step_of(engine_of(zero_stage, raw=OLD)).unique().tolist() == [1.0], "as it was"
+    torch.testing.assert_close(step_of(engine_of(settings)), exact, rtol=1e-6, atol=0)
+    assert step_of(engine_of(settings, OLD)).unique().tolist() == [1.0], "as it was"
 
 
-def check_checkpoint(zero_stage: int, folder: Path) -> None:
+def check_checkpoint(settings: dict[str, Any], folder: Path) -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    old, new = engine_of(zero_stage, raw=OLD), engine_of(zero_stage)
+    old, new = engine_of(settings, OLD), engine_of(settings)
     assert type(new.optimizer) is DeepSpeedZeroOptimizer
     step_of(old)
     old.save_checkpoint(str(folder / "saved"), tag="engine")
@@ -81,14 +81,18 @@ def check_checkpoint(zero_stage: int, folder: Path) -> None:
     assert not torch.equal(old.module.transform.weight, new.module.transform.weight)
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_the_small_rows_of_a_step_count_beside_a_large_one(tmp_path: Path, zero_stage: int) -> None:
-    ranks.run(in_one_process, 1, "check_small_rows", zero_stage, str(tmp_path))
+@pytest.mark.parametrize("settings", [{"zero_stage": 2}, {"zero_stage": 3}])
+def test_the_small_rows_of_a_step_count_beside_a_large_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    ranks.run(in_one_process, 1, "check_small_rows", settings, str(tmp_path))
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_the_optimiser_stays_zero_s_and_takes_a_checkpoint_of_bf16_sums(tmp_path: Path, zero_stage: int) -> None:
-    ranks.run(in_one_process, 1, "check_checkpoint", zero_stage, str(tmp_path))
+@pytest.mark.parametrize(
+    "settings", [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 2, "offload_optimizer": True}]
+)
+def test_the_optimiser_stays_zero_s_and_takes_a_checkpoint_of_bf16_sums(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    ranks.run(in_one_process, 1, "check_checkpoint", settings, str(tmp_path))
 
 
 @pytest.mark.parametrize(
