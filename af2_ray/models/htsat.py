@@ -13,7 +13,7 @@ keeps its statistics, a new one gets them from `calibrate`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import ClapAudioConfig, ClapAudioModel
 
 from af2_ray.audio.mel import LogMel
 from af2_ray.models.attention import attend
+from af2_ray.models.kept import KeepsConstants
 from af2_ray.models.reorder import reorder
 
 WINDOWS_PER_PART = {"cpu": 8, "cuda": 128}
@@ -66,7 +67,7 @@ def turns_windows(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class AudioTower(nn.Module):
+class AudioTower(KeepsConstants):
     """Mel front end, mel BatchNorm and Swin encoder; shapes: S windows, R rows = columns of a stage, C channels."""
 
     gradient_checkpointing = False
@@ -80,7 +81,6 @@ class AudioTower(nn.Module):
         self.model = ClapAudioModel(config)
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._orders: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     @property
     def output_size(self) -> int:
@@ -101,16 +101,11 @@ class AudioTower(nn.Module):
 
     def train(self, mode: bool = True) -> AudioTower:
         """Eval mode if the tower is frozen, whatever is asked; the BatchNorms stay in eval mode always."""
-        self._kept.clear()
         super().train(mode and self.trains)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._kept.clear()
-        return super()._apply(*args, **kwargs)
 
     def forward(self, waveforms: Tensor, anchor: Tensor | None = None) -> Tensor:
         """Dense features [S, 64, D] of windows, int16 or float in [-1, 1], [S, 160000].
@@ -253,7 +248,7 @@ class AudioTower(nn.Module):
         def pack() -> tuple[Tensor, Tensor | None]:
             return torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
 
-        return self._keep((inner, "packed"), [*(part.weight for part in parts), *biases], pack)
+        return self.keep((inner, "packed"), [*(part.weight for part in parts), *biases], pack)
 
     def _mask(self, inner: Any, rows: int, size: int, shift: int) -> Tensor:
         """What is added to scores, [1, H, w * w, w * w], or [1, n * n * H, w * w, w * w] where windows are shifted."""
@@ -265,20 +260,7 @@ class AudioTower(nn.Module):
                 mask = (mask + self._shift_mask(rows, size, shift, mask)).flatten(0, 1)
             return mask[None].contiguous()  # fused kernels on a GPU take no other, and are then passed over silently
 
-        return self._keep((inner, rows), [table], make)
-
-    def _keep(self, key: tuple[Any, ...], weights: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        """What `make` gives of the weights alone, kept while nothing is learned.
-
-        It is made anew when a weight is replaced or written to, and after `train`, `eval`, `to` and the like; a write
-        through a weight's `.data` is seen at the next of those.
-        """
-        if torch.is_grad_enabled() or self.training or any(weight.is_inference() for weight in weights):
-            return make()  # weights of inference mode do not tell when they are written to
-        state = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
-        if self._kept.get(key, (None, None))[0] != state:
-            self._kept[key] = state, make()
-        return self._kept[key][1]
+        return self.keep((inner, rows), [table], make)
 
     def _shift_mask(self, rows: int, size: int, shift: int, like: Tensor) -> Tensor:
         """[n * n, 1, area, area]: -100 between patches that only the cyclic shift made neighbours, else 0."""

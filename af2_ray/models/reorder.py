@@ -24,6 +24,11 @@ def reorder(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
     return x.index_select(dim, index)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the host does not wait for a GPU's earlier work."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
