@@ -115,6 +115,7 @@ class LmBatch(_Batch):
 
     answer_places: Array | None = None  # int64 [N], b * T + t
     answer_ids: Array | None = None  # int64 [N]
+    texts_per_row: int | None = None  # of the row with the most
     audio_index: Array = field(kw_only=True, metadata=HOST)  # int64 [B, K]
     input_ids: Array = field(kw_only=True)  # int64 [B, T]
     attention_mask: Array = field(kw_only=True)  # int64 [B, T], 0 at padding, 1, 2 ... in a row's questions
@@ -126,7 +127,12 @@ class LmBatch(_Batch):
             return self
         following = self.labels[:, 1:]
         row, place = (following != text.IGNORE).nonzero(as_tuple=True)
-        return replace(self, answer_places=row * self.labels.shape[1] + place, answer_ids=following[row, place])
+        return replace(
+            self,
+            answer_places=row * self.labels.shape[1] + place,
+            answer_ids=following[row, place],
+            texts_per_row=int(self.attention_mask.max()),
+        )
 
     def pinned(self) -> Self:
         return super(LmBatch, self.located()).pinned()

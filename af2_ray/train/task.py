@@ -64,8 +64,8 @@ class LmTask:
             **_audio_argument(batch.waveforms),
             windows_per_clip=batch.windows_per_clip,
             audio_index=_clips_of_rows(batch),
-            labels=batch.labels,
-            answers_only=True,
+            answer_places=batch.answer_places,
+            texts_per_row=batch.texts_per_row,
         )
         smoothing, z_loss = self.stage.label_smoothing, self.stage.z_loss
         loss = token_loss_sum(output.logits, batch.answer_ids, label_smoothing=smoothing, z_loss=z_loss)
@@ -83,7 +83,7 @@ def _clips_of_rows(batch: LmBatch) -> Tensor | None:
     """The model's `audio_index`: none, as the collator has it, where row b hears clip b."""
     index: Tensor = batch.audio_index
     same = torch.arange(len(batch.windows_per_clip))[:, None]
-    return None if index.shape == same.shape and torch.equal(index, same) else index.to(batch.input_ids.device)
+    return None if index.shape == same.shape and torch.equal(index, same) else index
 
 
 def _audio_argument(windows: Tensor) -> dict[str, Tensor]:
