@@ -30,6 +30,7 @@ from af2_ray.engine.audio_attention import Projection
 from af2_ray.engine.audio_memory import AudioMemory
 from af2_ray.engine.decoder import Decoder
 from af2_ray.engine.encoder import Encoder
+from af2_ray.engine.graph import Recorder, StepGraphs
 from af2_ray.engine.health import Health, answer_silence
 from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure
 from af2_ray.engine.sampling import choose
@@ -70,11 +71,13 @@ class Engine:
         settings: Serve | None = None,
         *,
         max_windows: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Make the caches and slots of a model.
 
         Args:
             max_windows: windows of the longest clip; none: those of the longest that the model was trained on.
+            recorder: what records the steps of writing; none: what the device has, if anything.
         """
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
         self.max_windows = max_windows or int(model.config.max_windows)
@@ -89,7 +92,12 @@ class Engine:
         self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
         room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens
         self._decoder = Decoder(
-            model, project, num_slots=self.settings.num_slots, room=room, max_windows=self.max_windows
+            model,
+            project,
+            num_slots=self.settings.num_slots,
+            room=room,
+            max_windows=self.max_windows,
+            recorder=recorder,
         )
         ends = {tokenizer.convert_tokens_to_ids(END_OF_CHUNK), tokenizer.eos_token_id}
         self._ends: set[int] = {end for end in ends if end is not None}
@@ -122,6 +130,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests without a slot."""
         return len(self._admission.waiting) + len(self._admission.admitted)
+
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """Recordings of the step that writes a token; none: it is launched anew each time."""
+        return self._decoder.graphs
 
     @property
     def num_windows(self) -> int:
@@ -315,6 +328,7 @@ class Engine:
             clips = [[(clip.key, self.memory.projected(clip.key)) for clip in t.request.clips] for t in batch]
             max_new = [ticket.request.max_new_tokens for ticket in batch]
             logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
+            self.memory.reserve(self._decoder.audio_bytes)
         except Exception as error:  # the model may raise anything; it is logged, and the caller gets an answer
             self.health.note_failure("reading", error)
             logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])

@@ -69,8 +69,11 @@ class Audio(Protocol):
     """What the text of one forward pass attends to; handed to every layer by keyword."""
 
     @property
-    def hears(self) -> Tensor:
-        """bool [B, T, 1] (or [B, 1, 1]), false where a text token hears nothing: there a layer changes nothing."""
+    def hears(self) -> Tensor | None:
+        """bool [B, T, 1] (or [B, 1, 1]), false where a text token hears nothing: there a layer changes nothing.
+
+        None: all hear something.
+        """
 
     def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
         """Queries [B, H, T, d] of a layer to the audio, [B, H, T, d]."""
@@ -149,7 +152,7 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         y = self.to_out(y.transpose(1, 2).reshape(rows, length, -1)) * self.attn_gate.tanh()
         heard = x + y
         heard = heard + self.fc2(nnf.gelu(self.fc1(self.ff_norm(heard)))) * self.ff_gate.tanh()
-        return torch.where(audio.hears, heard, x)
+        return heard if audio.hears is None else torch.where(audio.hears, heard, x)
 
     def _keys_values(self, audio: AudioContext) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, K * A, d]: from the cache, else projected once a clip and handed to its rows."""
