@@ -24,7 +24,7 @@ from af2_ray.engine.audio_attention import ClipsKV, Projection, RowsAudio
 from af2_ray.engine.audio_pool import AudioPool, Reach, power_of_two
 from af2_ray.engine.graph import Recorder, StepGraphs, recorder_of
 from af2_ray.engine.slots import SlotCache
-from af2_ray.engine.transfer import upload
+from af2_ray.engine.transfer import send, upload
 from af2_ray.models.cross_attention import Audio
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 
@@ -100,8 +100,8 @@ class Decoder:
             Logits [R, V] of the first token of each answer.
         """
         device = self._model.device
-        ids = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)  # [R, T]
-        embeds, lengths, audio = self._model.embed_tokens(ids), [len(prompt) for prompt in prompts], None
+        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # [R, T], the host's
+        embeds, lengths, audio = self._model.embed_tokens(send(ids, device)), [len(prompt) for prompt in prompts], None
         rows_kv: list[ClipsKV | None] = [None] * len(prompts)
         if self._projection.is_prefix:
             whole = [
@@ -114,11 +114,11 @@ class Decoder:
                 ClipsKV.of([k for k, _ in pairs], [part for _, part in pairs]) if pairs else None for pairs in clips
             ]
             markers = (ids == self._model.config.audio_token_id).cumsum(dim=1)
-            audio = RowsAudio.of_prompts(rows_kv, markers, lengths, self._projection.places)
+            audio = RowsAudio.of_prompts(rows_kv, markers, lengths, self._projection.places, device)
         self._make_room(max(length + new for length, new in zip(lengths, max_new, strict=True)), rows_kv)
         mask = self._cache.before_prefill(lengths, embeds.dtype)
         hidden = self._forward(embeds, mask, torch.arange(embeds.shape[1], device=device)[None], audio)
-        last = torch.tensor(lengths, device=device) - 1
+        last = upload([length - 1 for length in lengths], device)
         logits = self._model.compute_logits(hidden[torch.arange(len(lengths), device=device), last])
         self._cache.after_prefill(lengths)
         if self.graphs is None:

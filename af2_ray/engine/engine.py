@@ -32,9 +32,10 @@ from af2_ray.engine.decoder import Decoder
 from af2_ray.engine.encoder import Encoder
 from af2_ray.engine.graph import Recorder, StepGraphs
 from af2_ray.engine.health import Health, answer_silence
-from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure
-from af2_ray.engine.sampling import choose
+from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure, TokenLogprob
+from af2_ray.engine.sampling import choose, logprobs_of
 from af2_ray.engine.ticket import Emit, Ticket
+from af2_ray.engine.transfer import upload
 from af2_ray.engine.turns import in_turn, owners_of
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.storage.stores import local_model
@@ -367,16 +368,32 @@ class Engine:
             self.health.note_work(part)
         else:
             self.health.note_failure(part, ArithmeticError("the logits are not numbers"))
+        logprobs = self._logprobs(tickets, logits, chosen)
         ended: dict[Ticket, Answer | RequestFailure] = {}
-        for ticket, token, row in zip(tickets, chosen, logits, strict=True):
+        for row, (ticket, token) in enumerate(zip(tickets, chosen, strict=True)):
             if token is None:
                 logger.error("the logits of %s are not numbers", ticket.request.id)
                 ended[ticket] = _FAILED
                 continue
             self.counts.new_tokens += 1
-            if answer := ticket.take(token, row, token in self._ends):
+            if answer := ticket.take(token, token in self._ends, logprobs.get(row, ())):
                 ended[ticket] = answer
         self._free(ended)
+
+    def _logprobs(
+        self, tickets: Sequence[Ticket], logits: Tensor, chosen: Sequence[int | None]
+    ) -> dict[int, tuple[TokenLogprob, ...]]:
+        """Those of the tokens chosen of logits [B, V], by row, of who wants them."""
+        wanted = {
+            row: (token, ticket.request.top_logprobs)
+            for row, (ticket, token) in enumerate(zip(tickets, chosen, strict=True))
+            if token is not None and token not in self._ends and ticket.request.top_logprobs is not None
+        }
+        if not wanted:
+            return {}
+        tokens, nums_top = zip(*wanted.values(), strict=True)
+        found = logprobs_of(logits[upload(list(wanted), logits.device)], tokens, nums_top, self.tokenizer)
+        return {row: (one,) for row, one in zip(wanted, found, strict=True)}
 
     # --- Ends ----------------------------------------------------------------------------------------------------
 
