@@ -30,10 +30,12 @@ from af2_ray.engine.audio_attention import Projection
 from af2_ray.engine.audio_memory import AudioMemory
 from af2_ray.engine.decoder import Decoder
 from af2_ray.engine.encoder import Encoder
+from af2_ray.engine.graph import Recorder, StepGraphs
 from af2_ray.engine.health import Health, answer_silence
-from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure
-from af2_ray.engine.sampling import choose
+from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure, TokenLogprob
+from af2_ray.engine.sampling import choose, logprobs_of
 from af2_ray.engine.ticket import Emit, Ticket
+from af2_ray.engine.transfer import upload
 from af2_ray.engine.turns import in_turn, owners_of
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.storage.stores import local_model
@@ -70,11 +72,13 @@ class Engine:
         settings: Serve | None = None,
         *,
         max_windows: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Make the caches and slots of a model.
 
         Args:
             max_windows: windows of the longest clip; none: those of the longest that the model was trained on.
+            recorder: what records the steps of writing; none: what the device has, if anything.
         """
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
         self.max_windows = max_windows or int(model.config.max_windows)
@@ -89,7 +93,12 @@ class Engine:
         self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
         room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens
         self._decoder = Decoder(
-            model, project, num_slots=self.settings.num_slots, room=room, max_windows=self.max_windows
+            model,
+            project,
+            num_slots=self.settings.num_slots,
+            room=room,
+            max_windows=self.max_windows,
+            recorder=recorder,
         )
         ends = {tokenizer.convert_tokens_to_ids(END_OF_CHUNK), tokenizer.eos_token_id}
         self._ends: set[int] = {end for end in ends if end is not None}
@@ -122,6 +131,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests without a slot."""
         return len(self._admission.waiting) + len(self._admission.admitted)
+
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """Recordings of the step that writes a token; none: it is launched anew each time."""
+        return self._decoder.graphs
 
     @property
     def num_windows(self) -> int:
@@ -316,6 +330,7 @@ class Engine:
             clips = [[(clip.key, self.memory.projected(clip.key)) for clip in t.request.clips] for t in batch]
             max_new = [ticket.request.max_new_tokens for ticket in batch]
             logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
+            self.memory.reserve(self._decoder.audio_bytes)
         except Exception as error:  # the model may raise anything; it is logged, and the caller gets an answer
             self.health.note_failure("reading", error)
             logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])
@@ -354,16 +369,32 @@ class Engine:
             self.health.note_work(part)
         else:
             self.health.note_failure(part, ArithmeticError("the logits are not numbers"))
+        logprobs = self._logprobs(tickets, logits, chosen)
         ended: dict[Ticket, Answer | RequestFailure] = {}
-        for ticket, token, row in zip(tickets, chosen, logits, strict=True):
+        for row, (ticket, token) in enumerate(zip(tickets, chosen, strict=True)):
             if token is None:
                 logger.error("the logits of %s are not numbers", ticket.request.id)
                 ended[ticket] = _FAILED
                 continue
             self.counts.new_tokens += 1
-            if answer := ticket.take(token, row, token in self._ends):
+            if answer := ticket.take(token, token in self._ends, logprobs.get(row, ())):
                 ended[ticket] = answer
         self._free(ended)
+
+    def _logprobs(
+        self, tickets: Sequence[Ticket], logits: Tensor, chosen: Sequence[int | None]
+    ) -> dict[int, tuple[TokenLogprob, ...]]:
+        """Those of the tokens chosen of logits [B, V], by row, of who wants them."""
+        wanted = {
+            row: (token, ticket.request.top_logprobs)
+            for row, (ticket, token) in enumerate(zip(tickets, chosen, strict=True))
+            if token is not None and token not in self._ends and ticket.request.top_logprobs is not None
+        }
+        if not wanted:
+            return {}
+        tokens, nums_top = zip(*wanted.values(), strict=True)
+        found = logprobs_of(logits[upload(list(wanted), logits.device)], tokens, nums_top, self.tokenizer)
+        return {row: (one,) for row, one in zip(wanted, found, strict=True)}
 
     # --- Ends ----------------------------------------------------------------------------------------------------
 
