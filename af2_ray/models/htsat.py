@@ -226,6 +226,7 @@ class AudioTower(KeepsConstants):
         y = attention.output(y.reshape(num, rows * rows, width), None)
         return (reorder(y, back, there, 1) if num_windows > 1 else y).view(num, rows, rows, width)
 
+    @torch.inference_mode(False)  # a model may answer first, and then learn by the same indices
     def _order(self, rows: int, size: int, shift: int, turned: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """Patches, after the cyclic shift, window by window and the way back: indices [R * R] each.
 

@@ -109,6 +109,13 @@ def test_fused_kernels_of_a_gpu_take_every_block(turned: bool, monkeypatch: pyte
     assert taken == [True] * 8
 
 
+def test_a_tower_that_answered_may_learn() -> None:
+    tower, windows = deep_tower(), make_windows(1)
+    with torch.inference_mode():
+        tower(windows)
+    tower.train()(windows).sum().backward()
+
+
 def test_windows_turned_for_a_gpu_give_the_same_features_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = deep_tower().double()
     mel = tower.log_mel(make_windows(2))

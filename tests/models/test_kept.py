@@ -19,6 +19,7 @@ def test_a_gate_is_taken_once_and_follows_its_weight() -> None:
     assert torch.equal(opened(), gate.tanh())
     gate.data.add_(0.5)
     assert torch.equal(layer.eval() and opened(), gate.tanh())
-    assert layer.to(torch.float64) and opened().dtype == torch.float64
+    layer.to(torch.float64)
+    assert opened().dtype == torch.float64
     with torch.enable_grad():
         assert opened().requires_grad

@@ -32,5 +32,6 @@ def test_a_device_that_is_no_cpu_takes_one_kernel(monkeypatch: pytest.MonkeyPatc
     calls = []
     monkeypatch.setattr(norms.nnf, "rms_norm", lambda x, *args: calls.append(args) or x)
     model = make_model().to("meta")
-    model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+    ids = torch.ones(1, 4, dtype=torch.long, device="meta")
+    model(ids, attention_mask=ids, texts_per_row=1)
     assert len(calls) == 2 * 4 + 1
