@@ -47,7 +47,22 @@ from af2_ray.train.optim import freeze_except
 from af2_ray.train.task import LmTask
 
 COMMIT = "abe0346"
-BEFORE: dict[str, float] = {}
+BEFORE: dict[str, float] = {
+    "decode_05b_1_kernels": 1463,
+    "decode_05b_16_kernels": 2543,
+    "decode_3b_1_kernels": 2171,
+    "decode_3b_16_kernels": 3791,
+    "decode_syncs": 5,
+    "replayed_share": 0.456,
+    "recorded_share": 0.112,
+    "eager_share": 0.432,
+    "tower_mb_per_window": 1086.238,
+    "tower_fused_blocks": 8,
+    "train_syncs": 11,
+    "train_stage1_kernels": 10491,
+    "train_stage1_moved_gb": 286.619,
+    "train_stage1_saved_mb": 13712.461,
+}
 QUESTION = "which sound is heard first? (A) dog (B) drum (C) rain (D) violin"
 SLOTS, NEW_TOKENS, ARRIVALS = 16, 64, 0.25
 

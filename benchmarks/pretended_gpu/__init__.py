@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ class PretendedGpu(TorchDispatchMode):
     def __init__(self, vocab_size: int = -1) -> None:
         super().__init__()
         self._vocab_size = vocab_size
-        self._pinned: WeakSet[Any] = WeakSet()
+        self._pinned = WeakTensorKeyDictionary()
         self.reset()
 
     def reset(self) -> None:
@@ -149,8 +148,8 @@ class PretendedGpu(TorchDispatchMode):
         out = func(*args, **kwargs)
         outs = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, Tensor)]
         self._keep(func, args, outs, real)
-        if pinned:
-            self._pinned.update(outs)
+        for made in outs if pinned else []:
+            self._pinned[made] = True
         if not func.is_view and name not in FREE and any(map(_is_on_gpu, [*_tensors(args), *outs])):
             self.launch(name, _num_bytes(name, args, outs), LAUNCHES.get(name, 1))
         return out
@@ -254,7 +253,7 @@ class _Calls(TorchFunctionMode):
             with _plainly():
                 return gpu.value(args[0]).numpy()
         if name == "pin_memory":
-            gpu._pinned.add(args[0])
+            gpu._pinned[args[0]] = True
             return args[0]
         if name == "is_pinned":
             return args[0] in gpu._pinned
