@@ -50,6 +50,8 @@ LOOKUPS = {"embedding", "index", "index_select", "gather"}
 OVERWRITES = {"copy_", "fill_", "zero_", "index_put_", "_index_put_impl_", "slice_scatter", "scatter_"}
 """They write their first argument (or a part as large as the last one) without reading it."""
 CHANCE = {"rand", "randn", "rand_like", "randn_like", "normal_", "uniform_", "set_"}
+BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "repeat_interleave", "equal"}
+"""Their result, or its shape, depends on values."""
 WAITING = {"nonzero", "masked_select", "_unique2", "equal", "bincount"}
 
 
@@ -145,7 +147,7 @@ class PretendedGpu(TorchDispatchMode):
         self._note_waits(func, name, args, kwargs)
         real = self._real_result(func, name, args, kwargs)
         args = self._without_masks(name, args)
-        out = func(*args, **kwargs)
+        out = self._shaped_by(real, args) if name in BY_VALUES and real is not None else func(*args, **kwargs)
         outs = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, Tensor)]
         self._keep(func, args, outs, real)
         for made in outs if pinned else []:
@@ -183,11 +185,18 @@ class PretendedGpu(TorchDispatchMode):
                     elif args[2].numel() > 1:
                         self.wait("masked assignment")
 
+    def _shaped_by(self, real: Any, args: Any) -> Any:
+        """Results of the shapes that values gave, where the arguments are."""
+        device = CUDA if any(map(_is_on_gpu, _tensors(args))) else torch.device("cpu")
+        if isinstance(real, bool):
+            return real
+        if isinstance(real, Tensor):
+            return torch.empty(real.shape, dtype=real.dtype, device=device)
+        return type(real)(self._shaped_by(part, args) for part in real)
+
     def _without_masks(self, name: str, args: Any) -> Any:
         """Indices in place of boolean masks, whose result has a shape that only values tell."""
         if not name.startswith(("index", "_index_put")) or len(args) < 2 or not isinstance(args[1], (list, tuple)):
-            if name == "nonzero" or name == "masked_select":
-                raise NotImplementedError(f"{name}: its shape depends on values")
             return args
         if not any(t.dtype == torch.bool for t in _tensors(args[1])):
             return args
@@ -320,7 +329,7 @@ def _num_bytes(name: str, args: Any, outs: list[Tensor]) -> int:
     return written + sum(map(tensor_bytes, inputs))
 
 
-_OURS = (str(Path(__file__).parents[2] / "af2_ray"), "transformers")
+_OURS = ("/af2_ray/", "/transformers/")
 
 
 def _caller() -> str:

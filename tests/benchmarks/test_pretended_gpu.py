@@ -59,6 +59,8 @@ def test_what_the_host_looks_at_is_true(gpu: PretendedGpu) -> None:
         assert values.tolist() == [[0, 2, 4], [7, 8, 10]]
         assert int(values.sum()) == 31
         assert values[values > 4].shape == (3,)
+        assert (values > 4).nonzero().tolist() == [[1, 0], [1, 1], [1, 2]]
+        assert torch.repeat_interleave(torch.tensor([2, 1]).to(CUDA)).tolist() == [0, 0, 1]
         assert torch.rand(3, device=CUDA).tolist() == [0, 0, 0]  # not known
 
 
