@@ -1,4 +1,4 @@
-"""Ceilings of what a GPU is asked for at the paper's sizes (`benchmarks/launches.py`)."""
+"""Ceilings of what a GPU is asked for at the paper's sizes (`benchmarks/kernels.py`)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import launches
+import kernels
 
 
 @functools.cache
 def figures(part: str) -> dict[str, float]:
     if part == "arrivals":
-        return launches.churn(100)
+        return kernels.churn(100)
     if part == "tower":
-        return launches.tower()
+        return kernels.tower()
     if part == "train":
-        return launches.train()[0]
+        return kernels.train()[0]
     recipe, num = part.split()
-    kernels, waits = launches.decode(recipe, int(num))
-    return {"kernels": kernels.total(), "waits": waits.total()}
+    launches, waits = kernels.decode(recipe, int(num))
+    return {"kernels": launches.total(), "waits": waits.total()}
 
 
 @pytest.mark.parametrize(
