@@ -1,4 +1,4 @@
-"""Ceilings of what a GPU is asked for at the paper's sizes (`benchmarks/kernels.py`)."""
+"""Ceilings of what a GPU is asked for at the paper's sizes (`benchmarks/launches.py`)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import kernels
+import launches
 
 
 @functools.cache
 def figures(part: str) -> dict[str, float]:
     if part == "arrivals":
-        return kernels.churn(100)
+        return launches.churn(100)
     if part == "tower":
-        return kernels.tower()
+        return launches.tower()
     if part == "train":
-        return kernels.train()[0]
+        return launches.train()[0]
     recipe, num = part.split()
-    launches, waits = kernels.decode(recipe, int(num))
-    return {"kernels": launches.total(), "waits": waits.total()}
+    kernels, waits = launches.decode(recipe, int(num))
+    return {"kernels": kernels.total(), "waits": waits.total()}
 
 
 @pytest.mark.parametrize(

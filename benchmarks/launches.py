@@ -15,7 +15,7 @@ The last line is one JSON object, each key also as `<key>_before`, as it was at 
   `train_stage1_saved_mb`: launches of that row, forward and backward, and MB that it keeps for the backward pass;
 - `host_ms_1`, `host_ms_16`: ms of Python a step of 1 and 16 answers, of a model of almost nothing on the CPU.
 
-    python benchmarks/kernels.py [--quick] [--names]
+    python benchmarks/launches.py [--quick] [--names]
 """
 
 from __future__ import annotations
