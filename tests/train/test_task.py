@@ -176,7 +176,6 @@ def test_a_row_hears_its_own_clip_without_an_index() -> None:
     assert [index.tolist() for index in given[1:]] == [[[1], [0]], [[0], [-1]]]
 
 
-@pytest.mark.xfail(reason="the model still takes its own mean loss", strict=False)
 def test_a_row_s_loss_is_computed_once() -> None:
     row = cuts.my_rows((2, 2), 1, with_fault=False)[0]
     with Counted() as counted:
@@ -184,7 +183,6 @@ def test_a_row_s_loss_is_computed_once() -> None:
     assert counted.calls["_log_softmax"] == counted.calls["_log_softmax_backward_data"] == 1
 
 
-@pytest.mark.xfail(reason="the model still reads lengths and answers back", strict=False)
 def test_nothing_is_read_back_between_the_row_and_its_loss() -> None:
     row = cuts.my_rows((2, 2), 1, with_fault=False)[0]
     cuts.TASK.loss(cuts.make_model(torch.float32).to("meta"), row.to("meta"), 7).backward()
