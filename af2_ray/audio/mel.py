@@ -7,6 +7,7 @@ model's type: the constants are not buffers, so a cast of the model does not tou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -46,7 +47,8 @@ class LogMel(nn.Module):
     def forward(self, waveforms: Tensor) -> Tensor:
         """Log-mel of each window; 160000 samples give 1001 frames."""
         device = waveforms.device.type
-        with torch.autocast(device, enabled=False):
+        knows_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if knows_autocast else contextlib.nullcontext():
             return torch.cat([self._part(part) for part in waveforms.split(WINDOWS_PER_PART.get(device, 16))])
 
     def _part(self, waveforms: Tensor) -> Tensor:
