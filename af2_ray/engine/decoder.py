@@ -84,6 +84,11 @@ class Decoder:
         return self._cache.num_rows
 
     @property
+    def num_slots(self) -> int:
+        """How many rows can run at one time."""
+        return self._cache.num_slots
+
+    @property
     def audio_bytes(self) -> int:
         """Bytes of copies of what running rows hear."""
         return self._pool.num_bytes

@@ -46,7 +46,7 @@ class Encoder:
     """
 
     def __init__(self, model: AudioFlamingo2ForConditionalGeneration, budget: int) -> None:
-        self._model, self._budget = model, budget
+        self._model, self.budget = model, budget
         self._clips: dict[str, _Coming] = {}
         self._turn = 0
         self.num_encoded = 0
@@ -97,7 +97,7 @@ class Encoder:
             oldest = next(iter(self._clips))
             order.remove(oldest)
             order.insert(0, oldest)
-        left, taken = self._budget, {}
+        left, taken = self.budget, {}
         for key in order:
             if left == 0:
                 break

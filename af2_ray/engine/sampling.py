@@ -9,7 +9,7 @@ Shapes: B rows, N of them by chance, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,22 +77,25 @@ def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
 
 def logprobs_of(
-    logits: Tensor, tokens: Sequence[int], nums_top: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> list[TokenLogprob]:
-    """Log probabilities of chosen tokens of logits [B, V], and of the likeliest, before any temperature.
+    logits: Tensor, tokens: Mapping[int, int], nums_top: Mapping[int, int], tokenizer: PreTrainedTokenizerBase
+) -> dict[int, TokenLogprob]:
+    """Log probabilities of tokens by row of logits [B, V], and of the likeliest, before any temperature.
 
     Args:
-        nums_top: how many of the likeliest are wanted for each row.
+        nums_top: how many of the likeliest are wanted, by row; rows that are not there want nothing.
     """
-    logprobs = torch.log_softmax(logits.float(), dim=1)
-    of_token = logprobs.gather(1, upload(tokens, logits.device)[:, None])
-    values, ids = logprobs.topk(max(nums_top), dim=1)
-    found = []
+    if not nums_top:
+        return {}
+    rows, most = list(nums_top), max(nums_top.values())
+    logprobs = torch.log_softmax(logits[upload(rows, logits.device)].float(), dim=1)
+    of_token = logprobs.gather(1, upload([tokens[row] for row in rows], logits.device)[:, None])
+    values, ids = logprobs.topk(most, dim=1)
+    found = {}
     numbers = torch.cat((of_token.double(), values.double(), ids.double()), dim=1).tolist()  # at once
-    for token, num, (logprob, *rest) in zip(tokens, nums_top, numbers, strict=True):
-        likeliest = zip(rest[:num], rest[max(nums_top) :], strict=False)
+    for row, (logprob, *rest) in zip(rows, numbers, strict=True):
+        likeliest = list(zip(rest[:most], rest[most:], strict=True))[: nums_top[row]]
         top = tuple((_shown(tokenizer, int(id_)), value) for value, id_ in likeliest)
-        found.append(TokenLogprob(_shown(tokenizer, token), logprob, top))
+        found[row] = TokenLogprob(_shown(tokenizer, tokens[row]), logprob, top)
     return found
 
 

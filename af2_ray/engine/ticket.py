@@ -57,17 +57,18 @@ class Ticket:
         """Whether the answer may not end here by itself."""
         return self.num_tokens < self.request.min_new_tokens
 
-    def take(self, token: int, ended: bool, logprobs: tuple[TokenLogprob, ...] = ()) -> Answer | None:
+    def take(self, token: int, ended: bool, logprob: TokenLogprob | None = None) -> Answer | None:
         """One more token of the answer; the whole answer if that was the last.
 
         Args:
             ended: whether this token ends answers.
-            logprobs: the token's, if the request wants them and it ends nothing.
+            logprob: the token's, if the request wants it and it ends nothing.
         """
         self.token = token
         self.num_tokens += 1
         if self.num_tokens == 1:
             self.first_token_s = time.monotonic() - self.since
+        logprobs = () if logprob is None else (logprob,)
         self._logprobs += logprobs
         text = self._stream.add(token)
         over = ended or self._stream.stopped or self.num_tokens >= self.request.max_new_tokens

@@ -153,6 +153,26 @@ def test_copies_count_as_audio_memory(model: Any, tiny_tokenizer: Any) -> None:
     assert again.encoded_windows == 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"fusion": "prefix"}])
+@pytest.mark.parametrize("audio_memory_mb", [1, 1024])
+def test_a_warm_engine_has_its_recordings(settings: dict[str, Any], audio_memory_mb: int, tiny_tokenizer: Any) -> None:
+    """Of 1, 2, 4 and 6 rows, alike and not; and nothing else is left of that."""
+    model = serve_toy.build(tiny_tokenizer, max_windows=20, **settings)
+    engine = recording(model, tiny_tokenizer, num_slots=6, encode_windows=6, audio_memory_mb=audio_memory_mb)
+    engine.warm()
+    graphs = engine.graphs
+    assert graphs is not None
+    sizes: Any = graphs.sizes
+    assert {size.rows for size in sizes} == {1, 2, 4, 6}
+    assert {size.reach.masked for size in sizes} == ({False} if settings else {False, True})
+    assert (engine.num_running, len(engine.memory), engine._decoder.num_rows) == (0, 0, 0)
+    before = graphs.num_launched
+    heard = (clip(195 if audio_memory_mb > 1 else 15, 400),)
+    (answer,) = engine.answer([Request("what?", heard, max_new_tokens=5, min_new_tokens=5)])
+    assert isinstance(answer, Answer)
+    assert graphs.num_launched == before
+
+
 def test_the_recording_unused_longest_goes() -> None:
     class Recorder:
         def record(self, step: Step) -> Step:

@@ -68,10 +68,13 @@ def test_a_seed_s_tokens_are_multinomial_s() -> None:
 
 
 def test_log_probabilities_of_many_rows(tiny_tokenizer: Any) -> None:
-    logits = torch.randn((3, 30), generator=torch.Generator().manual_seed(0))
-    found = logprobs_of(logits, [4, 20, 7], [0, 3, 1], tiny_tokenizer)
-    logprobs = logits.log_softmax(1)
-    for row, (place, token, num) in enumerate(zip(found, [4, 20, 7], [0, 3, 1], strict=True)):
-        assert place.logprob == logprobs[row, token].item()
-        assert [value for _, value in place.top] == logprobs[row].topk(num).values.tolist()
-        assert [text for text, _ in place.top] == [tiny_tokenizer.decode([i]) for i in logprobs[row].topk(num).indices]
+    logits = torch.randn((4, 30), generator=torch.Generator().manual_seed(0))
+    tokens, nums_top = {0: 4, 1: 7, 2: 20, 3: 0}, {2: 3, 0: 0, 1: 1}
+    found = logprobs_of(logits, tokens, nums_top, tiny_tokenizer)
+    for row, num in nums_top.items():
+        logprobs = logits[row].log_softmax(0)
+        likeliest = logprobs.topk(num)
+        assert found[row].logprob == logprobs[tokens[row]].item()
+        assert [value for _, value in found[row].top] == likeliest.values.tolist()
+        assert [text for text, _ in found[row].top] == [tiny_tokenizer.decode([i]) for i in likeliest.indices]
+    assert logprobs_of(logits, tokens, {}, tiny_tokenizer) == {}
