@@ -74,10 +74,8 @@ class Engine:
         self._positions = int(model.config.text_config.max_position_embeddings)  # of text; a prefix comes on top
         self._projection = project = Projection(model)
         num_slots, budget = self.settings.num_slots, self.settings.encode_windows
-        memory_bytes = self.settings.audio_memory_mb * 2**20
-        self.memory = AudioMemory(
-            project, project.states_bytes, project.projected_bytes, memory_bytes, self.settings.keep_audio_s
-        )
+        limit, keep_s = self.settings.audio_memory_mb * 2**20, self.settings.keep_audio_s
+        self.memory = AudioMemory(project, project.states_bytes, project.projected_bytes, limit, keep_s)
         self.health = Health(self.settings.max_failed_steps)
         self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
         room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens

@@ -320,12 +320,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs, num_prefix = self._lm_inputs(input_ids, attention_mask, position_ids, heard, cache, numbers)
         output = self.language_model.model(**inputs, past_key_values=cache, use_cache=bool(use_cache), **kwargs)
         hidden = output.last_hidden_state[:, num_prefix:]
-        if answers_only and answer_places is None:
-            if labels is None:
-                raise ValueError("answers_only needs labels: they say where the answers are")
-            hidden = hidden[:, :-1][labels[:, 1:] != IGNORE]
-        elif answer_places is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, answer_places)
+        if answers_only or answer_places is not None:
+            hidden = _answering(hidden, labels, answer_places)
         else:
             hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
         logits = self.compute_logits(hidden)
@@ -371,6 +367,15 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = AudioCache(config=self.config.text_config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _answering(hidden: Tensor, labels: Tensor | None, places: Tensor | None) -> Tensor:
+    """Hidden states [N, D] of [B, T, D] where the next token is an answer's."""
+    if places is not None:
+        return hidden.flatten(0, 1).index_select(0, places)
+    if labels is None:
+        raise ValueError("answers_only needs labels: they say where the answers are")
+    return hidden[:, :-1][labels[:, 1:] != IGNORE]
 
 
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
