@@ -178,7 +178,7 @@ class Visit(Generic[AskedT]):
     Attributes:
         asked: what it asks.
         owner: who asks.
-        start: when it came.
+        start: time of its coming, in the clock of `time.monotonic`.
         hold: function that takes memory for it.
         held: what it holds until its end, memory first; who answers beyond the block takes it over (`pop_all`).
     """

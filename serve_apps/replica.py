@@ -32,7 +32,7 @@ class _Loaded:
         from serve_apps.telemetry import Telemetry
 
         engine = Engine.from_pretrained(folder, own_device(), settings)
-        engine.ask_itself()  # a model that cannot answer anything is found now, before it fails the questions of others
+        engine.warm()  # a model that cannot answer anything is found now, before it fails the questions of others
         self.name, self.runner = name, Runner(engine)
         self.telemetry = Telemetry(name, self.runner)
         weakref.finalize(self, self.runner.close).atexit = False

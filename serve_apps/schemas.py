@@ -16,6 +16,7 @@ MAX_INPUTS = 256  # texts and recordings of one request for embeddings
 MAX_PARTS = 256  # of one message
 MAX_LABEL_CHARS = 1024
 MAX_NAME_CHARS = 256
+MAX_WIDE_BYTES = 2**18  # of a string that is not ASCII alone; a text that may be asked has fewer
 MAX_VALUES = 2**16  # in one body: a value of two bytes becomes objects of a kilobyte before it can be refused
 
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -279,15 +280,34 @@ class LabelRequest(_Incoming):
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
+def _check_wide(body: bytes | bytearray) -> None:
+    """`ApiError` 400 for a long string with a letter beyond ASCII: one makes Python's string four times its bytes."""
+    if body.isascii() and b"\\u" not in body:
+        return
+    start = place = 0
+    while place <= len(body):
+        end = body.find(b'"', place)
+        end = len(body) if end < 0 else end
+        piece = body[place:end]
+        place = end + 1
+        if end < len(body) and (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            continue  # a mark of the string's own
+        if end - start > MAX_WIDE_BYTES and not (body[start:end].isascii() and body.find(b"\\u", start, end) < 0):
+            message = f"a text of more than {MAX_WIDE_BYTES} bytes, or a recording that is not base64: shorten it"
+            raise ApiError(400, message, code="invalid_request")
+        start = place
+
+
 def parse_request(body: bytes | bytearray, kind: type[RequestT]) -> RequestT:
     """Read a request body; `ApiError` 400 names the first key at fault.
 
     What it costs is bounded by the body's bytes: before anything is built, the marks between values are counted, those
     within strings too. A recording has none of them, and a text that may be asked has fewer.
     """
-    if sum(body.count(mark) for mark in b",[{") > MAX_VALUES:
+    if sum(body.count(mark) for mark in b",[{") > MAX_VALUES or body.count(b'"') > 4 * MAX_VALUES:
         message = f"the body has more than {MAX_VALUES} values (commas and brackets, those in texts too): send less"
         raise ApiError(400, message, code="too_many_values")
+    _check_wide(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

@@ -7,9 +7,11 @@ model's type: the constants are not buffers, so a cast of the model does not tou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
+import torch.nn.functional as nnf
 import torchaudio
 from torch import Tensor, nn
 
@@ -33,6 +35,11 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.hann_window(N_FFT, device=device), filters.to(device)
 
 
+def fixed_size(num_windows: int) -> int:
+    """The next of 1, 2, 4 ... windows, which a GPU takes at a time: silence is added."""
+    return 1 << (num_windows - 1).bit_length()
+
+
 class LogMel(nn.Module):
     """Waveforms to decibels: int16 or float in [-1, 1], [S, T] -> float32 [S, 1 + T // 160, 64]."""
 
@@ -40,8 +47,15 @@ class LogMel(nn.Module):
     def forward(self, waveforms: Tensor) -> Tensor:
         """Log-mel of each window; 160000 samples give 1001 frames."""
         device = waveforms.device.type
-        with torch.autocast(device, enabled=False):
-            return torch.cat([self._log_mel(part) for part in waveforms.split(WINDOWS_PER_PART.get(device, 16))])
+        knows_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if knows_autocast else contextlib.nullcontext():
+            return torch.cat([self._part(part) for part in waveforms.split(WINDOWS_PER_PART.get(device, 16))])
+
+    def _part(self, waveforms: Tensor) -> Tensor:
+        """A GPU plans its Fourier transform anew for every number of windows, for longer than that takes: few sizes."""
+        num = len(waveforms)
+        extra = fixed_size(num) - num if waveforms.device.type == "cuda" else 0
+        return self._log_mel(nnf.pad(waveforms, (0, 0, 0, extra)))[:num] if extra else self._log_mel(waveforms)
 
     @staticmethod
     def _log_mel(waveforms: Tensor) -> Tensor:

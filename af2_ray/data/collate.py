@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from af2_ray.data.feature_store import FeatureStore
 
 Array = Any  # numpy in a decode task, torch in the trainer
+HOST = {"host": True}  # of a field that stays on the host: what is read there would wait for a GPU
 CAPTION_TOKENS = 77  # most of a caption
 SILENCE = np.zeros((1, WINDOW_SAMPLES), np.int16)
 
@@ -48,7 +49,7 @@ class _Batch:
     sample_ids: tuple[str, ...]
     num_truncated: int
     waveforms: Array = field(kw_only=True)  # int16 [S, 160000], or from a `FeatureStore` the tower's features [S, F, D]
-    windows_per_clip: Array = field(kw_only=True)  # int64 [C]
+    windows_per_clip: Array = field(kw_only=True, metadata=HOST)  # int64 [C]
 
     def to_row(self) -> dict[str, Any]:
         """A flat dict of 1-D arrays, shapes and one JSON string: what Arrow stores without copies or objects."""
@@ -86,10 +87,21 @@ class _Batch:
         """The same batch with torch tensors in place of numpy arrays."""
         return replace(self, **{name: _tensor(getattr(self, name)) for name in _array_names(type(self))})
 
+    def arrays(self) -> list[Array]:
+        """All arrays, or tensors."""
+        return [value for f in fields(self) if hasattr(value := getattr(self, f.name), "shape")]
+
+    def pinned(self) -> Self:
+        """The same batch with its tensors in page-locked memory, from which a GPU copies without the host."""
+        return replace(self, **{f.name: value.pin_memory() for f, value in self._moving()})
+
     def to(self, device: Any) -> Self:
-        """The same batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _array_names(type(self))}
-        return replace(self, **moved)
+        """The same batch with its tensors on `device`, but for those that the host reads."""
+        return replace(self, **{f.name: value.to(device, non_blocking=True) for f, value in self._moving()})
+
+    def _moving(self) -> list[tuple[Any, Array]]:
+        found = [(f, getattr(self, f.name)) for f in fields(self) if not f.metadata.get("host")]
+        return [(f, value) for f, value in found if hasattr(value, "shape")]
 
 
 @dataclass(frozen=True)
@@ -97,13 +109,36 @@ class LmBatch(_Batch):
     """Questions about clips. B rows of text, C clips, S windows of all clips, K audios a row (1), T text tokens.
 
     `audio_index` [B, K] names the clips of each row (-1: none). A row holds all questions about its clip, numbered in
-    `attention_mask`. `sample_ids` has one entry a question.
+    `attention_mask`. `sample_ids` has one entry a question. Before a batch leaves the host, `located` finds its N
+    answer tokens: the positions before them in the flat text, and their ids.
     """
 
-    audio_index: Array = field(kw_only=True)  # int64 [B, K]
+    answer_places: Array | None = None  # int64 [N], b * T + t
+    answer_ids: Array | None = None  # int64 [N]
+    texts_per_row: int | None = None  # of the row with the most
+    audio_index: Array = field(kw_only=True, metadata=HOST)  # int64 [B, K]
     input_ids: Array = field(kw_only=True)  # int64 [B, T]
     attention_mask: Array = field(kw_only=True)  # int64 [B, T], 0 at padding, 1, 2 ... in a row's questions
     labels: Array = field(kw_only=True)  # int64 [B, T], -100 where nothing is learned
+
+    def located(self) -> Self:
+        """The same batch with its answer tokens found, where they are not yet."""
+        if self.answer_places is not None:
+            return self
+        following = self.labels[:, 1:]
+        row, place = (following != text.IGNORE).nonzero(as_tuple=True)
+        return replace(
+            self,
+            answer_places=row * self.labels.shape[1] + place,
+            answer_ids=following[row, place],
+            texts_per_row=int(self.attention_mask.max()),
+        )
+
+    def pinned(self) -> Self:
+        return super(LmBatch, self.located()).pinned()
+
+    def to(self, device: Any) -> Self:
+        return super(LmBatch, self.located()).to(device)
 
 
 @dataclass(frozen=True)

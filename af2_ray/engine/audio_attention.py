@@ -19,6 +19,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from af2_ray.engine.audio_memory import length_bucket
+from af2_ray.engine.transfer import send, upload
 from af2_ray.models.cross_attention import GatedCrossAttention
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 
@@ -47,38 +48,59 @@ class _Group:
     length: int
     mask: Tensor | None = None
 
+    def holds(self, q: Tensor) -> bool:
+        """Whether all of the queries [B, H, T, d] are this group's."""
+        return len(self.rows) == len(q) and self.length == q.shape[2]
+
+    def attend(self, q: Tensor, place: int) -> Tensor:
+        """Queries [rows, H, length, d] to the keys and values of a layer."""
+        keys, values = self.kv[place, :, None]  # [1, H, A, d] each
+        if self.length > 1:
+            return nnf.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
+        # One token of each row: the rows are queries of one.
+        states = nnf.scaled_dot_product_attention(q[:, :, 0].transpose(0, 1)[None], keys, values)
+        return states[0].transpose(0, 1)[:, :, None]
+
 
 class RowsAudio:
     """What the rows of one pass hear: the `cross_attention.Audio` of the engine."""
 
-    def __init__(self, groups: Sequence[_Group], hears: Tensor, places: Mapping[int, int]) -> None:
+    def __init__(self, groups: Sequence[_Group], hears: Tensor | None, places: Mapping[int, int]) -> None:
         self._groups, self.hears, self._places = groups, hears, places
 
     @classmethod
     def of_prompts(
-        cls, rows_kv: Sequence[ClipsKV | None], markers: Tensor, lengths: Sequence[int], places: Mapping[int, int]
+        cls,
+        rows_kv: Sequence[ClipsKV | None],
+        markers: Tensor,
+        lengths: Sequence[int],
+        places: Mapping[int, int],
+        device: torch.device,
     ) -> Self | None:
         """The audio of prompts padded on the right: a text token hears the clips whose `<audio>` is at or before it.
 
         Args:
-            markers: number of `<audio>` markers so far, [B, T].
+            markers: number of `<audio>` markers so far, [B, T], in the host's memory, as nobody waits for that.
             places: place in the keys and values of each LM layer that hears, by the layer's index.
         """
-        groups, hears = [], torch.zeros((*markers.shape, 1), dtype=torch.bool, device=markers.device)
+        groups, hears = [], torch.zeros((*markers.shape, 1), dtype=torch.bool)
         for row, (clips, length) in enumerate(zip(rows_kv, lengths, strict=True)):
             if clips is None:
                 continue
-            counts = torch.tensor(clips.lengths, device=markers.device)
-            ordinals = torch.arange(1, len(clips.lengths) + 1, device=markers.device)
-            visible = markers[row, :length, None] >= ordinals  # [T, K]
+            visible = markers[row, :length, None] >= torch.arange(1, len(clips.lengths) + 1)  # [T, K]
             hears[row, :length, 0] = visible.any(dim=1)
             mask = None
             if not bool(visible.all()):
-                shut = ~visible.repeat_interleave(counts, dim=1)
-                mask = torch.zeros(shut.shape, dtype=clips.kv.dtype, device=shut.device)
+                clip_of_token = torch.arange(len(clips.lengths)).repeat_interleave(torch.tensor(clips.lengths))
+                shut = ~send(visible, device).index_select(1, send(clip_of_token, device))  # [T, A]
+                mask = torch.zeros(shut.shape, dtype=clips.kv.dtype, device=device)
                 mask = mask.masked_fill_(shut, torch.finfo(mask.dtype).min)
-            groups.append(_Group(torch.tensor([row], device=markers.device), clips.kv, length, mask))
-        return cls(groups, hears, places) if groups else None
+            groups.append(_Group(upload([row], device), clips.kv, length, mask))
+        if not groups:
+            return None
+        behind = torch.arange(markers.shape[1]) >= torch.tensor(lengths)[:, None]  # [B, T], what nobody asks about
+        all_hear = bool((hears[..., 0] | behind).all())
+        return cls(groups, None if all_hear else send(hears, device), places)
 
     @classmethod
     def of_running(
@@ -93,24 +115,21 @@ class RowsAudio:
                 kvs.setdefault(clips.keys, clips.kv)
         if not rows:
             return None
-        groups = [_Group(torch.tensor(rows[keys], device=device), kv, 1) for keys, kv in kvs.items()]
-        hears = torch.tensor([clips is not None for clips in rows_kv], device=device)
+        groups = [_Group(upload(rows[keys], device), kv, 1) for keys, kv in kvs.items()]
+        if None not in rows_kv:
+            return cls(groups, None, places)
+        hears = upload([clips is not None for clips in rows_kv], device)
         return cls(groups, hears[:, None, None], places)
 
     def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
         """Queries [B, H, T, d] to what they hear, [B, H, T, d]; zeros where a row hears nothing."""
-        out = torch.zeros_like(q)
         place = self._places[layer.layer_idx]
+        if len(self._groups) == 1 and self._groups[0].holds(q):
+            return self._groups[0].attend(q, place)
+        out = torch.zeros_like(q)
         for group in self._groups:
-            keys, values = group.kv[place, :, None]  # [1, H, A, d] each
-            if group.length == 1:  # one token of each row: the rows are queries of one
-                queries = q[group.rows, :, 0].transpose(0, 1)[None]
-                states = nnf.scaled_dot_product_attention(queries, keys, values)
-                out[group.rows, :, 0] = states[0].transpose(0, 1)
-            else:
-                queries = q[group.rows, :, : group.length]
-                states = nnf.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
-                out[group.rows, :, : group.length] = states
+            length = slice(group.length)
+            out[group.rows, :, length] = group.attend(q[group.rows, :, length], place)
         return out
 
 

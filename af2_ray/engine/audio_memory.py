@@ -3,8 +3,9 @@
 Two things are kept of a clip: its audio states, and the cross-attention's keys and values made of them (or a prefix).
 The states cost a pass of the whole tower and are small; the keys and values cost one product a layer and are 18 times
 as large in the 3B model (141 MB for 5 minutes in bf16, against 8). So when memory is short, all keys and values go
-before any states do. What a running answer hears is pinned. Running answers attend to this memory itself: an answer
-that begins copies nothing, and answers about one clip share its keys and values.
+before any states do. What a running answer hears is pinned. On a CPU running answers attend to this memory itself: an
+answer that begins copies nothing, and answers about one clip share its keys and values. On a GPU they have copies
+(`audio_pool`), for which kept keys and values make room.
 
 A recording is somebody's: what nobody has used for a while is forgotten, room or not, and so is what a caller wants
 forgotten. Pinned clips go when the last answer that hears them ends.
@@ -68,6 +69,7 @@ class AudioMemory:
         self._pins: Counter[str] = Counter()
         self._windows: dict[str, int] = {}  # of what is pinned
         self._pinned_bytes = 0
+        self._reserved = 0  # bytes of copies that running answers attend to in place of this memory
         self._forgotten: set[str] = set()  # of what is pinned: goes when it is not any more
         self.hits = self.misses = 0
 
@@ -79,10 +81,16 @@ class AudioMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that kept clips take, and that pinned ones will take."""
+        """Bytes that kept clips take, that pinned ones will take, and that are reserved."""
         kept = sum(self._bytes(clip.num_windows, clip.projected is not None) for clip in self._clips.values())
         coming = sum(self._bytes(num, True) for key, num in self._windows.items() if key not in self._clips)
-        return kept + coming
+        return kept + coming + self._reserved
+
+    def reserve(self, num_bytes: int) -> None:
+        """Count copies that running answers attend to; keys and values go for them, pinned or not, but no states."""
+        self._reserved = num_bytes
+        if num_bytes:
+            self._shrink()
 
     def has_room(self, clips: Mapping[str, int]) -> bool:
         """Whether clips (key to number of windows) can be pinned beside what is pinned already."""
@@ -175,13 +183,14 @@ class AudioMemory:
         if excess <= 0:
             return
         free = [key for key in self._clips if key not in self._pins]
-        for key in free:
+        for key in self._clips if self._reserved else free:
             if excess <= 0:
                 return
             clip = self._clips[key]
             if clip.projected is not None:
                 clip.projected = None
                 excess -= self._projected_bytes(clip.num_windows)
+        excess -= self._reserved
         for key in free:
             if excess <= 0:
                 return

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from af2_ray.engine.transfer import send
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Encoder:
     """
 
     def __init__(self, model: AudioFlamingo2ForConditionalGeneration, budget: int) -> None:
-        self._model, self._budget = model, budget
+        self._model, self.budget = model, budget
         self._clips: dict[str, _Coming] = {}
         self._turn = 0
         self.num_encoded = 0
@@ -96,7 +97,7 @@ class Encoder:
             oldest = next(iter(self._clips))
             order.remove(oldest)
             order.insert(0, oldest)
-        left, taken = self._budget, {}
+        left, taken = self.budget, {}
         for key in order:
             if left == 0:
                 break
@@ -120,7 +121,7 @@ class Encoder:
         return {key: self._clips.pop(key) for key in taken if not self._clips[key].num_left}
 
     def _embed(self, windows: NDArray[np.int16]) -> Tensor:
-        return self._model.embed_windows(torch.from_numpy(windows).to(self._model.device))
+        return self._model.embed_windows(send(torch.from_numpy(windows), self._model.device))
 
     def _finish(self, done: dict[str, _Coming]) -> dict[str, Tensor]:
         """The audio transformer over whole clips."""

@@ -16,7 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,13 +28,16 @@ from af2_ray.config import Serve
 from af2_ray.engine.admission import Admission
 from af2_ray.engine.audio_attention import Projection
 from af2_ray.engine.audio_memory import AudioMemory
+from af2_ray.engine.counts import Counts
 from af2_ray.engine.decoder import Decoder
 from af2_ray.engine.encoder import Encoder
+from af2_ray.engine.graph import Recorder
 from af2_ray.engine.health import Health, answer_silence
 from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure
-from af2_ray.engine.sampling import choose
+from af2_ray.engine.sampling import choose, logprobs_of
 from af2_ray.engine.ticket import Emit, Ticket
 from af2_ray.engine.turns import in_turn, owners_of
+from af2_ray.engine.warm import warm_up
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.storage.stores import local_model
 from af2_ray.text import END_OF_CHUNK, encode
@@ -47,19 +50,6 @@ _ENCODE_WINDOWS = {"cpu": 2, "cuda": 32}
 _TEXT_TOKENS = 512  # that a slot has room for at first, of a model that does not tell what it was trained on
 
 
-@dataclass
-class Counts:
-    """What an engine has done since it started; `rows` over `decode_steps` is the mean batch."""
-
-    steps: int = 0
-    decode_steps: int = 0
-    rows: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    answers: int = 0
-    failures: int = 0
-
-
 class Engine:
     """A model and its tokenizer, ready to answer. Not safe to call from several threads (`runner.Runner` is)."""
 
@@ -70,31 +60,34 @@ class Engine:
         settings: Serve | None = None,
         *,
         max_windows: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Make the caches and slots of a model.
 
         Args:
             max_windows: windows of the longest clip; none: those of the longest that the model was trained on.
+            recorder: what records the steps of writing; none: what the device has, if anything.
         """
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or Serve()
         self.max_windows = max_windows or int(model.config.max_windows)
         self.counts = Counts()
         self._positions = int(model.config.text_config.max_position_embeddings)  # of text; a prefix comes on top
         self._projection = project = Projection(model)
-        memory_bytes, budget = self.settings.audio_memory_mb * 2**20, self.settings.encode_windows
-        self.memory = AudioMemory(
-            project, project.states_bytes, project.projected_bytes, memory_bytes, self.settings.keep_audio_s
-        )
+        num_slots, budget = self.settings.num_slots, self.settings.encode_windows
+        limit, keep_s = self.settings.audio_memory_mb * 2**20, self.settings.keep_audio_s
+        self.memory = AudioMemory(project, project.states_bytes, project.projected_bytes, limit, keep_s)
         self.health = Health(self.settings.max_failed_steps)
         self.encoder = Encoder(model, _ENCODE_WINDOWS.get(model.device.type, 8) if budget == "auto" else budget)
         room = (model.config.max_text_tokens or _TEXT_TOKENS) + self.settings.max_new_tokens
         self._decoder = Decoder(
-            model, project, num_slots=self.settings.num_slots, room=room, max_windows=self.max_windows
+            model, project, num_slots=num_slots, room=room, max_windows=self.max_windows, recorder=recorder
         )
+        self.graphs = self._decoder.graphs
+        """Recordings of the step that writes a token; none: it is launched anew each time."""
         ends = {tokenizer.convert_tokens_to_ids(END_OF_CHUNK), tokenizer.eos_token_id}
         self._ends: set[int] = {end for end in ends if end is not None}
         self._end_ids = torch.tensor(sorted(self._ends), device=model.device)
-        self._admission = Admission(self.memory, self.encoder, self.settings.num_slots)
+        self._admission = Admission(self.memory, self.encoder, num_slots)
         self._running: list[Ticket] = []  # by row of the decoder
 
     @classmethod
@@ -131,16 +124,14 @@ class Engine:
     def submit(self, request: Request, emit: Emit) -> Ticket:
         """Take a request; `emit` gets its pieces, and at last an `Answer` or a `RequestFailure` (perhaps at once)."""
         ids = self._read_prompt(request)
-        if not isinstance(ids, RequestFailure):  # an answer ends where the LM has no position left
-            left = self._positions - len(ids)
-            request = replace(request, max_new_tokens=min(request.max_new_tokens, left))
-        ticket = Ticket(
-            request, emit, [] if isinstance(ids, RequestFailure) else ids, self.tokenizer, self.model.device
-        )
         if isinstance(ids, RequestFailure):
+            ticket = Ticket(request, emit, [], self.tokenizer, self.model.device)
             self._end(ticket, ids)
-        else:
-            self._admission.waiting.append(ticket)
+            return ticket
+        left = self._positions - len(ids)  # an answer ends where the LM has no position left
+        request = replace(request, max_new_tokens=min(request.max_new_tokens, left))
+        ticket = Ticket(request, emit, ids, self.tokenizer, self.model.device)
+        self._admission.waiting.append(ticket)
         return ticket
 
     @torch.inference_mode()
@@ -206,6 +197,18 @@ class Engine:
             Exception: whatever keeps the engine from answering anything.
         """
         answer_silence(self.encoder, self._projection, self._decoder, self.tokenizer)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Do once what is slow the first time, before anybody waits for it; on a CPU no more than `ask_itself`.
+
+        Raises:
+            Exception: whatever keeps the engine from answering anything.
+        """
+        self.ask_itself()
+        if self.graphs is not None:
+            most_bytes = self.settings.audio_memory_mb * 2**20 // 2
+            warm_up(self.encoder, self._projection, self._decoder, self.tokenizer, self.max_windows, most_bytes)
 
     def forget(self, keys: Sequence[str]) -> int:
         """Forget recordings, those in use when their last answer ends; how many clips were kept of them."""
@@ -316,6 +319,7 @@ class Engine:
             clips = [[(clip.key, self.memory.projected(clip.key)) for clip in t.request.clips] for t in batch]
             max_new = [ticket.request.max_new_tokens for ticket in batch]
             logits = self._decoder.prefill([ticket.ids for ticket in batch], clips, max_new)
+            self.memory.reserve(self._decoder.audio_bytes)
         except Exception as error:  # the model may raise anything; it is logged, and the caller gets an answer
             self.health.note_failure("reading", error)
             logger.exception("prompts of %s failed", [ticket.request.id for ticket in batch])
@@ -354,14 +358,17 @@ class Engine:
             self.health.note_work(part)
         else:
             self.health.note_failure(part, ArithmeticError("the logits are not numbers"))
+        new = {row: token for row, token in enumerate(chosen) if token is not None and token not in self._ends}
+        nums_top = {row: num for row in new if (num := tickets[row].request.top_logprobs) is not None}
+        logprobs = logprobs_of(logits, new, nums_top, self.tokenizer)
         ended: dict[Ticket, Answer | RequestFailure] = {}
-        for ticket, token, row in zip(tickets, chosen, logits, strict=True):
+        for row, (ticket, token) in enumerate(zip(tickets, chosen, strict=True)):
             if token is None:
                 logger.error("the logits of %s are not numbers", ticket.request.id)
                 ended[ticket] = _FAILED
                 continue
             self.counts.new_tokens += 1
-            if answer := ticket.take(token, row, token in self._ends):
+            if answer := ticket.take(token, token in self._ends, logprobs.get(row)):
                 ended[ticket] = answer
         self._free(ended)
 

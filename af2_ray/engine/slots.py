@@ -52,7 +52,7 @@ class SlotLayer(CacheLayerMixin):
             return key_states, value_states
         self.keys[cache.rows, :, cache.places] = key_states[:, :, 0]
         self.values[cache.rows, :, cache.places] = value_states[:, :, 0]
-        seen = (slice(cache.num_rows), slice(None), slice(cache.longest))
+        seen = (slice(len(cache.places)), slice(None), slice(cache.longest))
         return self.keys[seen], self.values[seen]
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -98,13 +98,15 @@ class SlotCache(Cache):
         """How many answers are running."""
         return len(self.lengths)
 
-    def make_room(self, length: int) -> None:
-        """Let a row take `length` tokens: the slots become at least twice as long where they are too short."""
-        if length > self.length:
-            length = max(length, 2 * self.length)
-            for layer in self.layers:
-                layer.lengthen(length)
-            self.length = length
+    def make_room(self, length: int) -> bool:
+        """Let a row take `length` tokens; whether the slots had to move: to twice their length at least."""
+        if length <= self.length:
+            return False
+        length = max(length, 2 * self.length)
+        for layer in self.layers:
+            layer.lengthen(length)
+        self.length = length
+        return True
 
     def before_prefill(self, lengths: list[int], dtype: torch.dtype) -> Tensor:
         """Get ready for new rows padded on the right; the additive causal mask [1, 1, T, T]."""
@@ -124,12 +126,13 @@ class SlotCache(Cache):
         """Get ready for one more token of every row; positions [B, 1] and the additive mask [B, 1, 1, longest].
 
         Args:
-            places: place of each row's token, [B]: `lengths`, on the device.
+            places: place of each row's token, [B]: `lengths`, on the device. There may be more of them than running
+                rows, up to the number of slots: what is written to free slots is written over when they are taken.
             longest: number of places that are attended to, more than any row has tokens; those behind a row's own are
                 masked.
         """
         self.prefilling = False
-        self.rows = torch.arange(self.num_rows, device=self.device)
+        self.rows = torch.arange(len(places), device=self.device)
         self.places, self.longest = places, longest
         behind = torch.arange(self.longest, device=self.device) > self.places[:, None]
         mask = torch.zeros(behind.shape, dtype=dtype, device=self.device).masked_fill_(behind, torch.finfo(dtype).min)

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from af2_ray.engine.request import Answer, Event, FinishReason, Piece, Request, TokenLogprob
-from af2_ray.engine.sampling import Sampler, logprob_of
+from af2_ray.engine.sampling import Sampler
 from af2_ray.engine.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class Ticket:
         self.token = 0
         self.num_tokens = 0
         self.sampler = Sampler(request, device)
-        self._emit, self._tokenizer = emit, tokenizer
+        self._emit = emit
         self._stream = TextStream(tokenizer, request.stop)
         self._logprobs: list[TokenLogprob] = []
 
@@ -58,20 +57,19 @@ class Ticket:
         """Whether the answer may not end here by itself."""
         return self.num_tokens < self.request.min_new_tokens
 
-    def take(self, token: int, logits: Tensor, ended: bool) -> Answer | None:
-        """One more token of the answer, chosen of logits [V]; the whole answer if that was the last.
+    def take(self, token: int, ended: bool, logprob: TokenLogprob | None = None) -> Answer | None:
+        """One more token of the answer; the whole answer if that was the last.
 
         Args:
             ended: whether this token ends answers.
+            logprob: the token's, if the request wants it and it ends nothing.
         """
         self.token = token
         self.num_tokens += 1
         if self.num_tokens == 1:
             self.first_token_s = time.monotonic() - self.since
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if self.request.top_logprobs is not None and not ended:
-            logprobs = (logprob_of(logits, token, self.request.top_logprobs, self._tokenizer),)
-            self._logprobs += logprobs
+        logprobs = () if logprob is None else (logprob,)
+        self._logprobs += logprobs
         text = self._stream.add(token)
         over = ended or self._stream.stopped or self.num_tokens >= self.request.max_new_tokens
         if over and not self._stream.stopped:

@@ -27,6 +27,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.clap.modeling_clap import ClapOutput
 
 from af2_ray.models.htsat import AudioTower
+from af2_ray.models.reorder import to_device
 from af2_ray.models.transform import time_moments
 
 
@@ -120,19 +121,19 @@ class AfClapModel(PreTrainedModel):
 
         `windows_per_chunk`: activations of so many windows at a time (see the module); none: of all.
         """
-        counts = torch.as_tensor(windows_per_clip, device=waveforms.device)
+        counts, device = torch.as_tensor(windows_per_clip).cpu(), waveforms.device  # a GPU is not asked, if it can be
         if int(counts.sum()) != waveforms.shape[0] or int(counts.min()) < 1:
             raise ValueError(
                 f"windows_per_clip {counts.tolist()} must be 1 or more each, {len(waveforms)} (the windows) in all"
             )
         bands, steps = self.audio_tower.window_shape
-        inside = torch.arange(bands * steps, device=waveforms.device) % steps / steps
-        windows = torch.cat([torch.arange(int(count), device=waveforms.device) for count in counts])
+        inside = torch.arange(bands * steps) % steps / steps
+        windows = torch.cat([torch.arange(count) for count in counts.tolist()])
         share = (windows[:, None] + inside) / torch.repeat_interleave(counts, counts)[:, None]  # [S, F]
-        pooled = _in_chunks(self._pool_windows, windows_per_chunk, waveforms, share)  # [S, P * D]
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=waveforms.device), counts)
+        pooled = _in_chunks(self._pool_windows, windows_per_chunk, waveforms, to_device(share, device))  # [S, P * D]
+        owner = to_device(torch.repeat_interleave(torch.arange(len(counts)), counts), device)
         sums = pooled.new_zeros(len(counts), pooled.shape[1]).index_add(0, owner, pooled)
-        return nnf.normalize(self.audio_projection(sums / counts[:, None]), dim=-1)
+        return nnf.normalize(self.audio_projection(sums / to_device(counts[:, None], device)), dim=-1)
 
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor, *, captions_per_chunk: int | None = None

@@ -11,34 +11,69 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+from af2_ray.models.reorder import reorder, to_device
 
 
-@dataclass(frozen=True)
+class Rectangle:
+    """Where the tokens of clips, end to end, stand in a rectangle of clips; found on the host, once for all layers.
+
+    Args:
+        lengths: number of tokens of each clip.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.shape = len(lengths), max(lengths)
+        self._moves: tuple[Tensor, Tensor] | None = None
+        if min(lengths) == max(lengths):  # they are a rectangle as they stand
+            self.mask = torch.ones(self.shape, dtype=torch.bool, device=device)
+            return
+        counts = torch.tensor(lengths)
+        place = torch.arange(self.shape[1])
+        mask = place < counts[:, None]
+        index = torch.where(mask, (counts.cumsum(0) - counts)[:, None] + place, 0).flatten()
+        self.mask = to_device(mask, device)
+        self._moves = to_device(index, device), to_device(mask.flatten().nonzero().flatten(), device)
+
+    def fill(self, packed: Tensor) -> Tensor:
+        """What clips have end to end, [N, ...], as [C, A, ...]. Behind a clip's tokens stands anything finite."""
+        rows = packed if self._moves is None else reorder(packed, *self._moves, 0)
+        return rows.view(*self.shape, *packed.shape[1:])
+
+
 class AudioStates:
     """Encoded clips: `hidden` [C, A, D] and bool `mask` [C, A] of real tokens. Keep them for further questions."""
 
-    hidden: Tensor
-    mask: Tensor
+    def __init__(self, hidden: Tensor, mask: Tensor) -> None:
+        self._hidden: Tensor | None = hidden
+        self.mask = mask
+        self._packed: tuple[Tensor, Rectangle] | None = None
 
     def __len__(self) -> int:
-        return len(self.hidden)
+        return len(self.mask)
 
     @classmethod
     def of_packed(cls, packed: Tensor, lengths: Sequence[int]) -> AudioStates:
         """States from the tokens of all clips end to end, [N, D], `lengths` of them a clip."""
-        counts = torch.tensor(lengths, device=packed.device)
-        mask = torch.arange(max(lengths), device=packed.device) < counts[:, None]
-        return cls(to_rectangle(packed, lengths), mask)
+        rectangle = Rectangle(lengths, packed.device)
+        states = cls(packed, rectangle.mask)
+        states._hidden, states._packed = None, (packed, rectangle)
+        return states
 
-    def pack(self) -> tuple[Tensor, list[int]]:
-        """The real tokens of all clips end to end, [N, D], and how many each clip has."""
-        return self.hidden[self.mask], self.mask.sum(dim=1).tolist()
+    @property
+    def hidden(self) -> Tensor:
+        """Tokens of clips [C, A, D], zeros behind each clip's own."""
+        if self._hidden is None:
+            packed, rectangle = self.pack()
+            self._hidden = rectangle.fill(packed) * self.mask[..., None].to(packed.dtype)
+        return self._hidden
 
-
-def to_rectangle(packed: Tensor, lengths: Sequence[int]) -> Tensor:
-    """What clips have end to end, [N, ...], as [C, A, ...] with zeros behind each clip's own tokens."""
-    return pad_sequence(packed.split(list(lengths)), batch_first=True)
+    def pack(self) -> tuple[Tensor, Rectangle]:
+        """The real tokens of all clips end to end, [N, D], and where they stand in a rectangle."""
+        if self._packed is None:
+            hidden, mask = self.hidden, self.mask
+            self._packed = hidden[mask], Rectangle(mask.sum(dim=1).tolist(), hidden.device)
+        return self._packed
 
 
 @dataclass(frozen=True)
@@ -60,8 +95,13 @@ class Heard:
     first: bool
 
 
-def checked_index(audio_index: Tensor | None, num_clips: int, markers: Tensor) -> Tensor | None:
-    """`audio_index` if it fits clips and markers [B, T] (counted so far); else a ValueError that says what does not."""
+def checked_index(
+    audio_index: Tensor | None, num_clips: int, markers: Tensor, *, is_known: bool = False
+) -> Tensor | None:
+    """`audio_index` if it fits clips and markers [B, T] (counted so far); else a ValueError that says what does not.
+
+    `is_known`: the caller knows that it fits, and no device is asked.
+    """
     rows = markers.shape[0]
     if audio_index is None:
         if num_clips != rows:
@@ -70,12 +110,16 @@ def checked_index(audio_index: Tensor | None, num_clips: int, markers: Tensor) -
             )
         wanted = torch.ones(rows, dtype=torch.long, device=markers.device)
     else:
-        audio_index = audio_index.to(markers.device)
         if audio_index.dim() != 2 or audio_index.shape[0] != rows:
             raise ValueError(f"audio_index must be [B, K] with B={rows}, got {tuple(audio_index.shape)}")
+        audio_index = audio_index if audio_index.device == markers.device else to_device(audio_index, markers.device)
+        if is_known:
+            return audio_index
         if int(audio_index.max()) >= num_clips or int(audio_index.min()) < -1:
             raise ValueError(f"audio_index must be -1 (none) to {num_clips - 1}, got {audio_index.tolist()}")
         wanted = (audio_index >= 0).sum(dim=1)
+    if is_known:
+        return audio_index
     if bool((wanted > markers[:, -1]).any()):
         row = int((wanted > markers[:, -1]).nonzero()[0])
         raise ValueError(

@@ -7,7 +7,6 @@ the reference's decoding time at 5 minutes of audio).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +17,9 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from af2_ray.models.attention import attend
-from af2_ray.models.audio_states import Heard, to_rectangle
+from af2_ray.models.audio_states import Heard, Rectangle
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
+from af2_ray.models.kept import KeepsConstants
 
 
 class AudioCache(DynamicCache):
@@ -69,8 +69,11 @@ class Audio(Protocol):
     """What the text of one forward pass attends to; handed to every layer by keyword."""
 
     @property
-    def hears(self) -> Tensor:
-        """bool [B, T, 1] (or [B, 1, 1]), false where a text token hears nothing: there a layer changes nothing."""
+    def hears(self) -> Tensor | None:
+        """bool [B, T, 1] (or [B, 1, 1]), false where a text token hears nothing: there a layer changes nothing.
+
+        None: all hear something.
+        """
 
     def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
         """Queries [B, H, T, d] of a layer to the audio, [B, H, T, d]."""
@@ -81,18 +84,18 @@ class AudioContext:
     """`Audio` of whole batches, as in training and `generate`.
 
     Attributes:
-        heard: the clips, and which row hears which.
         packed: the real tokens of all clips end to end, [N, D]; none when the cache holds the keys and values.
-        lengths: number of them of each clip.
+        rectangle: where they stand in a rectangle of clips.
+        clips: clip of each audio of each row, [B, K], 0 where there is none; none: row b hears clip b.
         mask: numbers to add to scores, float [B, 1, T, K * A]: which audio tokens each text token attends to. Rows
             that hear nothing are all shut alike here (an empty softmax is NaN) and blanked by `hears`.
         hears: mask of text tokens that hear something, bool [B, T, 1]; elsewhere the layer changes nothing.
         cache: cache that keeps keys and values; none when training.
     """
 
-    heard: Heard
     packed: Tensor | None
-    lengths: Sequence[int]
+    rectangle: Rectangle | None
+    clips: Tensor | None
     mask: Tensor
     hears: Tensor
     cache: AudioCache | None
@@ -105,8 +108,9 @@ class AudioContext:
         visible = (heard.markers[..., None] >= ordinals) & tokens.any(dim=2)[:, None, :]  # [B, T, K]
         mask = (visible[..., None] & tokens[:, None]).flatten(2)[:, None]  # [B, 1, T, K * A]
         penalty = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-        packed, lengths = heard.states.pack() if heard.states is not None and heard.first else (None, [])
-        return cls(heard, packed, lengths, penalty, visible.any(dim=2, keepdim=True), cache)
+        packed, rectangle = heard.states.pack() if heard.states is not None and heard.first else (None, None)
+        clips = None if heard.audio_index is None else heard.audio_index.clamp(min=0)
+        return cls(packed, rectangle, clips, penalty, visible.any(dim=2, keepdim=True), cache)
 
     def attend(self, layer: GatedCrossAttention, q: Tensor) -> Tensor:
         """Queries [B, H, T, d] of a layer to the audio, [B, H, T, d]."""
@@ -114,7 +118,7 @@ class AudioContext:
         return attend(q, keys, values, self.mask)
 
 
-class GatedCrossAttention(GradientCheckpointingLayer):
+class GatedCrossAttention(KeepsConstants, GradientCheckpointingLayer):
     """x += tanh(attn_gate) * attention(x, audio); x += tanh(ff_gate) * feed_forward(x). Gates start at 0.
 
     Heads are `head_dim` wide whatever the widths of text and audio. Queries come from the LayerNorm of the text; keys
@@ -146,22 +150,27 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         rows, length, _ = x.shape
         q = self.to_q(self.norm(x)).view(rows, length, self.num_heads, self.head_dim).transpose(1, 2)
         y = audio.attend(self, q)
-        y = self.to_out(y.transpose(1, 2).reshape(rows, length, -1)) * self.attn_gate.tanh()
-        heard = x + y
-        heard = heard + self.fc2(nnf.gelu(self.fc1(self.ff_norm(heard)))) * self.ff_gate.tanh()
-        return torch.where(audio.hears, heard, x)
+        heard = self._add(x, self.to_out(y.transpose(1, 2).reshape(rows, length, -1)), self.attn_gate)
+        heard = self._add(heard, self.fc2(nnf.gelu(self.fc1(self.ff_norm(heard)))), self.ff_gate)
+        return heard if audio.hears is None else torch.where(audio.hears, heard, x)
+
+    def _add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        """`x` + tanh(`gate`) * `y`; on a GPU that answers one kernel, and the tangent is taken once."""
+        if x.device.type == "cpu" or torch.is_grad_enabled():
+            return x + y * gate.tanh()
+        return torch.addcmul(x, y, self.keep(gate, [gate], gate.tanh))
 
     def _keys_values(self, audio: AudioContext) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, K * A, d]: from the cache, else projected once a clip and handed to its rows."""
         if audio.cache is not None and self.layer_idx in audio.cache.audio:
             return audio.cache.audio[self.layer_idx]
-        assert audio.packed is not None, "audio states are needed where the cache holds no keys and values"
+        if audio.packed is None or audio.rectangle is None:
+            raise ValueError("audio states are needed where the cache holds no keys and values")
         # Only real tokens are projected; the rectangle is made of the result, where padding is cheap.
-        projected = to_rectangle(self.project(audio.packed), audio.lengths)  # [C, A, 2, H, d]
+        projected = audio.rectangle.fill(self.project(audio.packed))  # [C, A, 2, H, d]
+        if audio.clips is not None:
+            projected = projected[audio.clips].flatten(1, 2)
         keys, values = projected.permute(2, 0, 3, 1, 4)
-        if audio.heard.audio_index is not None:
-            index = audio.heard.audio_index.clamp(min=0)
-            keys, values = (t[index].transpose(1, 2).flatten(2, 3) for t in (keys, values))
         if audio.cache is not None:
             keys, values = keys.contiguous(), values.contiguous()
             audio.cache.audio[self.layer_idx] = keys, values

@@ -24,6 +24,8 @@ from transformers import ClapAudioConfig, ClapAudioModel
 
 from af2_ray.audio.mel import LogMel
 from af2_ray.models.attention import attend
+from af2_ray.models.kept import KeepsConstants
+from af2_ray.models.reorder import reorder
 
 WINDOWS_PER_PART = {"cpu": 8, "cuda": 128}
 """How many windows are taken at a time without gradients; bounds memory, and stays in a CPU's cache."""
@@ -57,7 +59,15 @@ def tower_config(
     )
 
 
-class AudioTower(nn.Module):
+def turns_windows(device: torch.device) -> bool:
+    """Whether shifted windows stand side by side, patch by patch, which saves a copy of queries, keys, values and sums.
+
+    On a CPU they do not: the sums of gradients would be taken in another order, and round otherwise.
+    """
+    return device.type != "cpu"
+
+
+class AudioTower(KeepsConstants):
     """Mel front end, mel BatchNorm and Swin encoder; shapes: S windows, R rows = columns of a stage, C channels."""
 
     gradient_checkpointing = False
@@ -70,6 +80,7 @@ class AudioTower(nn.Module):
         config._attn_implementation = "eager"  # of ClapAudioModel's own forward, the only one it knows; ours is below
         self.model = ClapAudioModel(config)
         self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._orders: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def output_size(self) -> int:
@@ -187,38 +198,70 @@ class AudioTower(nn.Module):
         rows = x.shape[1]
         size = min(self.config.window_size, rows)
         shift = size // 2 if shifted and rows > size else 0
-        y = block.layernorm_before(x)
-        if shift:
-            y = y.roll((-shift, -shift), dims=(1, 2))
-        y = self._attend(block.attention, y, size, shift)
-        if shift:
-            y = y.roll((shift, shift), dims=(1, 2))
+        y = self._attend(block.attention, block.layernorm_before(x), size, shift)
         x = x + block.drop_path(y)
         return x + block.output(block.intermediate(block.layernorm_after(x)))
 
     def _attend(self, attention: Any, x: Tensor, size: int, shift: int) -> Tensor:
         """Self-attention within windows of `size` x `size` patches, with relative position bias; [S, R, R, C]."""
-        inner = attention.self
         num, rows, _, width = x.shape
-        across, area, heads = rows // size, size * size, inner.num_attention_heads
-        x = x.view(num, across, size, across, size, width).transpose(2, 3)  # [S, n, n, w, w, C]
-        weight = torch.cat([inner.query.weight, inner.key.weight, inner.value.weight])
-        bias = None if inner.query.bias is None else torch.cat([inner.query.bias, inner.key.bias, inner.value.bias])
-        packed = nnf.linear(x.reshape(num, across * across, area, width), weight, bias)
-        q, k, v = packed.view(num, across * across, area, 3, heads, width // heads).permute(3, 0, 1, 4, 2, 5)
-        scores = inner.relative_position_bias_table[inner.relative_position_index.flatten()]
-        mask = scores.view(area, area, heads).permute(2, 0, 1)  # [H, area, area]
-        if shift:
-            # Windows differ in their mask: they go beside the heads, the mask is broadcast over S.
-            mask = (mask + self._shift_mask(rows, size, shift, mask)).flatten(0, 1)
-            q, k, v = (t.flatten(1, 2) for t in (q, k, v))
+        num_windows, area, heads = (rows // size) ** 2, size * size, attention.self.num_attention_heads
+        mask, dropout = self._mask(attention.self, rows, size, shift), attention.self.dropout.p if self.training else 0
+        x, turned = x.flatten(1, 2), bool(shift) and turns_windows(x.device)
+        there, back = self._order(rows, size, shift, turned, x.device)
+        if num_windows > 1:
+            x = reorder(x, there, back, 1)
+        # Windows whose masks differ go beside the heads, those of one mask beside the spectrograms; the mask is
+        # broadcast over what comes first.
+        if turned:
+            inner, shape = attention.self, (num, area, num_windows * heads, width // heads)
+            q, k, v = (project(x).view(shape).transpose(1, 2) for project in (inner.query, inner.key, inner.value))
+            y = attend(q, k, v, mask, dropout).transpose(1, 2)
         else:
-            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        dropout = inner.dropout.p if self.training else 0.0
-        y = attend(q, k, v, mask[None], dropout)
-        y = y.reshape(num, across * across, heads, area, width // heads).transpose(2, 3)
-        y = attention.output(y.reshape(num, across, across, size, size, width), None)
-        return y.transpose(2, 3).reshape(num, rows, rows, width)
+            packed = nnf.linear(x.view(num, num_windows, area, width), *self._packed(attention.self))
+            q, k, v = packed.view(num, num_windows, area, 3, heads, width // heads).permute(3, 0, 1, 4, 2, 5)
+            q, k, v = (t.flatten(1, 2) if shift else t.flatten(0, 1) for t in (q, k, v))
+            y = attend(q, k, v, mask, dropout)
+            y = y.reshape(num, num_windows, heads, area, width // heads).transpose(2, 3)
+        y = attention.output(y.reshape(num, rows * rows, width), None)
+        return (reorder(y, back, there, 1) if num_windows > 1 else y).view(num, rows, rows, width)
+
+    @torch.inference_mode(False)  # a model may answer first, and then learn by the same indices
+    def _order(self, rows: int, size: int, shift: int, turned: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Patches, after the cyclic shift, window by window and the way back: indices [R * R] each.
+
+        `turned`: the first patch of every window, then the second of every window and so on.
+        """
+        key = (rows, size, shift, turned, device)
+        if key not in self._orders:
+            across = rows // size
+            patches = torch.arange(rows * rows, device=device).view(rows, rows).roll((-shift, -shift), dims=(0, 1))
+            windows = patches.view(across, size, across, size).transpose(1, 2).reshape(across * across, size * size)
+            there = (windows.T if turned else windows).flatten()
+            self._orders[key] = there, there.argsort()
+        return self._orders[key]
+
+    def _packed(self, inner: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight [3 C, C] and bias [3 C] of queries, keys and values."""
+        parts = inner.query, inner.key, inner.value
+        biases = [part.bias for part in parts if part.bias is not None]
+
+        def pack() -> tuple[Tensor, Tensor | None]:
+            return torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
+
+        return self.keep((inner, "packed"), [*(part.weight for part in parts), *biases], pack)
+
+    def _mask(self, inner: Any, rows: int, size: int, shift: int) -> Tensor:
+        """What is added to scores, [1, H, w * w, w * w], or [1, n * n * H, w * w, w * w] where windows are shifted."""
+        table, area = inner.relative_position_bias_table, size * size
+
+        def make() -> Tensor:
+            mask = table[inner.relative_position_index.flatten()].view(area, area, -1).permute(2, 0, 1)
+            if shift:
+                mask = (mask + self._shift_mask(rows, size, shift, mask)).flatten(0, 1)
+            return mask[None].contiguous()  # fused kernels on a GPU take no other, and are then passed over silently
+
+        return self.keep((inner, rows), [table], make)
 
     def _shift_mask(self, rows: int, size: int, shift: int, like: Tensor) -> Tensor:
         """[n * n, 1, area, area]: -100 between patches that only the cyclic shift made neighbours, else 0."""

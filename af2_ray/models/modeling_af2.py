@@ -27,6 +27,7 @@ from af2_ray.models.audio_states import AudioStates, Heard, checked_index
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer
 from af2_ray.models.htsat import AudioTower
+from af2_ray.models.norms import fuse_norms
 from af2_ray.models.packed_text import see_themselves, text_numbers
 from af2_ray.models.prefix import PrefixFusion
 from af2_ray.models.transform import AudioTransform
@@ -65,6 +66,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.window_shape = self.audio_tower.window_shape if config.audio_features == "dense" else (1, 1)
         self.audio_transform = AudioTransform(config, audio_width, self.window_shape)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        fuse_norms(self.language_model)
         width = config.text_config.hidden_size
         layers = self.language_model.model.layers
         if config.fusion == "prefix":
@@ -189,10 +191,12 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_index: Tensor | None,
         cache: AudioCache | None,
         numbers: Tensor | None,
+        is_known: bool,
     ) -> Heard | None:
         """What each row hears and where its `<audio>` markers are, from the arguments or the cache. None: no audio.
 
         `numbers` [B, T] are those of texts end to end, each with one marker: it counts from its own text on.
+        `is_known`: `audio_index` is known to fit clips and markers.
         """
         tokens = None if cache is None else cache.tokens_heard
         markers = (input_ids == self.config.audio_token_id).cumsum(dim=1)
@@ -201,7 +205,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if tokens is None:
             if states is None:
                 return None
-            audio_index = checked_index(audio_index, len(states), markers)
+            audio_index = checked_index(audio_index, len(states), markers, is_known=is_known)
             if audio_index is None:
                 tokens = states.mask[:, None, :]
             else:
@@ -283,6 +287,8 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         answers_only: bool = False,
+        answer_places: Tensor | None = None,
+        texts_per_row: int | None = None,
         tower_features: Tensor | None = None,
         **kwargs: Any,
     ) -> AudioFlamingo2Output:
@@ -299,19 +305,23 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions that get logits, or those positions in a tensor; 0 for all.
             answers_only: whether, with `labels`, logits [N, V] are computed only where the next token is an answer
                 token, in the order of `labels[:, 1:][labels[:, 1:] != -100]`: a fraction of the memory.
+            answer_places: those positions b * T + t, [N], where they are known; without `labels` there is no loss.
+            texts_per_row: number of texts that stand in a row at most. Given with `windows_per_clip` and `audio_index`
+                of the host, nothing is read from a GPU; that `audio_index` fits is then not checked.
             tower_features: features [S, F, D] in place of waveforms: what the tower made of them before.
         """
+        is_known = texts_per_row is not None
         cache = AudioCache(config=self.config.text_config) if past_key_values is None and use_cache else past_key_values
         audio_states = self._states(audio_states, cache, waveforms, windows_per_clip, tower_features)
-        numbers = text_numbers(attention_mask, self.config.text_config)
-        heard = self._hear(input_ids, audio_states, audio_index, cache, numbers) if audio_states or cache else None
+        numbers = text_numbers(attention_mask, self.config.text_config, texts_per_row)
+        heard = None
+        if audio_states or cache:
+            heard = self._hear(input_ids, audio_states, audio_index, cache, numbers, is_known)
         inputs, num_prefix = self._lm_inputs(input_ids, attention_mask, position_ids, heard, cache, numbers)
         output = self.language_model.model(**inputs, past_key_values=cache, use_cache=bool(use_cache), **kwargs)
         hidden = output.last_hidden_state[:, num_prefix:]
-        if answers_only:
-            if labels is None:
-                raise ValueError("answers_only needs labels: they say where the answers are")
-            hidden = hidden[:, :-1][labels[:, 1:] != IGNORE]
+        if answers_only or answer_places is not None:
+            hidden = _answering(hidden, labels, answer_places)
         else:
             hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
         logits = self.compute_logits(hidden)
@@ -357,6 +367,15 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = AudioCache(config=self.config.text_config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _answering(hidden: Tensor, labels: Tensor | None, places: Tensor | None) -> Tensor:
+    """Hidden states [N, D] of [B, T, D] where the next token is an answer's."""
+    if places is not None:
+        return hidden.flatten(0, 1).index_select(0, places)
+    if labels is None:
+        raise ValueError("answers_only needs labels: they say where the answers are")
+    return hidden[:, :-1][labels[:, 1:] != IGNORE]
 
 
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:

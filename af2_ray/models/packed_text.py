@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 
 
-def text_numbers(attention_mask: Tensor | None, config: Any) -> Tensor | None:
+def text_numbers(attention_mask: Tensor | None, config: Any, texts_per_row: int | None = None) -> Tensor | None:
     """The mask [B, T] if it numbers texts that stand end to end; none if every row is one text.
+
+    `texts_per_row` is the most texts of a row where the caller knows; then the mask's device is not asked, and on a GPU
+    the mask serves for single texts too: from it alone transformers would read whether there is padding.
 
     Raises:
         ValueError: the LM's attention (`config`) takes no mask that could part them.
     """
-    if attention_mask is None or attention_mask.dim() != 2 or int(attention_mask.max()) <= 1:
+    if attention_mask is None or attention_mask.dim() != 2:
         return None
-    if "flash" in str(getattr(config, "_attn_implementation", None)):
+    is_flash = "flash" in str(getattr(config, "_attn_implementation", None))
+    most = int(attention_mask.max()) if texts_per_row is None else texts_per_row
+    if most <= 1 and (texts_per_row is None or is_flash or attention_mask.device.type == "cpu"):
+        return None
+    if is_flash:
         raise ValueError("flash attention cannot part texts that stand end to end: use attn_implementation='sdpa'")
     return attention_mask
 

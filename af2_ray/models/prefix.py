@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from af2_ray.models.audio_states import Heard, to_rectangle
+from af2_ray.models.audio_states import Heard
 from af2_ray.models.cross_attention import AudioCache
 
 
@@ -56,6 +56,6 @@ class PrefixFusion(nn.Module):
     def _before(self, heard: Heard) -> Tensor:
         """Embeddings [B, P, D] of each row's audios."""
         assert heard.states is not None, "audio states are needed where the cache holds no prefix"
-        packed, lengths = heard.states.pack()
-        embeds = to_rectangle(self.project(packed), lengths)
+        packed, rectangle = heard.states.pack()
+        embeds = rectangle.fill(self.project(packed))
         return embeds if heard.audio_index is None else embeds[heard.audio_index.clamp(min=0)].flatten(1, 2)

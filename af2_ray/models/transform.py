@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from af2_ray.models.attention import attend
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
+from af2_ray.models.reorder import to_device
 
 LAYER_NORM_EPS = 1e-6
 MIN_ROTARY_DIMS = 32
@@ -157,7 +158,7 @@ class AudioTransform(nn.Module):
         x = torch.cat([clips[index] for index in order]) if ordered else features
         x = self.input_norm(x * x.shape[-1] ** 0.5)
         groups = [(num, length) for length, num in sorted(Counter(lengths).items())]
-        positions = torch.cat([torch.arange(length, device=x.device).repeat(num) for num, length in groups])
+        positions = to_device(torch.cat([torch.arange(length).repeat(num) for num, length in groups]), x.device)
         if self.time_features or self.moments:
             x = x + self._embed_time(x, positions, [lengths[index] for index in order]).to(x.dtype)
         table = None
@@ -174,8 +175,9 @@ class AudioTransform(nn.Module):
     def _embed_time(self, x: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """What is added to tokens [N, D]: the time of each, from its position [N], and the moments of its clip."""
         bands, steps = self.window_shape
-        sizes = torch.tensor(lengths, device=x.device)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), sizes)
+        counts = torch.tensor(lengths)
+        owner = to_device(torch.arange(len(lengths)).repeat_interleave(counts), x.device)
+        sizes = to_device(counts, x.device)
         times = positions // (bands * steps) + (positions % steps) / steps
         length = sizes[owner] / (bands * steps)
         embedded = torch.zeros_like(x)

@@ -39,6 +39,7 @@ from af2_ray.storage.files import Damaged, digest, sealed_json
 from af2_ray.storage.places import locate
 from af2_ray.storage.stores import scratch
 from af2_ray.train.mend import CHECKPOINT, check_files, part_name, read_facts
+from af2_ray.train.optim import set_fused
 
 TAG = "engine"
 BEST = 10**12  # added to the step that a checkpoint is kept by: any that was best outlasts any that was not
@@ -192,6 +193,7 @@ def restore(engine: Any, saved: Saved | None) -> State:
         path, client = engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_load_trained)
     if path is None:
         raise RuntimeError(f"checkpoint {saved.folder} holds no engine state; remove it to start from the one before")
+    set_fused(engine.basic_optimizer, torch.cuda.is_available())
     random_path = saved.folder / f"random_{ray.train.get_context().get_world_rank()}.pt"
     if random_path.is_file() and not saved.is_resized:
         _set_random_state(torch.load(random_path, weights_only=True))

@@ -150,15 +150,17 @@ def state_gib(
 ) -> dict[str, float]:
     """GiB on each GPU of weights, gradients and optimiser state, bf16 with an fp32 master copy.
 
-    ZeRO 1 shares out the optimiser (12 bytes a trained weight: master, two moments), 2 the gradients too (2), 3 all
-    weights too (2).
+    ZeRO 1 shares out the optimiser (12 bytes a trained weight: master, two moments), 2 the gradients too, 3 all
+    weights too (2). Gradients take 2 bytes, from stage 2 on 4: they add up in fp32 there (`deepspeed_config`), and are
+    what the update reads, where a bf16 sum would be copied to fp32 first. What the update takes besides (one kernel,
+    no temporary) is less than the activations that are gone by then.
     """
     everything = sum(counts.values())
     trained = sum(number for group, number in counts.items() if group in trainable)
     share = {part: gpus if zero_stage >= stage else 1 for part, stage in (("optimizer", 1), ("gradients", 2), ("w", 3))}
     return {
         "weights": 2 * everything / share["w"] / GIB,
-        "gradients": 2 * trained / share["gradients"] / GIB,
+        "gradients": (4 if zero_stage >= 2 else 2) * trained / share["gradients"] / GIB,
         "optimizer": 0.0 if offload else 12 * trained / share["optimizer"] / GIB,
     }
 
@@ -191,6 +193,6 @@ def activation_gib(
     inner = model.config.cross_attn_heads * model.config.cross_attn_head_dim
     ff = 2 * model.config.cross_attn_ff_mult
     xattn = heard * (row.text_tokens * (XATTN_VALUES + ff) * text.hidden_size + audio_tokens * 2 * inner)
-    logits = row.answer_tokens * text.vocab_size * 5  # bf16, its fp32 copy and that one's gradient
+    logits = row.answer_tokens * text.vocab_size * 6  # fp32 thrice: log-softmax, its gradient and that of what it took
     parts = {"clap": tower, "transform": transform, "lm": lm, "xattn": xattn, "logits": logits}
     return {name: 2 * values / GIB for name, values in parts.items()}

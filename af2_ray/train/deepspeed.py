@@ -25,7 +25,15 @@ from af2_ray.train.precision import Precision, resolve
 def deepspeed_config(
     settings: DeepSpeedSettings, optimizer: Optimizer, *, accumulation: int, precision: Precision
 ) -> dict[str, Any]:
-    """The DeepSpeed JSON of a start. `settings.raw` is merged last, key by key."""
+    """The DeepSpeed JSON of a start. `settings.raw` is merged last, key by key.
+
+    In bf16 the gradients of a step's rows add up in fp32 where ZeRO partitions them (stages 2 and 3): in bf16, of a
+    step of many rows, the last would hardly count. Stage 1 would for that take another optimiser with checkpoints of
+    another form, stage 0 none at all; both go on in bf16.
+
+    `overlap_comm` stays DeepSpeed's choice (off below stage 3): with it each micro-batch ends in a wait for the whole
+    GPU, for the sake of a reduction that takes some hundredths of it between the GPUs of one machine.
+    """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -36,12 +44,17 @@ def deepspeed_config(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": precision == "bf16"},
+        # The norm tells what a pass over all gradients would, and `step.Step` sees it before the update.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a micro-batch
     }
     if precision == "mixed":  # no module's gradients travel in bf16
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return merge(config, settings.raw)
+    config = merge(config, settings.raw)
+    if precision == "bf16" and config["zero_optimization"]["stage"] >= 2:
+        config = merge({"data_types": {"grad_accum_dtype": "fp32"}}, config)
+    return config
 
 
 def start_engine(
@@ -76,7 +89,7 @@ def start_engine(
             "optimizer.muon_lr works on whole fp32 matrices, which ZeRO and bf16 flatten: set deepspeed.zero_stage=0 "
             f"(it is {settings.zero_stage}) and deepspeed.precision=fp32 (or mixed), or leave muon_lr out"
         )
-    made = make_optimizer(model, optimizer)
+    made = make_optimizer(model, optimizer, fused=on_gpu)
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule(optimizer, num_steps, step))
     config = deepspeed_config(settings, optimizer, accumulation=accumulation, precision=precision)
     if universal and config["zero_optimization"]["stage"]:

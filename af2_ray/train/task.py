@@ -57,18 +57,18 @@ class LmTask:
 
     def loss(self, model: nn.Module, batch: LmBatch, total: int) -> Tensor:
         """Summed cross-entropy over answer tokens, divided by the step's global number of them."""
+        batch = batch.located()
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             **_audio_argument(batch.waveforms),
             windows_per_clip=batch.windows_per_clip,
-            audio_index=batch.audio_index,
-            labels=batch.labels,
-            answers_only=True,
+            audio_index=_clips_of_rows(batch),
+            answer_places=batch.answer_places,
+            texts_per_row=batch.texts_per_row,
         )
-        targets = batch.labels[:, 1:]
         smoothing, z_loss = self.stage.label_smoothing, self.stage.z_loss
-        loss = token_loss_sum(output.logits, targets[targets != IGNORE], label_smoothing=smoothing, z_loss=z_loss)
+        loss = token_loss_sum(output.logits, batch.answer_ids, label_smoothing=smoothing, z_loss=z_loss)
         return loss / max(total, 1)
 
 
@@ -77,6 +77,13 @@ def plain(task: Any) -> Any:
     if not isinstance(task, LmTask):
         return task
     return replace(task, stage=task.stage.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}))
+
+
+def _clips_of_rows(batch: LmBatch) -> Tensor | None:
+    """The model's `audio_index`: none, as the collator has it, where row b hears clip b."""
+    index: Tensor = batch.audio_index
+    same = torch.arange(len(batch.windows_per_clip))[:, None]
+    return None if index.shape == same.shape and torch.equal(index, same) else index
 
 
 def _audio_argument(windows: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from af2_ray.train import costs
 from af2_ray.train.costs import Work
@@ -95,10 +95,10 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     return {f"grad_norm/{group}": math.sqrt(square) for group, square in squares.items()}
 
 
-def whole_norm(engine: Any) -> float:
+def whole_norm(engine: Any) -> Tensor:
     """Norm of the gradients that an engine without ZeRO keeps whole: DeepSpeed clips by it, but does not return it.
 
     To be called between the last backward of a step and its update; 0 where ZeRO has taken the gradients away.
     """
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    return torch.nn.utils.get_total_norm(gradients)

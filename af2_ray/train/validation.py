@@ -61,11 +61,12 @@ def validate(engine: Any, task: Task, bands: Sequence[Band]) -> dict[str, float]
 
 
 def _mean_loss(engine: Any, task: Task, band: Band) -> float:
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss, answer tokens
+    loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+    count = 0
     for batch in _rows(band, dist.get_rank(), dist.get_world_size()):
-        count = task.count(batch)
-        loss = task.loss(engine, batch.to(engine.device), 1)
-        total += torch.tensor([float(loss), count], dtype=torch.float64, device=engine.device)
+        count += task.count(batch)
+        loss += task.loss(engine, batch.to(engine.device), 1)  # read once, at the end
+    total = torch.stack([loss, torch.tensor(count, dtype=torch.float64, device=engine.device)])
     dist.all_reduce(total)
     return float(total[0] / total[1]) if total[1] else float("nan")
 

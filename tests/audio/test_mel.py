@@ -3,7 +3,7 @@
 import torch
 import torchaudio
 
-from af2_ray.audio.mel import LogMel
+from af2_ray.audio.mel import LogMel, fixed_size
 
 
 def noise(num_windows: int) -> torch.Tensor:
@@ -39,3 +39,10 @@ def test_a_window_does_not_depend_on_its_batch() -> None:
 def test_a_cast_of_the_model_does_not_touch_it() -> None:
     x = noise(1)
     assert torch.equal(LogMel().to(torch.bfloat16)(x), LogMel()(x))
+
+
+def test_few_sizes_and_silence_beside_a_window_change_nothing() -> None:
+    assert sorted({fixed_size(num) for num in range(1, 65)}) == [1, 2, 4, 8, 16, 32, 64]
+    windows = torch.randint(-20_000, 20_000, (3, 160_000), dtype=torch.int16)
+    padded = torch.nn.functional.pad(windows, (0, 0, 0, 1))
+    assert torch.equal(LogMel()._log_mel(padded)[:3], LogMel()._log_mel(windows))

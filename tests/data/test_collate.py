@@ -88,7 +88,7 @@ def test_there_and_back(make_sound: Callable[..., str], collator: LmCollator) ->
     assert back.waveforms.dtype == torch.int16
     assert same(back, batch.tensors())
     assert back.failures == batch.failures
-    assert same(back.to("cpu"), back)
+    assert same(back.to("cpu"), back.located())
 
 
 def test_failures_are_left_out_and_told(make_sound: Callable[..., str], tmp_path: Path, collator: LmCollator) -> None:

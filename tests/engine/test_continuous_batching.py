@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import serve_toy
 import torch
+from engine_questions import clip, generated
 
-from af2_ray.audio.windows import to_windows
 from af2_ray.config import Serve
 from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Answer, Clip, Event, Piece, Request, RequestFailure
@@ -42,11 +42,6 @@ def engine(shared: Engine) -> Engine:
     return Engine(shared.model, shared.tokenizer, SETTINGS)
 
 
-def clip(duration_s: float, hz: float) -> Clip:
-    seconds = np.arange(round(duration_s * 16_000)) / 16_000
-    return Clip.of(to_windows(np.sin(2 * np.pi * hz * seconds) * np.exp(-seconds)))
-
-
 SHORT, LONG, OTHER = clip(2, 300), clip(23, 1900), clip(12, 900)
 
 
@@ -60,22 +55,6 @@ def mixed_requests() -> list[Request]:
         Request("by another chance", (LONG,), max_new_tokens=14, temperature=0.7, seed=8),
         Request("the first <audio> and the second <audio> of the same", (OTHER, OTHER), max_new_tokens=11),
     ]
-
-
-def generated(engine: Engine, request: Request) -> tuple[str, int]:
-    """Text and number of tokens of transformers' own `generate`, greedy, on this request alone."""
-    text = format_prompt(request.prompt, len(request.clips))
-    ids = torch.tensor([engine.tokenizer(text, add_special_tokens=False)["input_ids"]])
-    audio: dict[str, Any] = {}
-    if request.clips:
-        audio = {
-            "waveforms": torch.from_numpy(np.concatenate([clip.windows for clip in request.clips])),
-            "windows_per_clip": [clip.num_windows for clip in request.clips],
-            "audio_index": torch.arange(len(request.clips))[None],
-        }
-    limits = {"max_new_tokens": request.max_new_tokens, "min_new_tokens": request.min_new_tokens or None}
-    new = engine.model.generate(ids, **audio, **limits, do_sample=False)[0, ids.shape[1] :]
-    return str(engine.tokenizer.decode(new, skip_special_tokens=True)), len(new)
 
 
 def text_of(events: list[Event]) -> str:

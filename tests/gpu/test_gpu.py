@@ -142,10 +142,10 @@ def test_answers_under_load_are_generate_s(tiny_tokenizer: Any) -> None:
             engine.step()
     while engine.step():
         pass
-    graph = engine._decoder._graph
-    assert graph is not None
-    assert graph._works
-    assert graph._room > 128
+    graphs = engine.graphs
+    assert graphs is not None
+    assert graphs.works
+    assert graphs.num_replayed > graphs.num_launched + graphs.num_recorded
     for number, request in enumerate(requests):
         text = format_prompt(request.prompt, len(request.clips))
         ids = torch.tensor([tiny_tokenizer(text, add_special_tokens=False)["input_ids"]], device="cuda")

@@ -33,6 +33,7 @@ _TEXT, _OTHER, _MESSAGE = '{"type":"text","text":""}', '{"type":"x"}', '{"role":
 _RECORDING = '{"type":"input_audio","input_audio":{"data":"AA==","format":"wav"}}'
 _LABEL, _PAIR, _EMPTY, _ESCAPE = '"a"', '"n": 1', '""', "\\"
 _ZERO, _OBJECT, _LIST = "0", "{}", "[]"
+_QUOTED = "x" * 1000 + _ESCAPE + '"'
 _LOW, _HIGH, _LETTER = _ESCAPE + "ude00", _ESCAPE + "ud83d", _ESCAPE + "u0041"
 
 
@@ -91,6 +92,9 @@ def bodies(size: int) -> Iterator[tuple[str, str, bytes]]:
         "a long role": f'{{"model": "af2", "messages": [{{"role": "{"x" * fill}", "content": "a"}}]}}',
         "a long text": _chat(f'"{"x" * fill}"'),
         "a long text with one wide letter": _chat(f'"{"x" * fill}\U0001f600"'),
+        "a long text with one escaped wide letter": _chat(f'"{"x" * fill}{_HIGH + _LOW}"'),
+        "quoted marks and one wide letter": _chat(f'"{_QUOTED * (fill // 1002)}\U0001f600"'),
+        "marks alone": _chat('"' * fill),
         "a long text of two-byte letters": _chat(f'"{"é" * (fill // 2)}"'),
         "a long text of three-byte letters": _chat(f'"{"中" * (fill // 3)}"'),
         "escapes": _chat(f'"{_many(_LETTER, fill, between=_NOTHING)}"'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
 import threading
 import time
 import weakref
@@ -42,6 +43,9 @@ class Replica:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folders: dict[str, str], **settings: Any) -> None:
         more = {name: folders[name] for name in ("b", "c", "d")}
+        library = logging.getLogger("af2_ray")  # a replica sets it, in a process of its own
+        for name in ("handlers", "level"):
+            monkeypatch.setattr(library, name, getattr(library, name))
         self.model = Model(folders["a"], Serve(model_name="a", more_models=more, num_slots=4, **settings))
         self.cache: dict[str, Any] = {}
         self.loads: list[str] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import small
 import torch
 import torch.distributed as dist
@@ -95,7 +96,7 @@ class AveragingEngine:
 
     def __init__(self, module: torch.nn.Module, accumulation: int) -> None:
         self.module, self.device, self._accumulation = module, torch.device("cpu"), accumulation
-        self._calls = 0
+        self._calls = self.global_steps = 0
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
@@ -193,6 +194,34 @@ def run_curve(rank: int, folder: str, settings: DeepSpeedSettings, num_steps: in
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
     dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_planted(rank: int, folder: str, settings: DeepSpeedSettings, value: float) -> None:
+    """A good step; a second whose second row's gradient has an inf or NaN raises, and leaves the weights alone."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=1, store=dist.FileStore(f"{folder}/store", 1))
+    rows = my_rows((1, 4), 0, with_fault=False)[:2]
+    engine = _start(0, 1, settings, num_steps=3, accumulation=2)
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+
+    def weights() -> list[Tensor]:
+        if not settings.zero_stage:
+            return [p.detach().clone() for p in trained]
+        return [safe_get_full_fp32_param(p).clone() for p in trained]
+
+    step = Step(engine, TASK)
+    start = weights()
+    step(rows)
+    before = weights()
+    assert any(not torch.equal(one, two) for one, two in zip(start, before, strict=True))
+    calls = iter([1.0, value])
+    engine.module.added_embeddings.register_hook(lambda gradient: gradient * next(calls))
+    with pytest.raises(FloatingPointError, match=r"^step 2: the gradient's norm is (inf|nan): no update was made"):
+        step(rows)
+    assert all(torch.equal(one, two) for one, two in zip(before, weights(), strict=True))
     dist.destroy_process_group()
 
 

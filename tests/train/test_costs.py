@@ -65,5 +65,5 @@ def test_parameters_without_memory_and_what_zero_shares_out() -> None:
     }
     shared = [state_gib(counts, ("xattn", "tokens"), zero_stage=stage, gpus=4) for stage in (1, 2, 3)]
     assert [part["optimizer"] for part in shared] == [plain["optimizer"] / 4] * 3
-    assert [part["gradients"] / plain["gradients"] for part in shared] == [1, 0.25, 0.25]
+    assert [part["gradients"] / plain["gradients"] for part in shared] == [1, 0.5, 0.5]  # in fp32 once shared out
     assert [part["weights"] / plain["weights"] for part in shared] == [1, 1, 0.25]

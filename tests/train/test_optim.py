@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,15 @@ from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
 from af2_ray.models.htsat import tower_config
 from af2_ray.train.deepspeed import deepspeed_config, start_engine
-from af2_ray.train.optim import MuonAdamW, freeze_except, group_of, make_optimizer, optimizer_groups, schedule
+from af2_ray.train.optim import (
+    MuonAdamW,
+    freeze_except,
+    group_of,
+    make_optimizer,
+    optimizer_groups,
+    schedule,
+    set_fused,
+)
 
 
 class Small(nn.Module):
@@ -138,3 +148,33 @@ def test_muon_goes_on_from_a_saved_state_to_the_bit():
 def test_muon_under_zero_is_an_error_that_says_so():
     with pytest.raises(ValueError, match="zero_stage=0"):
         start_engine(Small(), DeepSpeedSettings(zero_stage=1), MUON, num_steps=1, accumulation=1)
+
+
+def _five_steps(fused: bool, saved: dict | None = None):
+    torch.manual_seed(0)
+    model = Small()
+    optimizer = make_optimizer(model, Optimizer(lr=1e-2, weight_decay=0.1), fused=fused)
+    if saved is not None:
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        set_fused(optimizer, fused)
+    for number in range(5):
+        generator = torch.Generator().manual_seed(number)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return model, optimizer
+
+
+def test_one_kernel_updates_as_many_do():
+    for one, many in zip(_five_steps(True)[0].parameters(), _five_steps(False)[0].parameters(), strict=True):
+        torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_loaded_state_keeps_the_kernel_of_this_device(before):
+    saved = _five_steps(before)[1].state_dict()
+    for fused in (True, False):
+        model, optimizer = _five_steps(fused, saved)
+        assert {group["fused"] for group in optimizer.param_groups} == {fused or None}
+        steps = [optimizer.state[parameter]["step"] for parameter in model.parameters()]
+        assert all(torch.equal(step, torch.tensor(10.0)) for step in steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import cuts
 import pytest
 import ranks
 import torch
+
+from af2_ray.config import DeepSpeedSettings
 
 CUTS = [cut for cut in cuts.CUTS if cut != (1, 1)]
 UNSEEN = "attention.self.key.bias"
@@ -94,8 +97,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
         with torch.no_grad():
             model.added_embeddings.fill_(float("nan"))
         engine = cuts.AveragingEngine(model, 1)
-        with pytest.raises(FloatingPointError, match=r"no update was made; lower optimizer\.lr"):
+        wanted = r"step 1: the loss of row 0 is nan: no update was made; lower optimizer\.lr"
+        with pytest.raises(FloatingPointError, match=wanted):
             Step(engine, cuts.TASK)(cuts.my_rows((1, 1), 0, with_fault=False))
         assert engine._calls == 0
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({"zero_stage": 0, "precision": "fp32"}, math.inf),
+        ({"zero_stage": 1, "precision": "fp32"}, math.nan),
+        ({"zero_stage": 2, "precision": "bf16"}, math.inf),
+        ({"zero_stage": 2, "precision": "bf16", "offload_optimizer": True}, math.inf),
+        ({"zero_stage": 3, "precision": "bf16"}, math.nan),
+    ],
+)
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
+    tmp_path: Path, settings: dict[str, Any], value: float
+) -> None:
+    ranks.run(cuts.run_planted, 1, str(tmp_path), DeepSpeedSettings(**settings), value)

@@ -1,19 +1,27 @@
-"""AF-CLAP's step: captions find their places, chunks change nothing, what trains is what was asked."""
+"""What goes between a row and its loss; AF-CLAP's captions find their places, and its chunks change nothing."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import cuts
 import numpy as np
 import pytest
+import small
 import torch
 import toy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config
 
 from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.data.collate import ClapBatch
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
 from af2_ray.models.htsat import tower_config
+from af2_ray.text import IGNORE
 from af2_ray.train.task import ClapTask
 
 
@@ -116,3 +124,65 @@ def test_ragged_captions_find_their_places():
     assert positive_mask.tolist() == [[True, False], [True, True]]
     assert negatives.flatten().tolist() == [2, 0, 0, 0]
     assert negative_mask.flatten().tolist() == [True, False, False, False]
+
+
+class Counted(TorchDispatchMode):
+    """Counts calls of operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_task_reads_nothing_back_from_the_device() -> None:
+    """Tensors of the meta device have no values: what looks at one fails."""
+    row = cuts.my_rows((2, 2), 1, with_fault=False)[0]
+    given: dict[str, Any] = {}
+
+    def model(**inputs: Any) -> Any:
+        given.update(inputs)
+        return SimpleNamespace(logits=torch.zeros(cuts.TASK.count(row), small.AUDIO + 4, device="meta"))
+
+    moved = row.to("meta")
+    assert cuts.TASK.loss(model, moved, 7).is_meta
+    assert given["windows_per_clip"].tolist() == row.windows_per_clip.tolist()  # on the host
+
+
+def test_answers_are_found_before_a_row_leaves_the_host() -> None:
+    row = cuts.my_rows((2, 2), 1, with_fault=False)[0].to("cpu")
+    is_answer = row.labels[:, 1:] != IGNORE
+    hidden = torch.arange(row.labels.numel()).view(row.labels.shape)
+    assert torch.equal(hidden[:, :-1][is_answer], hidden.flatten()[row.answer_places])
+    assert torch.equal(row.labels[:, 1:][is_answer], row.answer_ids)
+
+
+def test_a_row_hears_its_own_clip_without_an_index() -> None:
+    given: list[Any] = []
+
+    def model(**inputs: Any) -> Any:
+        given.append(inputs["audio_index"])
+        return SimpleNamespace(logits=torch.zeros(1, 8))
+
+    labels = torch.tensor([[IGNORE, 3], [IGNORE, IGNORE]])
+    row = cuts.row_of(0, [0, 1], with_fault=False)
+    row = replace(row, labels=labels, input_ids=labels, attention_mask=torch.ones(2, 2))
+    for index in ([[0], [1]], [[1], [0]], [[0], [-1]]):
+        cuts.TASK.loss(model, replace(row, audio_index=torch.tensor(index)), 1)
+    assert given[0] is None
+    assert [index.tolist() for index in given[1:]] == [[[1], [0]], [[0], [-1]]]
+
+
+def test_a_row_s_loss_is_computed_once() -> None:
+    row = cuts.my_rows((2, 2), 1, with_fault=False)[0]
+    with Counted() as counted:
+        cuts.TASK.loss(cuts.make_model(torch.float32), row, 7).backward()
+    assert counted.calls["_log_softmax"] == counted.calls["_log_softmax_backward_data"] == 1
+
+
+def test_nothing_is_read_back_between_the_row_and_its_loss() -> None:
+    row = cuts.my_rows((2, 2), 1, with_fault=False)[0]
+    cuts.TASK.loss(cuts.make_model(torch.float32).to("meta"), row.to("meta"), 7).backward()
