@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import reverse_proxy
 import serve_toy
 from ray import cloudpickle, serve
 
@@ -132,21 +133,33 @@ def health(url: str) -> float:
     return time.monotonic() - since
 
 
+@pytest.fixture(params=["Ray's proxy", "nginx"])
+def door(request: pytest.FixtureRequest, url: str) -> Iterator[str]:
+    """Where callers come in."""
+    if request.param != "nginx":
+        yield url
+        return
+    if reverse_proxy.NGINX is None:
+        pytest.skip("needs nginx (Debian: nginx-light)")
+    with reverse_proxy.started(urlsplit(url).port or 0, ADDRESS_REQUESTS=384) as proxy:
+        yield f"http://127.0.0.1:{proxy.port}/v1"
+
+
 @pytest.mark.slow  # it takes time on an idle machine
-def test_idle_uploads_and_stalled_readers_stop_nobody(url: str) -> None:
-    """128 uploads of one byte and 128 readers who do not read, without a reverse proxy: others are answered."""
+def test_idle_uploads_and_stalled_readers_stop_nobody(door: str) -> None:
+    """128 uploads of one byte and 128 readers who do not read: others are answered."""
     stream = json.dumps(
         serve_toy.chat(model=MODEL, max_tokens=64, stream=True, logprobs=True, top_logprobs=20, temperature=1)
     ).encode()
-    assert ask(url, key="sk-ann")[0] == 200
+    assert ask(door, key="sk-ann")[0] == 200
     with contextlib.ExitStack() as stack:
         for _ in range(128):
-            stack.enter_context(connected(url, b"{" * 1000, 1))
-            stack.enter_context(connected(url, stream, len(stream)))
-        at_once_s = health(url)  # behind the work of 256 requests that have just come
+            stack.enter_context(connected(door, b"{" * 1000, 1))
+            stack.enter_context(connected(door, stream, len(stream)))
+        at_once_s = health(door)  # behind the work of 256 requests that have just come
         time.sleep(1)
-        health_s, since = health(url), time.monotonic()
-        status, reply = ask(url, serve_toy.wav(2), key="sk-ann")
+        health_s, since = health(door), time.monotonic()
+        status, reply = ask(door, serve_toy.wav(2), key="sk-ann")
         question_s = time.monotonic() - since
     print(f"health {health_s:.2f} s, at once {at_once_s:.2f} s, question {question_s:.2f} s")
     assert status == 200, reply
