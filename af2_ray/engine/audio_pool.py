@@ -62,7 +62,7 @@ class AudioPool:
     """The rectangle.
 
     Args:
-        places: as of `PooledAudio`.
+        places: places as of `PooledAudio`.
         tokens_per_window: unit in which rows grow longer.
         num_slots: rows that it has at most.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Nested lists as a tensor on `device`.
 
-    A copy from ordinary memory to a GPU waits until the GPU has done all it was told before; one from pinned memory
+    A copy from ordinary memory to a GPU waits until the GPU has done all that was asked before; one from pinned memory
     takes its place in the queue, and PyTorch keeps that memory until the copy is over.
     """
     return send(torch.tensor(values, dtype=dtype), device)
