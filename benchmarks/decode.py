@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import Qwen2Config
 
 from af2_ray.audio.mel import LogMel
-from af2_ray.models.audio_states import AudioStates
+from af2_ray.models.audio_states import AudioStates, Heard
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention
 from af2_ray.models.htsat import tower_config
@@ -76,11 +76,19 @@ def build(lm_width: int, tower_width: int, depths: tuple[int, ...]) -> Model:
 # --- The reference's method --------------------------------------------------------------------------------------
 
 
-def project_each_time(self: GatedCrossAttention, audio: AudioContext) -> tuple[Tensor, Tensor]:
+def context_with_states(cls: type[AudioContext], heard: Heard, *args: Any) -> AudioContext:
+    """What a layer attends to, with the audio states themselves."""
+    context = context_of(cls, heard, *args)
+    context.states = heard.states  # type: ignore[attr-defined]
+    return context
+
+
+context_of = AudioContext.of.__func__  # type: ignore[attr-defined]
+
+
+def project_each_time(self: GatedCrossAttention, audio: Any) -> tuple[Tensor, Tensor]:
     """Keys and values from the audio states at every call, whatever the cache holds."""
-    assert audio.heard.states is not None
-    packed = self.to_kv(audio.heard.states.hidden).unflatten(2, (2, self.num_heads, self.head_dim))
-    keys, values = packed.permute(2, 0, 3, 1, 4)
+    keys, values = self.project(audio.states.hidden).permute(2, 0, 3, 1, 4)
     return keys, values
 
 
@@ -219,6 +227,7 @@ def run_side(case: str, side: str, quick: bool) -> dict[str, Any]:
     """One case on one side, in this process."""
     torch.set_num_threads(2)
     if side == "reference":
+        AudioContext.of = classmethod(context_with_states)  # type: ignore[assignment, method-assign]
         GatedCrossAttention._keys_values = project_each_time  # type: ignore[method-assign]
     if case in DECODE_WINDOWS:
         result = decode(side, DECODE_WINDOWS[case], 8 if quick else 32)
