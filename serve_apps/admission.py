@@ -180,7 +180,7 @@ class Visit(Generic[AskedT]):
         owner: who asks.
         start: time of its coming, in the clock of `time.monotonic`.
         hold: function that takes memory for it.
-        held: what it holds until its end, memory first; who answers beyond the block takes it over (`pop_all`).
+        held: what it holds until its end, its memory first. A stream, whose end is later, takes it over (`pop_all`).
     """
 
     asked: AskedT

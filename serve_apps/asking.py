@@ -28,7 +28,7 @@ class Asking:
 
     A request whose replica died is asked once more: the replica may have died of anything. Which of the requests that
     it had was at fault nobody knows, so their callers may ask again; but what was there each time that `FATAL_DEATHS`
-    replicas died, and was answered never, is not asked for a while.
+    replicas died, and was not answered in between, is not asked for a while.
 
     Args:
         fatal_s: seconds for which such a request is refused.
@@ -66,7 +66,6 @@ class Asking:
             raise ApiError(
                 503, "the model is restarting: try again", code="unavailable", retry_after_s=BUSY_RETRY_S
             ) from error
-
         self._deaths.pop(fingerprint, None)
         return result
 

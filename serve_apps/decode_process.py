@@ -143,8 +143,10 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
 
 def _limit_cpu() -> None:
     """End this process if it goes on for long after whoever would have ended it has gone."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + _CPU_S, resource.RLIM_INFINITY))
+    used, (_, most) = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)
+    limit_s = int(used.ru_utime + used.ru_stime) + _CPU_S
+    if most == resource.RLIM_INFINITY or limit_s < most:  # else it is bounded already
+        resource.setrlimit(resource.RLIMIT_CPU, (limit_s, most))
 
 
 def main(memory_mib: int) -> None:
