@@ -22,12 +22,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from af2_ray.data.names import name_fault
-from af2_ray.data.samples import Item, ItemT, Sample, check_samples, fingerprint
+from af2_ray.data.samples import (
+    Item,
+    ItemT,
+    Sample,
+    check_samples,
+    conversation_json,
+    conversation_of,
+    fingerprint,
+)
 from af2_ray.storage.places import MAX_CHARACTERS, PLAIN_ADDRESS, UNUSUAL_NAME
 from af2_ray.text import AUDIO
 
 TEXT_COLUMNS = ("id", "uri", "prompt", "answer", "task", "dataset", "skill", "pair", "template")
-JSON_COLUMNS = ("options", "meta")  # as JSON text; empty where there is nothing
+JSON_COLUMNS = ("options", "meta", "conversation")  # as JSON text; empty where there is nothing
 _BATCH = 4096  # samples made at a time while a table is iterated
 
 
@@ -71,6 +79,7 @@ class SampleTable(Sequence[Sample]):
         columns: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in TEXT_COLUMNS}
         columns["options"] = [json.dumps(s.options, ensure_ascii=False) if s.options else "" for s in samples]
         columns["meta"] = [json.dumps(dict(s.meta), ensure_ascii=False) if s.meta else "" for s in samples]
+        columns["conversation"] = [conversation_json(s) for s in samples]
         columns["offset_s"] = np.fromiter((s.offset_s for s in samples), np.float64, len(samples))
         columns["duration_s"] = np.fromiter((s.duration_s for s in samples), np.float64, len(samples))
         return cls.from_columns(columns, remarks)
@@ -125,8 +134,10 @@ class SampleTable(Sequence[Sample]):
     def fingerprint(self) -> str:
         """The same as `samples.fingerprint`, from columns: what the samples say, in order, wherever the audio lies."""
         digest = hashlib.sha256()
-        for name in ("uri", "id", "prompt", "answer"):
+        for name in ("uri", "id", "prompt", "answer", "conversation"):
             values, codes = self.texts[name]
+            if name == "conversation" and not any(values.to_pylist()):
+                continue  # others keep the fingerprint that they had without the column
             for start in range(0, len(values), 2**20):
                 part = values.slice(start, 2**20)
                 if name == "uri":
@@ -277,11 +288,12 @@ def _encoded(column: Any) -> tuple[pa.Array, NDArray[Any]]:
 
 
 def _sample(texts: dict[str, str], offset_s: float, duration_s: float) -> Sample:
-    options, meta = texts.pop("options"), texts.pop("meta")
+    options, meta, conversation = texts.pop("options"), texts.pop("meta"), texts.pop("conversation")
     return Sample(
         **texts,
         offset_s=offset_s,
         duration_s=duration_s,
         options=tuple(json.loads(options)) if options else (),
         meta=json.loads(meta) if meta else {},
+        **conversation_of(conversation),
     )

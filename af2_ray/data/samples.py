@@ -16,8 +16,20 @@ from af2_ray.text import AUDIO, normalise_text
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its answer, before another question about the same audio."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about one stretch of audio."""
+    """One question about one stretch of audio, or the last question of a conversation about one or several.
+
+    Where several recordings are heard, or a conversation's recordings come with later questions, `<audio>` markers in
+    the prompts say which turn each belongs to, in order; without any marker all of them belong to the first prompt.
+    """
 
     id: str
     uri: str
@@ -31,11 +43,18 @@ class Sample:
     options: tuple[str, ...] = ()
     pair: str = ""  # samples of one counterbalanced pair share it
     template: str = ""  # samples asked in the same words share it
+    history: tuple[Turn, ...] = ()  # earlier turns, in order; their answers are learned, too
+    more_audio: tuple[Stretch, ...] = ()  # the second recording and those after it
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def stretch(self) -> Stretch:
         return Stretch(self.uri, self.offset_s, self.duration_s)
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """All recordings of the sample, in order."""
+        return (self.stretch, *self.more_audio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +132,24 @@ def _fault(sample: Item) -> str:
     return ""
 
 
+def conversation_json(sample: Sample) -> str:
+    """History and further recordings of a sample as JSON; empty where it has neither."""
+    if not (sample.history or sample.more_audio):
+        return ""
+    turns = [[turn.prompt, turn.answer] for turn in sample.history]
+    audio = [[stretch.uri, stretch.offset_s, stretch.duration_s] for stretch in sample.more_audio]
+    return json.dumps([turns, audio], ensure_ascii=False)
+
+
+def conversation_of(text: str) -> dict[str, Any]:
+    """The fields of a `Sample` that `conversation_json` wrote."""
+    turns, audio = json.loads(text) if text else ((), ())
+    return {
+        "history": tuple(Turn(*turn) for turn in turns),
+        "more_audio": tuple(Stretch(*stretch) for stretch in audio),
+    }
+
+
 def fingerprint(samples: Sequence[Item]) -> str:
     """SHA-256 (first 16 hex digits) of what the samples say, in order; a moved corpus keeps its fingerprint."""
     if columns := getattr(samples, "fingerprint", None):  # a table hashes whole columns
@@ -123,6 +160,8 @@ def fingerprint(samples: Sequence[Item]) -> str:
         said: tuple[Any, ...] = (name, sample.offset_s, sample.duration_s)
         if isinstance(sample, Sample):
             said += (sample.id, sample.prompt, sample.answer)
+            if sample.history or sample.more_audio:  # other samples keep the fingerprint that they had without them
+                said += (conversation_json(sample),)
         elif isinstance(sample, CaptionSet):
             said += (sample.caption, sample.positives, sample.negatives)
         digest.update(json.dumps(said, ensure_ascii=False).encode())
