@@ -102,9 +102,7 @@ def test_long_answers_and_long_audio_are_named(clips: list[str], tmp_path: Path)
     samples = [sample(uri, number) for uri in clips for number in range(2)]
     samples[5] = sample(clips[2], 9, duration_s=25.0)
     parts = read_parts(Sources(manifest(tmp_path / "m.jsonl", samples)))
-    with pytest.raises(
-        ValueError, match=r"train: 1 samples have more than 96 tokens[\s\S]*model\.max_text"
-    ):
+    with pytest.raises(ValueError, match=r"train: 1 samples have more than 96 tokens[\s\S]*model\.max_text"):
         check_lengths(parts, {"train": [97] + [4] * (len(parts.train) - 1)}, max_tokens=96)
     check_lengths(parts, {"train": [4] * len(parts.train)}, max_tokens=96)
     with pytest.raises(ValueError, match=r"samples have more than the 20 s[\s\S]*--cut-audio"):
