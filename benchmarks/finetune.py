@@ -3,21 +3,25 @@
 Ten instruments are rendered from General MIDI by two sound fonts (40 notes and short phrases each of either), asked
 with four options, and tested on a third sound font. `jobs/finetune.py` is called as a user calls it, with the demo's
 training questions as `--replay` and its test as `--old-test`; `--no-replay` leaves them out, `--lora` adds adapters.
+With `--task recordings` the sounds are real ones: labels of the demo's packages that its corpus does not have, parted
+by recording.
 
 - `before`, `after`: shares of right answers to the new test; `gain_points`: their difference, `gain_ci95` its interval.
 - `old_points`: the same difference for the demo's own test (negative: forgotten), `old_ci95` its interval.
 - `seconds`: of the whole command, scores before and after included.
 
-Needs fluidsynth and the sound fonts of the demo's corpus (`data/demo/sources` has their packages). The last line is one
+Needs fluidsynth and the sound fonts of the demo's corpus (`data/demo/packages`). The last line is one
 JSON object. With --quick: three instruments, eight sounds each, ten steps.
 
-    python benchmarks/finetune.py runs/demo/stages/long/model [--no-replay] [--lora] [--out DIR] [--quick]
+    python benchmarks/finetune.py [MODEL] [--task recordings] [--no-replay] [--lora] [--out DIR] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -28,8 +32,8 @@ import numpy as np
 import soundfile
 
 from af2_ray.audio.windows import SAMPLE_RATE
-from af2_ray.synth.sounds import packages
-from af2_ray.synth.sounds.curate import pieces
+from af2_ray.synth.sounds import collect, packages
+from af2_ray.synth.sounds.curate import grouped, pieces, split_clips
 from af2_ray.synth.sounds.render import Phrase, play
 
 INSTRUMENTS = {  # General MIDI programs, none of the demo's classes
@@ -74,22 +78,46 @@ def render(folder: Path, fonts: Sequence[Path], instruments: Sequence[str], coun
     return written
 
 
-def make_sounds(out: Path, cache: Path, quick: bool) -> None:
-    """Render `<out>/train` and `<out>/test`, unless they are there."""
-    if (out / "test").is_dir():
-        return
-    packages.install_programs(out)
-    folders = packages.fetch(cache)
+def make_instruments(out: Path, folders: dict[str, Path], quick: bool) -> None:
+    """Render `<out>/train` with two sound fonts, `<out>/test` with the third."""
     fonts = {
-        name: next(p for p in sorted(folders[name].rglob("*.sf[23]")) if not p.is_symlink())
-        for name in folders
-        if name in packages.SOUNDFONTS
+        name: next(path for path in sorted(folders[name].rglob("*.sf[23]")) if not path.is_symlink())
+        for name in packages.SOUNDFONTS
     }
     names = list(INSTRUMENTS)[: 3 if quick else None]
     count = 8 if quick else 40
     train = render(out / "train", [fonts[name] for name in TRAIN_FONTS], names, count, seed=0)
     test = render(out / "test", [fonts[TEST_FONT]], names, count, seed=1)
     print(f"{train} sounds to train on, {test} of another sound font to test on")
+
+
+def make_recordings(out: Path, folders: dict[str, Path], known: set[str], quick: bool) -> None:
+    """Write recordings of labels that the demo does not know, near-duplicates on one side."""
+    clips = [clip for clip in collect.recorded(folders) if clip.label not in known]
+    chosen = split_clips(grouped(clips), 3 if quick else 10, 6, 0)
+    for number, clip in enumerate(chosen):
+        part = "test" if clip.split == "test" else "train"
+        place = out / part / clip.label.replace(" ", "_") / f"{number:04d}.flac"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(place, clip.wave, SAMPLE_RATE)
+    print(f"{len(chosen)} recordings of {sorted({clip.label for clip in chosen})}")
+
+
+def make_sounds(out: Path, data: Path, task: str, quick: bool) -> None:
+    """Write `<out>/train` and `<out>/test`, folders of label/clip, unless they are there."""
+    if (out / "test").is_dir():
+        return
+    packages.install_programs(data / "packages")
+    folders = packages.fetch(data / "packages")
+    try:
+        if task == "instruments":
+            make_instruments(out, folders, quick)
+        else:
+            with (data / "sources.csv").open(newline="") as file:
+                known = {row["label"] for row in csv.DictReader(file)}
+            make_recordings(out, folders, known, quick)
+    finally:
+        shutil.rmtree(data / "packages" / "unpacked", ignore_errors=True)
 
 
 def main() -> None:
@@ -99,20 +127,19 @@ def main() -> None:
         "model", nargs="?", default="runs/demo/stages/long/model", help="the demo's model (%(default)s)"
     )
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="the demo's corpus (%(default)s)")
-    parser.add_argument("--cache", type=Path, help="folder of the packages (default: <data>/sources/packages)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/finetune-instruments"), help="sounds and runs (%(default)s)"
-    )
+    parser.add_argument("--task", choices=("instruments", "recordings"), default="instruments", help="%(default)s")
+    parser.add_argument("--out", type=Path, help="sounds and runs (runs/finetune-<task>)")
     parser.add_argument("--no-replay", action="store_true", help="train on the new sounds alone")
     parser.add_argument("--lora", action="store_true", help="train adapters on the LM, too")
     parser.add_argument("--quick", action="store_true", help="few sounds and steps: whether it works at all")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     args = parser.parse_intermixed_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    make_sounds(args.out, args.cache or args.data / "packages", args.quick)
+    out = args.out or Path(f"runs/finetune-{args.task}")
+    out.mkdir(parents=True, exist_ok=True)
+    make_sounds(out, args.data, args.task, args.quick)
     name = ("alone" if args.no_replay else "replay") + ("-lora" if args.lora else "")
-    command = [sys.executable, "jobs/finetune.py", args.model, str(args.out / "train")]
-    command += ["--test", str(args.out / "test"), "--run", str(args.out / name)]
+    command = [sys.executable, "jobs/finetune.py", args.model, str(out / "train")]
+    command += ["--test", str(out / "test"), "--run", str(out / name)]
     command += ["--old-test", str(args.data / "short/test.json")]
     if not args.no_replay:
         for part in ("single", "short", "medium"):
@@ -127,7 +154,7 @@ def main() -> None:
     started = time.perf_counter()
     subprocess.run([*command, *args.overrides], check=True)
     seconds = time.perf_counter() - started
-    facts = json.loads((args.out / name / "finetune.json").read_text())
+    facts = json.loads((out / name / "finetune.json").read_text())
     new, old = facts["test"]["all"], facts["old_test"]["all"]
     print(
         json.dumps(
