@@ -101,7 +101,7 @@ def read_parts(sources: Sources, *, seed: int = 0) -> Parts:
             f"{_names(sources.train)}: {len(read['train'])} usable samples, and at least {FEWEST_SAMPLES} are needed "
             f"to learn anything{_reasons(aside.get('train'))}; add recordings or questions"
         )
-    _check_apart({name: read[name] for name in ("train", "validation", "test", "old_test")})
+    _check_apart(read)
     if not read["validation"]:
         read["train"], read["validation"] = hold_out(read["train"], seed=seed)
         num = len({sample.uri for sample in read["validation"]})
@@ -200,15 +200,13 @@ def _usable(name: str, datasets: Sequence[Dataset], aside: dict[str, Counter[str
 
 
 def _check_apart(parts: Mapping[str, Sequence[Sample]]) -> None:
-    names = [name for name, samples in parts.items() if samples]
-    for place, one in enumerate(names):
-        for other in names[:place]:
-            if same := same_recordings(parts[other], parts[one]):
-                both = f"both {other} and {one}".replace("_", " ")
-                raise ValueError(
-                    f"{len(same)} recordings are in {both} (by what the files hold, whatever their names): "
-                    f"{'; '.join(shorten(same, 5))}. A score on what was trained on means nothing: take them out of one"
-                )
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test"), ("train", "old_test")):
+        if same := same_recordings(parts[one], parts[other]):
+            both = f"both {one} and {other}".replace("_", " ")
+            raise ValueError(
+                f"{len(same)} recordings are in {both} (by what the files hold, whatever their names): "
+                f"{'; '.join(shorten(same, 5))}. A score on what was trained on means nothing: take them out of one"
+            )
 
 
 def _groups(samples: Sequence[Sample]) -> dict[str, str]:
