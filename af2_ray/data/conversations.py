@@ -199,7 +199,7 @@ def _names(item: Mapping[str, Any]) -> list[str]:
 def _by_tags(texts: Sequence[str], num_listed: int) -> tuple[list[str], list[list[int]]]:
     """Words of each question without its tags, and the places in the list of the recordings that it begins with.
 
-    A tag without a recording has a place past the end of the list.
+    A tag without a number has the next place that is free; past the end of the list where none is.
     """
     placed: list[int] = []
     words, heard = [], []
@@ -208,9 +208,9 @@ def _by_tags(texts: Sequence[str], num_listed: int) -> tuple[list[str], list[lis
         for tag in _TAG.findall(text):
             free = (place for place in range(num_listed) if place not in placed)
             place = _number_in(tag) - 1 if "-" in tag else next(free, num_listed)
-            if not 0 <= place < num_listed:
-                here.append(num_listed)
-            elif place not in placed:
+            if "-" in tag and not 0 <= place < num_listed:
+                raise ValueError(f"the tag {tag} names no recording: there are {num_listed} under the row's key")
+            if place not in placed or place == num_listed:
                 here.append(place)
                 placed.append(place)
         words.append(_WITHIN.sub(lambda found: _in_words(found[0], placed), _APART.sub("", text)))

@@ -137,9 +137,13 @@ def texts_of(item: Mapping[str, Any], key: str) -> tuple[str, ...]:
 def _listed(item: Mapping[str, Any], key: str) -> Sequence[Any]:
     """A list, or in one text (a CSV has no lists): JSON, or texts with `|` between them."""
     value = item.get(key)
-    if isinstance(value, str):
-        value = json.loads(value) if value.lstrip().startswith("[") else [part.strip() for part in value.split("|")]
-        value = [part for part in value if part != ""]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"key {key!r} must be a list in JSON, or texts with | between them: {error}") from error
+    elif isinstance(value, str):
+        value = [part.strip() for part in value.split("|") if part.strip()]
     if value is not None and not isinstance(value, list | tuple):
         raise TypeError(f"key {key!r} must be a list of texts, got {shown(repr(value))}")
     return value or ()

@@ -108,8 +108,7 @@ def samples_of_columns(uri: str, table: pa.Table, root: str | None, columns: Map
         if key in names:
             found[key] = _texts(uri, table, names[key], key)
     if "options" in names:
-        lists = [texts_of({"options": value}, "options") for value in table[names["options"]].to_pylist()]
-        found["options"] = [json.dumps(options, ensure_ascii=False) if options else "" for options in lists]
+        found["options"] = list(_options(uri, table[names["options"]]))
     return SampleTable.from_columns(found)
 
 
@@ -148,6 +147,16 @@ def _as_texts(what: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         raise ValueError(f"{what} must hold strings, it holds {kind}")
     return values if pa.types.is_dictionary(kind) else values.cast(pa.large_string())
+
+
+def _options(uri: str, values: pa.ChunkedArray) -> Iterator[str]:
+    """Options of each row as JSON; empty where there are none."""
+    for number, value in enumerate(values.to_pylist(), 1):
+        try:
+            options = texts_of({"options": value}, "options")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{uri}, row {number}: {error}") from error
+        yield json.dumps(options, ensure_ascii=False) if options else ""
 
 
 def _seconds(uri: str, table: pa.Table, column: str, key: str, missing: float) -> NDArray[np.float64]:
