@@ -129,6 +129,15 @@ def test_a_key_that_came_later_changes_nothing_while_it_has_its_default():
     assert NewRecipe(**facts).fingerprint() != FINGERPRINTS["tiny"]
 
 
+def test_columns_of_a_manifest_are_part_of_a_run_that_names_them():
+    data = "stages.long.data=[{manifest: t.csv%s}]"
+    plain, empty, named = (
+        load_recipe("tiny", [data % more]) for more in ("", ", columns: {}", ", columns: {audio: f}")
+    )
+    assert plain.fingerprint() == empty.fingerprint() != named.fingerprint()
+    assert named.stages[-1].data[0].columns == {"audio": "f"}
+
+
 @pytest.mark.parametrize(
     "override",
     ["faults.max_bad_share=0.5", "faults.max_failures=9", "stages.long.checkpoint_every=1", "clap.checkpoint_every=1"],
