@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from af2_ray import console
-from af2_ray.config import Dataset
-from af2_ray.data.columns_option import read_columns_option
+from af2_ray.config import Dataset, parse_columns
 
 if TYPE_CHECKING:
     from af2_ray.finetune.plan import Planned
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from af2_ray.finetune.plan import Request, plan
     from af2_ray.runs.run import Run
 
-    columns = read_columns_option(args.columns)
+    columns = parse_columns(args.columns)
     parts = ("train", "validation", "test", "replay", "old_test")
     given = {
         name: [Dataset(manifest=uri, root=args.root, columns=columns) for uri in getattr(args, name)] for name in parts

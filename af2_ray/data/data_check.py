@@ -162,15 +162,25 @@ def same_recordings(one: Sequence[Sample], other: Sequence[Sample]) -> list[str]
         A line for each, with the names on both sides.
     """
     sides = [list(dict.fromkeys(s.uri for sample in side for s in sample.stretches)) for side in (one, other)]
-    uris = list(dict.fromkeys(chain.from_iterable(sides)))
+    content = contents_of(chain.from_iterable(sides))
+    there = {content[uri]: uri for uri in reversed(sides[0]) if uri in content}
+    twins = ((uri, there.get(content[uri])) for uri in sides[1] if uri in content)
+    return [f"{shown(uri)} is {shown(twin) if twin != uri else 'in both'}" for uri, twin in twins if twin is not None]
+
+
+def contents_of(uris: Iterable[str]) -> dict[str, str]:
+    """What tells the files' contents apart, by uri: equal for equal bytes; files that cannot be read are left out.
+
+    Only files of a size that another has are read.
+    """
+    uris = list(dict.fromkeys(uris))
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = dict(zip(uris, pool.map(partial(_read_or_none, file_size), uris), strict=True))
-        both = {sizes[uri] for uri in sides[0]} & {sizes[uri] for uri in sides[1]} - {None}
-        asked = [uri for uri in uris if sizes[uri] in both]
+        times = Counter(sizes.values())
+        asked = [uri for uri in uris if sizes[uri] is not None and times[sizes[uri]] > 1]
         digests = dict(zip(asked, pool.map(partial(_read_or_none, file_digest), asked), strict=True))
-    there = {digest: uri for uri in reversed(sides[0]) if (digest := digests.get(uri)) is not None}
-    twins = ((uri, there.get(digests.get(uri))) for uri in sides[1])
-    return [f"{shown(uri)} is {shown(twin) if twin != uri else 'in both'}" for uri, twin in twins if twin is not None]
+    found = {uri: digests.get(uri, f"the only one of {size} bytes") for uri, size in sizes.items()}
+    return {uri: content for uri, content in found.items() if content is not None and sizes[uri] is not None}
 
 
 def _read_or_none(read: Callable[[str], ResultT], uri: str) -> ResultT | None:

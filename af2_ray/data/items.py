@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from af2_ray.audio.hear import Stretch
 from af2_ray.data.names import Root
-from af2_ray.data.samples import CaptionSet, Sample
+from af2_ray.data.samples import CaptionSet, Sample, Turn
 from af2_ray.storage.places import shown
 
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -27,6 +28,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 TALK_KEYS = ("messages", "conversations", "audios", "sound")  # of conversations, see `conversations.py`
 MORE_KEYS = ("id", "dataset", "task", "skill", "options", "pair", "template", "positives", "negatives", "relations")
 _SAMPLE_KEYS = {"name", "prompt", "output", "duration", "audio_start", "skill", "options", "pair", "template"}
+_SAMPLE_KEYS |= {"history", "more_audio"}
 _MOST_SHOWN = 12  # names of columns in a message
 
 
@@ -87,8 +89,23 @@ def sample_of(item: Any, id_: str, root: Root, dataset: str, task: str) -> Sampl
         options=texts_of(item, "options"),
         pair=whole(str(item.get("pair") or "")),
         template=whole(str(item.get("template") or "")),
+        history=tuple(Turn(text_of(row, "prompt"), text_of(row, "output")) for row in _objects(item, "history")),
+        more_audio=tuple(_stretch_of(row, root) for row in _objects(item, "more_audio")),
         meta={key: value for key, value in item.items() if key not in _SAMPLE_KEYS},
     )
+
+
+def _stretch_of(item: Mapping[str, Any], root: Root) -> Stretch:
+    offset_s = seconds_of(item, "audio_start", missing=0.0)
+    return Stretch(root.join(text_of(item, "name")), offset_s, seconds_of(item, "duration", missing=math.nan))
+
+
+def _objects(item: Mapping[str, Any], key: str) -> list[Any]:
+    """A row's list of objects under a key, as `manifest_rows` writes it; empty where it has none."""
+    found = item.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise TypeError(f"key {key!r} must be a list of objects, got {shown(repr(found))}")
+    return found
 
 
 def caption_set_of(item: dict[str, Any], root: Root) -> CaptionSet:

@@ -16,7 +16,7 @@ import numpy as np
 
 from af2_ray.audio.windows import WINDOW_S
 from af2_ray.config import Dataset
-from af2_ray.data.data_check import longer_than, same_recordings, shorten
+from af2_ray.data.data_check import contents_of, longer_than, same_recordings, shorten
 from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import read_samples
 from af2_ray.data.manifest_rows import write_samples
@@ -48,7 +48,7 @@ class Parts:
         train, validation, test, replay, old_test: usable samples of each; `replay` and `old_test` may be empty.
         set_aside: numbers of samples that cannot be used, by part and reason.
         remarks: sentences on what was decided for want of something.
-        num_cut: samples whose audio is longer than the model will hear, of all parts.
+        num_cut: recordings that are longer than the model will hear, of all parts.
     """
 
     train: Sequence[Sample]
@@ -119,7 +119,7 @@ def read_parts(sources: Sources, *, seed: int = 0) -> Parts:
 def hold_out(samples: Sequence[Sample], share: float = HELD_OUT, *, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
     """Part samples by recording: those that stay, and those of a random `share` of the recordings (at least one).
 
-    Samples that share any recording stay together.
+    Samples that share any recording stay together, and so do those of equal files under several names.
 
     Raises:
         ValueError: all samples hang together, so nothing can be held out.
@@ -162,17 +162,17 @@ def check_audio(parts: Parts, max_windows: int, *, cut: bool) -> Parts:
         ValueError: audio longer than `max_windows` that was not to be cut; the message names it.
     """
     long = {name: longer_than(samples, max_windows) for name, samples in parts.named().items()}
-    found = [line for lines in long.values() for line in lines]
+    found = [f"{shown(name)} ({seconds:.0f} s)" for recordings in long.values() for name, seconds in recordings]
     if not found:
         return parts
-    seconds = max_windows * WINDOW_S
+    most = max_windows * WINDOW_S
     if not cut:
         raise ValueError(
-            f"{len(found)} samples have more than the {seconds} s of audio that are heard: "
+            f"{len(found)} recordings have more than the {most} s of audio that are heard: "
             f"{', '.join(shorten(found, 5))}; cut the recordings, raise stages.finetune.max_windows, or give "
             "--cut-audio to hear their first part only"
         )
-    remark = f"--cut-audio: of {len(found)} samples only the first {seconds} s are heard"
+    remark = f"--cut-audio: of {len(found)} recordings only the first {most} s are heard"
     return replace(parts, num_cut=len(found), remarks=(*parts.remarks, remark))
 
 
@@ -211,6 +211,7 @@ def _check_apart(parts: Mapping[str, Sequence[Sample]]) -> None:
 
 def _groups(samples: Sequence[Sample]) -> dict[str, str]:
     """A name for each recording: that of the first one that it hangs together with."""
+    content = contents_of(stretch.uri for sample in samples for stretch in sample.stretches)
     first: dict[str, str] = {}
 
     def root(uri: str) -> str:
@@ -221,7 +222,9 @@ def _groups(samples: Sequence[Sample]) -> dict[str, str]:
     for sample in samples:
         for stretch in sample.stretches:
             first[root(stretch.uri)] = root(sample.uri)
-    return {uri: root(uri) for uri in first}
+            if stretch.uri in content:
+                first[root(content[stretch.uri])] = root(sample.uri)
+    return {uri: root(uri) for uri in list(first)}
 
 
 def _names(datasets: Sequence[Dataset]) -> str:

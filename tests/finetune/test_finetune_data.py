@@ -105,7 +105,7 @@ def test_long_answers_and_long_audio_are_named(clips: list[str], tmp_path: Path)
     with pytest.raises(ValueError, match=r"train: 1 samples have more than 96 tokens[\s\S]*model\.max_text"):
         check_lengths(parts, {"train": [97] + [4] * (len(parts.train) - 1)}, max_tokens=96)
     check_lengths(parts, {"train": [4] * len(parts.train)}, max_tokens=96)
-    with pytest.raises(ValueError, match=r"samples have more than the 20 s[\s\S]*--cut-audio"):
+    with pytest.raises(ValueError, match=r"recordings have more than the 20 s[\s\S]*--cut-audio"):
         check_audio(parts, 2, cut=False)
     assert check_audio(parts, 2, cut=True).num_cut >= 1
     assert check_audio(parts, 3, cut=False) == parts
