@@ -168,9 +168,10 @@ def same_recordings(one: Sequence[Sample], other: Sequence[Sample]) -> list[str]
         both = {sizes[uri] for uri in sides[0]} & {sizes[uri] for uri in sides[1]} - {None}
         asked = [uri for uri in uris if sizes[uri] in both]
         digests = dict(zip(asked, pool.map(partial(_read_or_none, file_digest), asked), strict=True))
-    there = {digest: uri for uri in reversed(sides[0]) if (digest := digests.get(uri)) is not None}
-    twins = ((uri, there.get(digests.get(uri))) for uri in sides[1])
-    return [f"{shown(uri)} is {shown(twin) if twin != uri else 'in both'}" for uri, twin in twins if twin is not None]
+    known = {uri: digest for uri, digest in digests.items() if digest is not None}
+    there = {known[uri]: uri for uri in reversed(sides[0]) if uri in known}
+    twins = {uri: there[known[uri]] for uri in sides[1] if known.get(uri, "") in there}
+    return [f"{shown(uri)} is {'in both' if uri == twin else shown(twin)}" for uri, twin in twins.items()]
 
 
 def _read_or_none(read: Callable[[str], ResultT], uri: str) -> ResultT | None:
