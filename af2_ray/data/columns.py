@@ -344,7 +344,7 @@ def _encoded(column: Any) -> tuple[pa.Array, NDArray[Any]]:
     return values, codes.to_numpy(zero_copy_only=False).astype(size)
 
 
-def _sample(texts: dict[str, str], offset_s: float, duration_s: float) -> Sample:
+def _sample(texts: dict[str, Any], offset_s: float, duration_s: float) -> Sample:
     options, meta, conversation = texts.pop("options"), texts.pop("meta"), texts.pop("conversation")
     return Sample(
         **texts,

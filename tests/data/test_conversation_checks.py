@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import hostile_names
 import pytest
 
 from af2_ray.audio.hear import Stretch
@@ -59,22 +58,18 @@ def test_each_turn_and_recording_is_checked_in_lists_and_in_columns() -> None:
         assert "unreadable" in [reason for _, reason in check_samples(given, unread)[1]]
 
 
-def test_hostile_names_of_further_recordings(tmp_path: Path) -> None:
-    with hostile_names.listening() as listener:
-        named = hostile_names.names(listener.address, tmp_path)
-        refused = {"missing", "unreadable", "empty file", "not a regular file"}
-        by_text = [(name, reason) for name, reason in named if reason not in refused]
-        # as `names.Root` leaves them
-        samples = [changed(more_audio=(Stretch(name, 0.0, 1.0),)) for name, _ in by_text]
-        for given in (samples, SampleTable.from_samples(samples)):
-            assert [reason for _, reason in check_samples(given)[1]] == [reason for _, reason in by_text]
-        unmeasured = [changed(more_audio=(Stretch(name, 0.0, math.nan),)) for name, _ in named]
-        manifest = str(tmp_path / "m.jsonl")
-        for given in (unmeasured, SampleTable.from_samples(unmeasured)):
-            filled, unread = fill_durations(given, manifest, fallback=str(tmp_path))
-            good, bad = check_samples(filled, unread)
-            assert list(good) == []
-            assert [reason for _, reason in bad] == [reason for _, reason in named]
+def test_hostile_names_of_further_recordings(hostile: list[tuple[str, str]], tmp_path: Path) -> None:
+    refused = {"missing", "unreadable", "empty file", "not a regular file"}
+    by_text = [(name, reason) for name, reason in hostile if reason not in refused]
+    samples = [changed(more_audio=(Stretch(name, 0.0, 1.0),)) for name, _ in by_text]
+    for given in (samples, SampleTable.from_samples(samples)):
+        assert [reason for _, reason in check_samples(given)[1]] == [reason for _, reason in by_text]
+    unmeasured = [changed(more_audio=(Stretch(name, 0.0, math.nan),)) for name, _ in hostile]
+    for given in (unmeasured, SampleTable.from_samples(unmeasured)):
+        filled, unread = fill_durations(given, str(tmp_path / "m.jsonl"))
+        good, bad = check_samples(filled, unread)
+        assert list(good) == []
+        assert [reason for _, reason in bad] == [reason for _, reason in hostile]
 
 
 def test_durations_of_further_recordings(

@@ -14,7 +14,7 @@ from af2_ray.data.manifest_rows import write_samples
 from af2_ray.data.samples import Sample, Turn
 from af2_ray.finetune.data import Sources, check_audio, check_lengths, hold_out, read_parts, write_parts
 
-MakeClip = Callable[..., str]
+MakeSound = Callable[..., str]
 
 
 def sample(uri: str, number: int = 0, **more: object) -> Sample:
@@ -28,8 +28,8 @@ def manifest(path: Path, samples: list[Sample]) -> list[Dataset]:
 
 
 @pytest.fixture
-def clips(make_clip: MakeClip) -> list[str]:
-    return [make_clip(f"clips/{number}.flac", hz=200.0 + 50 * number) for number in range(12)]
+def clips(make_sound: MakeSound) -> list[str]:
+    return [make_sound(f"clips/{number}.flac", hz=200.0 + 50 * number) for number in range(12)]
 
 
 def test_samples_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_too_few_samples(clips: list[str], tmp_path: Path) -> None:
 
 
 def test_a_recording_under_another_name_is_found_in_the_test(
-    clips: list[str], tmp_path: Path, make_clip: MakeClip
+    clips: list[str], tmp_path: Path, make_sound: MakeSound
 ) -> None:
     copy = tmp_path / "elsewhere" / "test.flac"
     copy.parent.mkdir()
