@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,14 @@ from rich.table import Table
 from af2_ray.config import Corpus, Recipe, recipe_names
 from af2_ray.machine import every
 from af2_ray.runs.run import Run, finished, read_metrics
+from af2_ray.storage.places import shown
 
 if TYPE_CHECKING:
+    from af2_ray.evaluate.paired import Comparison
     from af2_ray.synth.corpus import CorpusReport
 
 POLL_S = 0.5
+MOST_LETTERS = 14  # of a row's name: the table fits 80 columns
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_CODES = """
 exit codes:
@@ -162,6 +165,58 @@ def table(*headings: str, title: str = "", num_left: int = 1) -> Table:
     for place, heading in enumerate(headings):
         result.add_column(heading, justify="left" if place < num_left else "right", no_wrap=True)
     return result
+
+
+def shortened(name: str, names: Sequence[str]) -> str:
+    """A row's name as a cell of a table of 80 columns, of a long one the part that tells it from the others."""
+    name = shown(name)
+    if len(name) > MOST_LETTERS:
+        parts = [shown(other).split("/") for other in names if len(other) > MOST_LETTERS]
+        same = next((place for place, column in enumerate(zip(*parts, strict=False)) if len({*column}) > 1), 0)
+        rest = "/".join(name.split("/")[same:])[: MOST_LETTERS - 1]
+        name = f"…{rest}" if same else f"{rest}…"
+    return escape(name)
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with one decimal and no sign; a dash for none."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def comparison(result: Comparison, title: str) -> Table:
+    """A row for all questions, each skill and each duration: right answers before and after, and their change."""
+    headings = ("asked", "before", "after", "change", "95 %\nfrom, to", "better/\nworse", "chance")
+    found = table("", *headings, title=f"{title}: right answers, %")
+    durations = {f"{band} s": row for band, row in result.by_duration.items()}
+    for section in ({"all": result.all} if result.all else {}, result.by_skill, durations):
+        for name, row in section.items():
+            change = f"{100 * row.change:+.1f}"
+            ci95 = "-" if row.change_ci95 is None else "{:+.1f}, {:+.1f}".format(*(100 * x for x in row.change_ci95))
+            shares = (percent(row.before), percent(row.after), change, ci95)
+            found.add_row(
+                shortened(name, [*section]),
+                str(row.questions),
+                *shares,
+                f"{row.better}/{row.worse}",
+                percent(row.chance),
+            )
+        found.add_section()
+    return found
+
+
+def comparison_notes(result: Comparison) -> Iterator[str]:
+    """What stands beside the table: captions, and the questions that only one of the two answered."""
+    if result.all is None:
+        yield "no question was answered by both, captions apart"
+    if result.captions:
+        before, after = result.captions["before"], result.captions["after"]
+        figures = [("in exactly the true words, %", *(percent(side["exact"]) for side in (before, after)))]
+        if before["event_f1"] is not None and after["event_f1"] is not None:
+            figures.append(("event F1", f"{before['event_f1']:.2f}", f"{after['event_f1']:.2f}"))
+        yield f"{before['captions']} captions: " + "; ".join(f"{name} {one} -> {two}" for name, one, two in figures)
+    for side, count in (("before", result.only_before), ("after", result.only_after)):
+        if count:
+            yield f"{count} questions were answered only {side}: they are left out of the comparison"
 
 
 @contextmanager

@@ -13,6 +13,8 @@ The last line is one JSON object, each key also as `<key>_before`, as it was at 
   whose attention is fused;
 - `train_syncs`: waits of the host in the forward pass and loss of a full row of 3B, stage 1; `train_stage1_kernels` and
   `train_stage1_saved_mb`: launches of that row, forward and backward, and MB that it keeps for the backward pass;
+- `lora_saved_mb`, `lora_recomputed_mb`: MB kept where adapters train too and features are cached, as it is and with
+  the layers recomputed;
 - `host_ms_1`, `host_ms_16`: ms of Python a step of 1 and 16 answers, of a model of almost nothing on the CPU.
 
     python benchmarks/launches.py [--quick] [--names]
@@ -25,6 +27,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +37,7 @@ from pretended_gpu import CUDA, PretendedGpu, backward, tensor_bytes
 from transformers import Qwen2Config
 
 from af2_ray.audio.windows import WINDOW_SAMPLES
-from af2_ray.config import Serve, load_recipe
+from af2_ray.config import Lora, Serve, load_recipe
 from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Clip, Request
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
@@ -42,6 +46,9 @@ from af2_ray.models.htsat import tower_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
 from af2_ray.models.random import random_model
 from af2_ray.text import add_special_tokens, train_tokenizer
+from af2_ray.train.costs import TOKENS_PER_WINDOW
+from af2_ray.train.deepspeed import checkpoint_activations
+from af2_ray.train.lora import add_lora
 from af2_ray.train.memory_probe import made_up_row
 from af2_ray.train.optim import freeze_except
 from af2_ray.train.task import LmTask
@@ -245,17 +252,32 @@ def train(recipe: str = "af2-3b") -> tuple[dict[str, float], Counter[str], Count
     return figures, launches, waits
 
 
-def train_row(recipe: str, num_layers: int) -> tuple[PretendedGpu, int, Counter[str]]:
-    """Forward and backward of the row: what the GPU counted, bytes kept in between, waits up to the loss."""
+def train_row(
+    recipe: str, num_layers: int, *, lora: Lora | None = None, recomputed: bool = False
+) -> tuple[PretendedGpu, int, Counter[str]]:
+    """Forward and backward of the row: what the GPU counted, bytes kept in between, waits up to the loss.
+
+    Args:
+        lora: adapters beside what the stage trains, on cached features.
+        recomputed: whether the backward pass, which is left out then, would recompute the layers.
+    """
     found = load_recipe(recipe)
     stage, model, gpu = found.stages[0], paper_model(recipe, num_layers), PretendedGpu()
+    if lora is not None:
+        stage = stage.model_copy(update={"trainable": [*stage.trainable, "lora"], "lora": lora})
+        add_lora(model.language_model, lora)
+        model.to(torch.bfloat16)
     gpu.place(model)
     freeze_except(model, stage.trainable)
     model.train()
+    checkpoint_activations(model, layers=recomputed, tower=False)
     budget, ids = stage.budget, model.config.audio_token_id
     row = made_up_row(
         stage, "longest", budget.windows_per_row, budget.text_tokens_per_row, found.model.max_text_tokens, ids
     )
+    if lora is not None:
+        features = torch.zeros(len(row.waveforms), TOKENS_PER_WINDOW, model.audio_tower.output_size)
+        row = replace(row, waveforms=features.to(torch.bfloat16))
     kept: dict[int, tuple[Any, int]] = {}  # by storage, which is held so that its address stays its own
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -272,8 +294,21 @@ def train_row(recipe: str, num_layers: int) -> tuple[PretendedGpu, int, Counter[
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = task.loss(model, moved, task.count(row))
         waits = Counter(gpu.waits)
-        backward(loss, gpu)
+        if not recomputed:
+            backward(loss, gpu)
     return gpu, sum(num for _, num in kept.values()), waits
+
+
+def adapted(recipe: str = "af2-3b") -> dict[str, float]:
+    """MB that the row keeps with adapters beside the fusion and the transform, on cached features."""
+
+    def count(num_layers: int, recomputed: bool) -> Counter[str]:
+        return Counter({"saved": train_row(recipe, num_layers, lora=Lora(rank=16), recomputed=recomputed)[1]})
+
+    return {
+        f"lora_{name}_mb": at_depth(recipe, partial(count, recomputed=recomputed))["saved"] / 1e6
+        for name, recomputed in (("saved", False), ("recomputed", True))
+    }
 
 
 def main() -> None:
@@ -300,7 +335,7 @@ def main() -> None:
     result |= {f"{kind}_share": share for kind, share in shares.items()} | tower()
     figures, launches, waits = train()
     show("train", launches, waits)
-    result |= figures | {f"host_ms_{num}": host_ms(num) for num in (1, SLOTS)}
+    result |= figures | adapted() | {f"host_ms_{num}": host_ms(num) for num in (1, SLOTS)}
     result |= {f"{key}_before": value for key, value in BEFORE.items() if key in result}
     print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}))
 

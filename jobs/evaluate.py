@@ -18,9 +18,8 @@ from rich.table import Table
 
 from af2_ray import console
 from af2_ray.config import Cluster, Dataset, Evaluation, parse_columns
+from af2_ray.console import percent, shortened
 from af2_ray.storage.places import shown
-
-MOST_LETTERS = 14  # of a row's name: the table fits 80 columns
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,23 +64,13 @@ def _table(details: dict[str, Any]) -> Table:
     for section in sections:
         for name, row in section.items():
             low, high = row["ci95"]["model"]
-            controls = [_percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
-            interval = f"{_percent(low)}-{_percent(high)}"
+            controls = [percent(row.get(key)) for key in ("pairs", "deaf", "majority", "text_only", "chance")]
+            interval = f"{percent(low)}-{percent(high)}"
             table.add_row(
-                _shortened(name, [*section]), str(row["questions"]), _percent(row["model"]), interval, *controls
+                shortened(name, [*section]), str(row["questions"]), percent(row["model"]), interval, *controls
             )
         table.add_section()
     return table
-
-
-def _shortened(name: str, names: Sequence[str]) -> str:
-    """A row's name, of a long one the part that tells it from the others of its section."""
-    if len(name) <= MOST_LETTERS:
-        return name
-    parts = [other.split("/") for other in names if len(other) > MOST_LETTERS]
-    same = next((place for place, column in enumerate(zip(*parts, strict=False)) if len({*column}) > 1), 0)
-    rest = "/".join(name.split("/")[same:])
-    return f"…{rest[: MOST_LETTERS - 1]}" if same else f"{rest[: MOST_LETTERS - 1]}…"
 
 
 def _closing_lines(result: Any, out: Path) -> list[str]:
@@ -96,10 +85,6 @@ def _closing_lines(result: Any, out: Path) -> list[str]:
         first = result.failures[0]
         lines.append(f"set aside: {len(result.failures)}, for instance {shown(first.uri)}: {first.reason}")
     return [*lines, f"predictions.jsonl and metrics.json are in {out}"]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

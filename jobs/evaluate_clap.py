@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from af2_ray import console
+from af2_ray.console import percent
 
 write = console.console.print
 
@@ -51,29 +52,25 @@ def _show(result: dict[str, Any]) -> None:
     else:
         write(f"{result['gallery']} clips, {result['captions']} captions; %")
         for way, title in (("t2a", "text to audio"), ("a2t", "audio to text")):
-            scores = ", ".join(f"{key.upper()} {_percent(result[f'{way}_{key}'])}" for key in ("r1", "r5", "r10"))
-            write(f"{title}: {scores}, mAP@10 {_percent(result[f'{way}_map10'])}")
+            scores = ", ".join(f"{key.upper()} {percent(result[f'{way}_{key}'])}" for key in ("r1", "r5", "r10"))
+            write(f"{title}: {scores}, mAP@10 {percent(result[f'{way}_map10'])}")
         write(f"alignment {result['alignment']}, uniformity {result['uniformity']}")
         for kind, row in result["choice"].items():
-            both = f"both right {_percent(row['both'])} (chance 25.0)"
+            both = f"both right {percent(row['both'])} (chance 25.0)"
             if "both_reworded" in row:
-                both += f", in other words {_percent(row['both_reworded'])}"
-            write(f"choice by {kind}: {_percent(row['accuracy'])} (chance 50.0), {both}, {row['pairs']} pairs")
+                both += f", in other words {percent(row['both_reworded'])}"
+            write(f"choice by {kind}: {percent(row['accuracy'])} (chance 50.0), {both}, {row['pairs']} pairs")
         if negatives := result.get("negatives"):
-            kinds = ", ".join(f"{kind} {_percent(share)}" for kind, share in negatives["by_kind"].items())
-            write(f"over each negative: {_percent(negatives['each'])}, over all: {_percent(negatives['all'])}")
+            kinds = ", ".join(f"{kind} {percent(share)}" for kind, share in negatives["by_kind"].items())
+            write(f"over each negative: {percent(negatives['each'])}, over all: {percent(negatives['all'])}")
             write(f"by kind of negative: {kinds}") if kinds else None
         if classes := result.get("zero_shot"):
             _show_classes(classes)
 
 
 def _show_classes(row: dict[str, Any]) -> None:
-    top = f"top-1 {_percent(row['top1'])} (chance {_percent(row['top1_chance'])})"
-    write(f"zero-shot, {row['clips']} clips, {row['classes']} classes: {top}, mAP {_percent(row['map'])}")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+    top = f"top-1 {percent(row['top1'])} (chance {percent(row['top1_chance'])})"
+    write(f"zero-shot, {row['clips']} clips, {row['classes']} classes: {top}, mAP {percent(row['map'])}")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
@@ -17,14 +17,10 @@ from af2_ray import console
 from af2_ray.config import Recipe, Stage, load_recipe
 from af2_ray.storage.places import allow
 
-if TYPE_CHECKING:
-    from af2_ray.train.costs import Work
-
 PAPER_HOURS = {"pretrain": 96.0, "finetune": 120.0, "long": 12.0}
 """The paper's stages on 128 A100 (arXiv 2503.03983)."""
 PAPER_GPUS = 128
 GPUS = ("a100", "h100", "h200")
-WORKING_GIB = 6.0  # CUDA context, NCCL buffers, fragmentation, ZeRO's buckets
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,7 @@ def plan(recipe: Recipe, cluster: Machines) -> dict[str, Any]:
     from af2_ray.train import costs
     from af2_ray.train.disk import forecast
 
-    model = costs.meta_model(recipe_config(recipe))
-    counts = costs.parameters(model)
+    config = recipe_config(recipe)
     notes = []
     stages = []
     for stage in recipe.stages:
@@ -82,52 +77,29 @@ def plan(recipe: Recipe, cluster: Machines) -> dict[str, Any]:
                 f"stage {stage.name}: step_batches={stage.budget.step_batches} is no multiple of {cluster.gpus} GPUs, "
                 f"the nearest above is {rows} (stages.{stage.name}.budget.step_batches={rows})"
             )
-        stages.append(_plan_stage(recipe, stage, model, counts, cluster))
+        stages.append(_plan_stage(recipe, stage, config, cluster))
     total = {key: sum(stage[key] for stage in stages) for key in ("hours", "cost")}
     disk = {need.what: need.size for need in forecast(recipe, recipe.storage)}
+    counts = costs.parameters(costs.meta_model(config))
     return {"recipe": recipe.name, "parameters": counts, "stages": stages, "total": total, "disk": disk, "notes": notes}
 
 
-def row_of(stage: Stage, fill: float) -> Work:
-    """A row of a stage with both sides of its budget `fill` full, clips of middling length, short answers."""
-    from af2_ray.train.costs import Work
+def _plan_stage(recipe: Recipe, stage: Stage, config: Any, cluster: Machines) -> dict[str, Any]:
+    from af2_ray.train import costs, memory_plan
 
-    budget = stage.budget
-    windows = fill * budget.windows_per_row
-    clip_windows = max(1.0, stage.max_windows / 2)
-    text_tokens = fill * budget.text_tokens_per_row
-    questions = windows / clip_windows * budget.questions_per_clip
-    length = max(16.0, text_tokens / max(1.0, questions))
-    return Work(windows, text_tokens, clip_windows, min(length, text_tokens), text_tokens / 3)
-
-
-def _plan_stage(recipe: Recipe, stage: Stage, model: Any, counts: dict[str, int], cluster: Machines) -> dict[str, Any]:
-    from af2_ray.train import costs
-
-    row, cached = row_of(stage, cluster.fill), stage.features == "cached"
-    flops = costs.step_flops(model, row, stage.trainable, cached=cached) * stage.budget.step_batches
+    found = memory_plan.StageMemory(recipe, stage, config, gpus=cluster.gpus)
+    row, cached = memory_plan.row_of(stage, cluster.fill), stage.features == "cached"
+    flops = costs.step_flops(found.model, row, stage.trainable, cached=cached) * stage.budget.step_batches
     seconds = flops / (cluster.gpus * costs.PEAK_FLOPS[cluster.gpu] * cluster.mfu)
     hours = stage.steps * seconds / 3600
-    full = row_of(stage, 1.0)
-    activations = costs.activation_gib(
-        model, full, stage.trainable, checkpointing=recipe.model.audio.gradient_checkpointing, cached=cached
-    )
-    memory = {}
-    for zero_stage in range(4):
-        state = costs.state_gib(
-            counts,
-            stage.trainable,
-            zero_stage=zero_stage,
-            gpus=cluster.gpus,
-            offload=recipe.deepspeed.offload_optimizer,
-        )
-        parts = {**state, "activations": sum(activations.values()), "working": WORKING_GIB}
-        memory[zero_stage] = {**parts, "total": sum(parts.values())}
+    memory = {
+        zero_stage: found.parts(memory_plan.with_deepspeed(recipe, zero_stage=zero_stage)) for zero_stage in range(4)
+    }
     paper = PAPER_HOURS.get(stage.name)
     return {
         "name": stage.name,
         "steps": stage.steps,
-        "trained": sum(number for group, number in counts.items() if group in stage.trainable),
+        "trained": sum(number for group, number in found.counts.items() if group in stage.trainable),
         "windows_per_step": row.windows * stage.budget.step_batches,
         "step_pflop": flops / 1e15,
         "step_s": seconds,
@@ -136,8 +108,9 @@ def _plan_stage(recipe: Recipe, stage: Stage, model: Any, counts: dict[str, int]
         "cost": hours * cluster.gpus * cluster.price,
         "paper_hours_here": None if paper is None else paper * PAPER_GPUS / cluster.gpus,
         "memory_gib": memory,
-        "activations_gib": activations,
+        "activations_gib": found.activations(),
         "gpu_gib": costs.MEMORY_GIB[cluster.gpu],
+        "fits": found.fitting(),
     }
 
 
@@ -153,6 +126,9 @@ def _show(result: dict[str, Any], cluster: Machines) -> None:
     for stage in result["stages"]:
         write()
         write(_memory_table(stage))
+    for table in (_activations_table(result), _fits_table(result, cluster)):
+        write()
+        write(table)
     parts = ", ".join(f"{what} {amount(size)}" for what, size in result["disk"].items())
     write(f"\ndisk: about {amount(sum(result['disk'].values()))} ({parts})")
     for note in result["notes"]:
@@ -188,6 +164,25 @@ def _memory_table(stage: dict[str, Any]) -> Table:
     for zero_stage, memory in stage["memory_gib"].items():
         fits = "fits" if memory["total"] <= stage["gpu_gib"] else f"over {stage['gpu_gib']:.0f}"
         table.add_row(str(zero_stage), *(f"{memory[part]:.1f}" for part in parts), fits)
+    return table
+
+
+def _activations_table(result: dict[str, Any]) -> Table:
+    """What a full row keeps for its backward pass, by stage and part."""
+    parts = list(result["stages"][0]["activations_gib"])
+    table = console.table("stage", *parts, title="activations of a full row, GiB")
+    for stage in result["stages"]:
+        table.add_row(stage["name"], *(f"{gib:.2f}" for gib in stage["activations_gib"].values()))
+    return table
+
+
+def _fits_table(result: dict[str, Any], cluster: Machines) -> Table:
+    """The largest rows that fit cards of each size, by stage and way."""
+    ways = [(stage["name"], way, rows) for stage in result["stages"] for way, rows in stage["fits"].items()]
+    title = f"largest budget.windows_per_row that fits {cluster.gpus} x (- not even one clip)"
+    table = console.table("stage", "", *(f"{size} GB" for size in ways[0][2]), title=title, num_left=2)
+    for name, way, rows in ways:
+        table.add_row(name, way, *("-" if most is None else str(most) for most in rows.values()))
     return table
 
 

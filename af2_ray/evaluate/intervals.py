@@ -14,6 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import t as student
 
+from af2_ray.data.samples import Sample
+
 Units = NDArray[np.int64]
 """[N] the unit of each item, from 0 on."""
 
@@ -34,6 +36,15 @@ def units_of(*ties: Sequence[Hashable]) -> Units:
     graph = coo_array((np.ones(len(edges[0])), edges), shape=(size, size))
     _, found = connected_components(graph, directed=False)
     return np.unique(found[items], return_inverse=True)[1].astype(np.int64)
+
+
+def question_units(samples: Sequence[Sample]) -> Units:
+    """The units of N questions: two are in one if they share a recording or a pair, or if others connect them."""
+    heard = [(place, stretch.uri) for place, sample in enumerate(samples) for stretch in sample.stretches]
+    places = [place for place, _ in heard]
+    pairs = [samples[place].pair or f"alone:{place}" for place in places]
+    first = np.searchsorted(places, np.arange(len(samples)))
+    return units_of(places, [uri for _, uri in heard], pairs)[first]
 
 
 def interval95(values: NDArray[np.float64], units: Units) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from af2_ray.data.samples import CaptionSet
 from af2_ray.evaluate.answers import Prediction, groups_of, is_caption
-from af2_ray.evaluate.intervals import units_of
+from af2_ray.evaluate.intervals import question_units
 from af2_ray.evaluate.table import Labelled
 
 
@@ -47,8 +47,7 @@ def answer_results(predictions: Iterable[Prediction]) -> list[ItemResult]:
     """Results of the closed questions, grouped by duration band and skill."""
     closed = [prediction for prediction in predictions if not is_caption(prediction.sample)]
     names = [f"{prediction.sample.uri}#{prediction.sample.id}" for prediction in closed]
-    pairs = [prediction.sample.pair or name for prediction, name in zip(closed, names, strict=True)]
-    units = units_of(pairs, [prediction.sample.uri for prediction in closed])
+    units = question_units([prediction.sample for prediction in closed])
     return [
         ItemResult("accuracy", name, str(unit), float(one.right), (f"{groups['duration']} s", groups["skill"]))
         for one, name, unit in zip(closed, names, units.tolist(), strict=True)

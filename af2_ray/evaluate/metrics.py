@@ -1,7 +1,7 @@
 """Accuracy by skill and duration with intervals, over questions that come in counterbalanced pairs.
 
 Questions that share a recording or a counterbalanced pair stand or fall together, so the bootstrap resamples all that
-hangs together so (`intervals.units_of`), not questions: the interval is wider and honest.
+hangs together so (`intervals.question_units`), not questions: the interval is wider and honest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import DURATION_BANDS, Groups, Prediction, normalise_answer
-from af2_ray.evaluate.intervals import units_of
+from af2_ray.evaluate.intervals import question_units
 
 Scores = NDArray[np.float64]
 """[N] one value a question: 1 right, 0 wrong, a probability for chance, NaN where a system gave no answer."""
@@ -49,8 +49,7 @@ class Bootstrap:
     """Resampled means of any system over the same draws of units, so that differences are paired too."""
 
     def __init__(self, samples: Sequence[Sample], *, num_draws: int = 2000, seed: int = 0) -> None:
-        names = [sample.pair or f"alone:{index}" for index, sample in enumerate(samples)]
-        self.unit = units_of(names, [sample.uri for sample in samples])
+        self.unit = question_units(samples)
         self.num_units = int(self.unit.max(initial=-1)) + 1
         rng = np.random.default_rng(seed)
         self.draws = rng.multinomial(self.num_units, np.full(self.num_units, 1 / max(1, self.num_units)), num_draws)
@@ -105,15 +104,23 @@ def summarise(samples: Sequence[Sample], systems: Mapping[str, Scores]) -> Row:
 
 def by_group(samples: Sequence[Sample], systems: Mapping[str, Scores], groups_of: Groups) -> dict[str, dict[str, Row]]:
     """`summarise` of each group, by what divides them (`skill`, `duration`); by name, durations from short to long."""
+    return {
+        division: {
+            name: summarise([samples[i] for i in own], {key: scores[own] for key, scores in systems.items()})
+            for name, own in named.items()
+        }
+        for division, named in group_places(samples, groups_of).items()
+    }
+
+
+def group_places(samples: Sequence[Sample], groups_of: Groups) -> dict[str, dict[str, list[int]]]:
+    """Places of each group's questions, by what divides them; groups by name, durations from short to long."""
     indices: dict[str, dict[str, list[int]]] = {}
     for index, sample in enumerate(samples):
         for division, group in groups_of(sample).items():
             indices.setdefault(division, {}).setdefault(group, []).append(index)
     return {
-        division: {
-            name: summarise([samples[i] for i in own], {key: scores[own] for key, scores in systems.items()})
-            for name, own in sorted(groups.items(), key=lambda item: (_BAND_PLACES.get(item[0], 0), item[0]))
-        }
+        division: dict(sorted(groups.items(), key=lambda item: (_BAND_PLACES.get(item[0], 0), item[0])))
         for division, groups in indices.items()
     }
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
 from af2_ray.train.optim import group_of
 
@@ -146,7 +147,13 @@ def _lm_flops(model: Model, work: Work) -> float:
 
 
 def state_gib(
-    counts: Mapping[str, int], trainable: Collection[str], *, zero_stage: int, gpus: int, offload: bool = False
+    counts: Mapping[str, int],
+    trainable: Collection[str],
+    *,
+    zero_stage: int,
+    gpus: int,
+    offload: bool = False,
+    sums: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, float]:
     """GiB on each GPU of weights, gradients and optimiser state, bf16 with an fp32 master copy.
 
@@ -154,45 +161,75 @@ def state_gib(
     weights too (2). Gradients take 2 bytes, from stage 2 on 4: they add up in fp32 there (`deepspeed_config`), and are
     what the update reads, where a bf16 sum would be copied to fp32 first. What the update takes besides (one kernel,
     no temporary) is less than the activations that are gone by then.
+
+    Args:
+        offload: whether the optimiser is on the host. Sums in fp32 stay on the GPU then, those in bf16 go with it.
+        sums: numbers that the gradients of a step's rows add up in, from stage 2 on.
     """
     everything = sum(counts.values())
     trained = sum(number for group, number in counts.items() if group in trainable)
     share = {part: gpus if zero_stage >= stage else 1 for part, stage in (("optimizer", 1), ("gradients", 2), ("w", 3))}
+    gradient = 4 if zero_stage >= 2 and sums == "fp32" else 0 if zero_stage >= 2 and offload else 2
     return {
         "weights": 2 * everything / share["w"] / GIB,
-        "gradients": (4 if zero_stage >= 2 else 2) * trained / share["gradients"] / GIB,
+        "gradients": gradient * trained / share["gradients"] / GIB,
         "optimizer": 0.0 if offload else 12 * trained / share["optimizer"] / GIB,
     }
 
 
 def activation_gib(
-    model: Model, row: Work, trainable: Collection[str], *, checkpointing: bool = False, cached: bool = False
+    model: Model,
+    row: Work,
+    trainable: Collection[str],
+    *,
+    checkpointing: bool = False,
+    layers: bool = False,
+    cached: bool = False,
 ) -> dict[str, float]:
     """GiB of what one row keeps for its backward pass (bf16), by part; estimates.
 
     Args:
         checkpointing: whether the tower keeps only each block's input, and one block's values while it is recomputed.
+        layers: whether every transformer layer does so (`deepspeed.activation_checkpointing`).
+        cached: whether the tower's features are the row's input, in place of its windows.
     """
+    audio_tokens, width = row.windows * TOKENS_PER_WINDOW, model.audio_tower.output_size
+    num, values, inputs = _layer_values(model, row)
+    kept = inputs if layers else values
+    parts = {
+        "inputs": audio_tokens * width if cached else row.windows * WINDOW_SAMPLES,  # bf16; int16
+        "clap": _tower_values(model, row, checkpointing) if "clap" in trainable and not cached else 0.0,
+        **{name: num[name] * kept[name] for name in num},
+        "recomputed": max(values.values()) if layers else 0.0,
+        # bf16 twice (the head, and joined with the added tokens), fp32 twice: the loss' own copy and its log-softmax
+        "logits": row.answer_tokens * model.config.text_config.vocab_size * 6,
+    }
+    return {name: 2 * found / GIB for name, found in parts.items()}
+
+
+def _tower_values(model: Model, row: Work, checkpointing: bool) -> float:
+    """Values that the tower keeps of a row."""
     channels = [
         tokens * stage.blocks[0].layernorm_before.weight.shape[0] * len(stage.blocks)
         for tokens, stage in zip(_stage_tokens(model), model.audio_tower.model.audio_encoder.layers, strict=True)
     ]
-    tower = 0.0
-    if "clap" in trainable and not cached:
-        kept = sum(channels) + TOWER_VALUES * max(channels) / 2 if checkpointing else TOWER_VALUES * sum(channels)
-        tower = row.windows * kept
-    text, width = model.config.text_config, model.audio_tower.output_size
-    audio_tokens = row.windows * TOKENS_PER_WINDOW
-    transform = (
-        audio_tokens
-        * len(model.audio_transform.layers)
-        * (TRANSFORM_VALUES * width + 2 * model.config.transform_inner_size)
-    )
-    lm = text.num_hidden_layers * row.text_tokens * (LM_VALUES * text.hidden_size + 3 * text.intermediate_size)
-    heard = sum(layer.cross_attention is not None for layer in model.language_model.model.layers)
-    inner = model.config.cross_attn_heads * model.config.cross_attn_head_dim
-    ff = 2 * model.config.cross_attn_ff_mult
-    xattn = heard * (row.text_tokens * (XATTN_VALUES + ff) * text.hidden_size + audio_tokens * 2 * inner)
-    logits = row.answer_tokens * text.vocab_size * 6  # fp32 thrice: log-softmax, its gradient and that of what it took
-    parts = {"clap": tower, "transform": transform, "lm": lm, "xattn": xattn, "logits": logits}
-    return {name: 2 * values / GIB for name, values in parts.items()}
+    kept = sum(channels) + TOWER_VALUES * max(channels) / 2 if checkpointing else TOWER_VALUES * sum(channels)
+    return row.windows * kept
+
+
+def _layer_values(model: Model, row: Work) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    """Layers of each kind, the values that one of them keeps of a row, and those of its input alone."""
+    config, text = model.config, model.config.text_config
+    audio_tokens, width = row.windows * TOKENS_PER_WINDOW, model.audio_tower.output_size
+    layers = model.language_model.model.layers
+    adapters = sum(parameter.shape[0] for name, parameter in layers[0].named_parameters() if ".lora_A." in name)
+    inner, ff = config.cross_attn_heads * config.cross_attn_head_dim, 2 * config.cross_attn_ff_mult
+    values = {
+        "transform": audio_tokens * (TRANSFORM_VALUES * width + 2 * config.transform_inner_size),
+        "lm": row.text_tokens * (LM_VALUES * text.hidden_size + 3 * text.intermediate_size + adapters),
+        "xattn": row.text_tokens * (XATTN_VALUES + ff) * text.hidden_size + audio_tokens * 2 * inner,
+    }
+    inputs = dict.fromkeys(values, row.text_tokens * text.hidden_size) | {"transform": audio_tokens * width}
+    heard = sum(layer.cross_attention is not None for layer in layers)
+    num = {"transform": len(model.audio_transform.layers), "lm": len(layers), "xattn": heard}
+    return num, values, inputs

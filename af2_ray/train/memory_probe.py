@@ -28,6 +28,7 @@ from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.text import IGNORE
 from af2_ray.train import costs
 from af2_ray.train.deepspeed import checkpoint_activations
+from af2_ray.train.lora import add_lora
 from af2_ray.train.optim import freeze_except
 from af2_ray.train.precision import autocast, resolve
 from af2_ray.train.task import LmTask
@@ -147,6 +148,8 @@ def _measure(recipe: Recipe, stage: Stage, shape: Shape, windows: int, text_toke
     torch.set_num_threads(recipe.cluster.threads_per_worker)
     config = recipe_config(recipe)
     model = AudioFlamingo2ForConditionalGeneration(config)
+    if stage.lora is not None:
+        add_lora(model.language_model, stage.lora)
     freeze_except(model, stage.trainable)
     checkpoint_activations(
         model, layers=recipe.deepspeed.activation_checkpointing, tower=recipe.model.audio.gradient_checkpointing

@@ -89,7 +89,7 @@ def test_all_pages_fill_one_skeleton_and_its_palette() -> None:
     folder = Path(report.__file__).parent
     texts = {path.name: path.read_text() for path in folder.glob("*.html")}
     pages = set(texts) - {"page.html", "parts.html"}
-    assert pages == {"run.html", "sweep.html", "data_check.html", "captions.html"}
+    assert pages == {"run.html", "sweep.html", "data_check.html", "captions.html", "finetune.html"}
     for name in pages:
         assert texts[name].startswith('{% extends "page.html" %}')
         assert "<style" not in texts[name]

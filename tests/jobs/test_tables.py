@@ -15,6 +15,7 @@ from rich.console import Console
 
 from af2_ray import console
 from af2_ray.data.data_check import Survey
+from af2_ray.evaluate.paired import Comparison, PairedRow
 from jobs import check_data, evaluate
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -86,3 +87,22 @@ def test_loading_bars_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers_logging.enable_progress_bar()
     console.main(lambda: None)
     assert not transformers_logging.is_progress_bar_enabled()
+
+
+def test_comparison() -> None:
+    row = PairedRow(12_345, 0.123, 1.0, (0.1, 0.2), None, 0.877, (-0.1234, 1.0), 10_000, 1234, 1111, 0.25)
+    names = ("identification", f"{SURVEY.manifest}/a", f"{SURVEY.manifest}/b", "[/bold]", "a\x1b[2Jb")
+    both = {"captions": 7, "exact": 0.5, "event_f1": 0.25}
+    found = Comparison(row, dict.fromkeys(names, row), {"90-300": row}, {"before": both, "after": both}, 3, 0)
+    lines = printed(console.comparison(found, "old test"))
+    assert max(map(len, lines)) <= 80
+    figures = ["12345", "12.3", "100.0", "+87.7", "-12.3,", "+100.0", "10000/1234", "25.0"]
+    for name in ("all", "identification", "…a", "…b", "[/bold]", "a?[2Jb"):
+        assert [name, *figures] in [line.split() for line in lines]
+    alone = replace(row, change_ci95=None, chance=None)
+    lines = printed(console.comparison(Comparison(alone, {}, {}), "test"))
+    assert ["all", *figures[:4], "-", figures[6], "-"] in [line.split() for line in lines]
+    notes = list(console.comparison_notes(replace(found, all=None)))
+    assert notes[0].startswith("no question was answered by both")
+    assert notes[1] == "7 captions: in exactly the true words, % 50.0 -> 50.0; event F1 0.25 -> 0.25"
+    assert notes[2:] == ["3 questions were answered only before: they are left out of the comparison"]

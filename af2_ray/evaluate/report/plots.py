@@ -15,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from af2_ray.evaluate.report.palette import CARD, DEAF, FAINT, INK, LINE, MODEL, TEXT
+from af2_ray.evaluate.paired import PairedRow
+from af2_ray.evaluate.report.palette import CARD, DEAF, FAINT, INK, LIGHT, LINE, MODEL, TEXT
+from af2_ray.storage.places import shown
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -42,6 +44,10 @@ _STYLE: Any = {
     "savefig.transparent": True,
 }
 
+_COLOURS = {colour: f"var(--{name}, {colour})" for name, colour in LIGHT.items()}
+_HEX = re.compile("#[0-9a-f]{6}")
+_LABEL_LETTERS = 26  # of a group's name beside its line: the picture stays readable on a phone
+
 Curve = Sequence[tuple[int, float]]
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -57,11 +63,12 @@ def look(name: str, *, grid: Literal["x", "y", "both"] = "both") -> AbstractCont
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element as wide as its place, named for who cannot see it."""
+    """A figure as an SVG element as wide as its place, in the page's own colours, named for who cannot see it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text[text.index("<svg") :], count=1)
+    text = re.sub(r'style="[^"]*"', lambda style: _HEX.sub(lambda hit: _COLOURS.get(hit[0], hit[0]), style[0]), text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(name)}" ', 1)
 
 
@@ -121,6 +128,66 @@ def _accuracy_line(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
     if row.get("chance") is not None:
         chance = 100 * row["chance"]
         axes.plot([chance, chance], [place - 0.36, place + 0.36], color=INK, linewidth=1.4, ls=":", label="chance")
+
+
+def learning(training: Curve, validation: Curve, kept_step: int | None) -> str:
+    """Loss against optimiser step: training faint and its running mean strong, validation as dots, the kept step."""
+    with look("learning", grid="y"):
+        figure = Figure(figsize=(4.8, 2.7))
+        axes = figure.add_subplot()
+        known = [(step, value) for step, value in training if np.isfinite(value)]
+        if known:
+            steps, values = (np.array(column, dtype=float) for column in zip(*known, strict=True))
+            axes.plot(steps, values, color=MODEL, linewidth=0.8, alpha=0.3)
+            mean = running_mean(values, max(1, len(values) // 12))
+            axes.plot(steps, mean, color=MODEL, linewidth=1.8, label="training")
+        held_out = [(step, value) for step, value in validation if np.isfinite(value)]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o-", color=DEAF, linewidth=1.2, markersize=4, label="validation")
+        if kept_step is not None:
+            axes.axvline(kept_step, color=INK, linewidth=1.0, linestyle=":", label=f"kept: step {kept_step}")
+        top = max((value for _, value in (*known, *held_out)), default=1.0)
+        axes.set(xlabel="step", ylim=(0, 1.05 * top if top > 0 else 1.0))
+        if axes.get_legend_handles_labels()[1]:
+            figure.legend(ncols=3, loc="outside upper left", fontsize=9)
+        return svg(figure, "loss curve")
+
+
+def changes(rows: Mapping[str, PairedRow], name: str) -> str:
+    """Right answers before and after, two dots with their 95 % intervals a group; a tick for chance, the change."""
+    groups = list(rows)
+    with look(name, grid="x"):
+        figure = Figure(figsize=(4.8, 0.9 + 0.46 * len(groups)))
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows.values()):
+            _change_line(axes, place, row)
+        labels = [f"{_cut(group)}  ({rows[group].questions})" for group in groups]
+        axes.set_yticks(range(len(groups)), labels, color=INK, parse_math=False)
+        axes.set(xlim=(-2, 102), ylim=(len(groups) - 0.4, -0.6), xlabel="right answers, %")
+        handles, labels = axes.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        figure.legend(unique.values(), unique.keys(), ncols=len(unique), loc="outside upper left", fontsize=9)
+        return svg(figure, name)
+
+
+def _change_line(axes: Axes, place: int, row: PairedRow) -> None:
+    sides = (-0.14, row.before, row.before_ci95, DEAF, "before"), (0.14, row.after, row.after_ci95, MODEL, "after")
+    for shift, share, ci95, colour, label in sides:
+        if ci95 is not None:
+            ends = [100 * end for end in ci95]
+            axes.plot(ends, [place + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
+        axes.plot(100 * share, place + shift, "o", color=colour, markersize=7, label=label, zorder=4)
+    if row.chance is not None:
+        chance = 100 * row.chance
+        axes.plot([chance, chance], [place - 0.36, place + 0.36], color=INK, linewidth=1.4, ls=":", label="chance")
+    beside = axes.get_yaxis_transform()
+    axes.text(1.02, place, f"{100 * row.change:+.1f}", transform=beside, va="center", fontweight="bold")
+
+
+def _cut(name: str) -> str:
+    """A name on one line, cut where it is long."""
+    plain = shown(name)
+    return plain if len(plain) <= _LABEL_LETTERS else f"{plain[: _LABEL_LETTERS - 1]}…"
 
 
 def padding(stages: Sequence[Mapping[str, Any]]) -> str:
