@@ -9,9 +9,9 @@ import pytest
 import toy
 
 from af2_ray.config import load_recipe
+from af2_ray.models.groups import group_of
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
 from af2_ray.runs.run import Run
-from af2_ray.train.optim import group_of
 from af2_ray.train.stages import train_run
 
 STAGE = (
