@@ -1,4 +1,4 @@
-"""From a folder to a model and its tokenizer, ready to answer: a whole export, or a small part on the model it is of."""
+"""From a folder to a model and its tokenizer: of a whole export, or of a small part on the model that it belongs to."""
 
 from __future__ import annotations
 

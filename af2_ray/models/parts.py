@@ -6,8 +6,8 @@ kept as they are, before they are merged. `merge` does what the export did, in t
 
 Sizes at the paper's 3B (36 LM layers of width 2048, audio of width 2048), in fp32: adapters of rank 16 on q, k, v and o
 are 7.4 million weights, 29 MB; the cross-attention of all layers is 1.4 billion, 5.4 GB, and with one before every
-third layer 1.8 GB; the audio transformer is 75 million, 0.3 GB. The whole is 5 billion, 20 GB. So adapters
-alone, or with the audio transformer, are what a hundred fine-tunings should train.
+third layer 1.8 GB; the audio transformer is 75 million, 0.3 GB. The whole is 4.7 billion, 19 GB. So adapters alone, or
+with the audio transformer, are what a hundred fine-tunings should train.
 """
 
 from __future__ import annotations

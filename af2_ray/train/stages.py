@@ -95,7 +95,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
         checkpoint_every=stage.checkpoint_every,
         bands=validation_bands(run, stage, tokenizer),
         facts={"features_s": round(time.perf_counter() - began, 1)} if stage.features == "cached" else {},
-        base=run.address(start) if stage.lora is not None else None,  # others differ from their start in gigabytes
+        base=run.address(start) if run.recipe.leaves_part(stage) else None,
     )
     return fit(run, job, tracker)
 
