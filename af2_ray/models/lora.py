@@ -91,7 +91,7 @@ def load_adapter(lm: nn.Module, folder: Path) -> None:
     from peft import inject_adapter_in_model
 
     tensors = read_tensors(folder / ADAPTER)
-    inject_adapter_in_model(_config(folder / ADAPTER_CONFIG), lm)
+    inject_adapter_in_model(_config(folder / ADAPTER_CONFIG), lm, low_cpu_mem_usage=True)
     for name, module in adapted(lm):
         like = module.get_base_layer().weight
         for part in ("lora_A", "lora_B"):

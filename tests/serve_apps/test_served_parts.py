@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from af2_ray.config import Serve
 from af2_ray.engine.engine import Engine
+from af2_ray.engine.graph import Step
 from af2_ray.engine.request import Answer, Request
 from af2_ray.models.kept import KeepsConstants
+from af2_ray.models.parts import Base, opened
 from serve_apps import af2
 from serve_apps.replica import Model
 
@@ -143,6 +145,32 @@ def differs_by_a_tie(one: Answer, other: Answer) -> bool:
             return True
         assert abs(mine.logprob - theirs.logprob) < TIE
     return False
+
+
+class Relauncher:
+    """A recorder that launches a step again, as a GPU would from its recording."""
+
+    def record(self, step: Step) -> Step:
+        return step
+
+    def forget(self) -> None:
+        pass
+
+
+def test_recorded_steps_have_the_adapters(base: Path, stages: dict[str, tuple[str, str]], tiny_tokenizer: Any) -> None:
+    """The way of a GPU: rows of a fixed size, over the part's layers."""
+    with opened(stages["p0"][1], Base(str(base), Engine.from_pretrained(str(base), "cpu").model)) as (model, _):
+        pass
+    engine = Engine(model, tiny_tokenizer, Serve(num_slots=4), recorder=Relauncher())
+    plain = Engine.from_pretrained(stages["p0"][0], "cpu", Serve(num_slots=4))
+    for _ in range(2):
+        answers = [whole.answer(questions(0)) for whole in (engine, plain)]
+        for one, other in zip(*answers, strict=True):
+            assert isinstance(one, Answer)
+            assert isinstance(other, Answer)
+            assert not differs_by_a_tie(one, other)
+    assert engine.graphs is not None
+    assert engine.graphs.num_replayed > 0
 
 
 def test_a_part_of_another_model_is_an_error_at_the_start(
