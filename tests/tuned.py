@@ -32,7 +32,7 @@ def tune(model: Any, *, seed: int = 0, size: float = 0.3) -> Any:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(size * noise.to(parameter) * (parameter.float().std().nan_to_num() + 0.1))
+                parameter.add_(size * noise.to(parameter) * (parameter.std(correction=0) + 0.1))
     return model
 
 

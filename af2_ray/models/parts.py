@@ -64,7 +64,7 @@ def write_tensors(folder: Path, model: Model, base: str | Path, trained: Mapping
     with _stored(base) as stored:
         for name, value in _whole_tensors(model):
             value = value.detach().cpu().contiguous()
-            if not _is_same(value, stored(name), dtype):
+            if not _is_same(value, _rounded(stored(name), dtype)):
                 own[name] = value
     groups = {group_of(name) for name in own}
     if own:
@@ -105,13 +105,16 @@ def _stored(base: str | Path) -> Iterator[Callable[[str], Tensor | None]]:
         yield lambda name: places[name].get_tensor(name) if name in places else None
 
 
-def _is_same(value: Tensor, stored: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether a tensor has the bits of a base's, whose numbers are rounded to `dtype`."""
-    if stored is None:
+def _rounded(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A base's tensor as a whole model has it whose numbers are of `dtype`."""
+    return stored.to(dtype) if stored is not None and stored.is_floating_point() else stored
+
+
+def _is_same(value: Tensor, like: Tensor | None) -> bool:
+    """Whether two tensors have the same bits."""
+    if like is None or (like.dtype, like.shape) != (value.dtype, value.shape):
         return False
-    stored = stored.to(dtype) if stored.is_floating_point() else stored
-    is_like = (stored.dtype, stored.shape) == (value.dtype, value.shape)
-    return is_like and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (stored, value)))
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (like, value)))
 
 
 # --- Making whole ------------------------------------------------------------------------------------------------
@@ -134,10 +137,15 @@ def merge(base: str | Path, part: str | Path, out: str | Path) -> None:
     check_base(part, facts, base)
     folder, dtype = local_model(part, PART), getattr(torch, facts.dtype)
     with _small_files(folder, facts, base) as files, replacing(out) as temporary:
-        config = AudioFlamingo2Config.from_pretrained(files)
-        model = Model.from_pretrained(local_model(base), config=config, dtype=dtype).to(dtype)
-        for name, value in _own(folder, facts, _every(model)).items():
-            _put(model, name, value)
+        with torch.device("meta"):
+            model = Model(AudioFlamingo2Config.from_pretrained(files))
+        own = _own(folder, facts, _every(model))
+        with _stored(base) as stored:
+            for name, _ in list(_whole_tensors(model)):
+                value = own[name] if name in own else _rounded(stored(name), dtype)
+                if value is None:
+                    raise ValueError(f"{shown(str(base))} has no {name}, nor has {shown(str(part))}: take another copy")
+                _put(model, name, value)
         model.tie_weights()
         if "lora" in facts.groups:
             load_adapter(model.language_model, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,26 @@ async def load_all(replica: Model) -> dict[str, Engine]:
     return {one.name: one.runner.engine for one in (replica._main, *loaded)}
 
 
-def tensors(model: nn.Module) -> Iterator[Tensor]:
-    """All that a model holds on a device, with what its modules keep of their weights."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        if isinstance(module, KeepsConstants):
-            for _, kept in module._kept.values():
-                yield from (t for t in (kept if isinstance(kept, tuple) else (kept,)) if t is not None)
-
-
-def storages(found: Iterable[Tensor]) -> dict[int, int]:
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of each distinct storage by its address."""
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def weights(model: nn.Module) -> dict[int, int]:
+    return storages([*model.parameters(), *model.buffers()])
+
+
+def kept(model: nn.Module) -> dict[int, int]:
+    """Storages of what modules have made of their weights and keep."""
+    made = [made for m in model.modules() if isinstance(m, KeepsConstants) for _, made in m._kept.values()]
+    return storages(
+        tensor for one in made for tensor in (one if isinstance(one, tuple) else (one,)) if tensor is not None
+    )
+
+
+def written(part: str) -> int:
+    """Bytes of the tensors in a part's files."""
+    return sum(tensor.nbytes for path in Path(part).glob("*.safetensors") for tensor in load_file(path).values())
 
 
 def questions(number: int) -> list[Request]:
@@ -86,33 +93,25 @@ def questions(number: int) -> list[Request]:
 
 
 def test_ten_parts_take_the_base_once(replica: Model, stages: dict[str, tuple[str, str]]) -> None:
-    """Counted by storages, with what modules keep: the base's bytes, and of each part those of its own tensors."""
+    """Distinct storages are the base's once and each part's own; what modules keep is not made again for a part."""
 
     async def use() -> None:
         engines = await load_all(replica)
         for number, engine in enumerate(engines.values()):
             assert all(isinstance(answer, Answer) for answer in engine.answer(questions(number)))
-        models = {name: engine.model for name, engine in engines.items()}
-        base = storages(tensors(models.pop("base")))
-        every = dict(base)
-        for name, model in models.items():
-            own = {place: size for place, size in storages(tensors(model)).items() if place not in base}
-            files = [load_file(path) for path in Path(stages[name][1]).glob("*.safetensors")]
-            written = sum(tensor.nbytes for file in files for tensor in file.values())
-            gates = 4 * sum(name.endswith("_gate") for name, _ in model.named_parameters())  # of the kept tangents
-            tower = storages(tensors(model.audio_tower)) if not shares_tower(model, replica) else {}
-            kept = sum(tower.values()) - sum(t.nbytes for t in model.audio_tower.parameters() if tower)
-            assert written <= sum(own.values()) <= written + gates + max(0, kept)
-            assert not own.keys() & (every.keys() - base.keys()), "no part shares with another"
-            every |= own
-        whole = sum(base.values())
-        assert sum(every.values()) < 5 * whole, "eleven whole models would be 11 times as much"
+        base = engines.pop("base").model
+        every, made = weights(base), kept(base)
+        whole = sum(every.values())
+        for name, engine in engines.items():
+            own = weights(engine.model).items() - every.items()
+            assert sum(size for _, size in own) == written(stages[name][1]), name
+            every |= dict(own)
+            if engine.model.audio_tower is base.audio_tower:
+                assert not kept(engine.model).keys() - made.keys(), name
+        assert sum(every.values()) == whole + sum(written(part) for _, part in stages.values())
+        assert len(kept(base)) == len(made) > 0
 
     asyncio.run(use())
-
-
-def shares_tower(model: Any, replica: Model) -> bool:
-    return model.audio_tower is replica._main.runner.engine.model.audio_tower
 
 
 def test_parts_answer_as_their_whole_models(replica: Model, stages: dict[str, tuple[str, str]]) -> None:
