@@ -22,12 +22,15 @@ from ray import cloudpickle, serve
 
 from af2_ray.cluster import capacity, prospect, shortage
 from af2_ray.config import Serve, load_recipe
+from af2_ray.storage.parts import is_part
+from af2_ray.storage.places import is_remote
+from af2_ray.storage.stores import MODEL, PART, model_folder
 from serve_apps import ingress
 from serve_apps.admission import LEAST_RATE
 from serve_apps.embedding import REQUESTS_PER_PASS, Clap
 from serve_apps.ingress import Ingress, api
 from serve_apps.keys import KeySource
-from serve_apps.replica import Model
+from serve_apps.replica import Model, check_parts
 
 APP_NAME = "af2"
 _LEAVING_S = 5.0
@@ -69,7 +72,7 @@ def app(args: dict[str, Any]) -> serve.Application:
             `overrides` of that recipe, and `clap` (an AF-CLAP export, for embeddings and labels; without: neither).
 
     Raises:
-        ValueError: no model named, none there, or a recipe that contradicts itself.
+        ValueError: no model named, none there, a small part of another one, or a recipe that contradicts itself.
     """
     given = AppArgs.model_validate(args)
     if not given.model:
@@ -77,9 +80,12 @@ def app(args: dict[str, Any]) -> serve.Application:
     if given.overrides and not given.recipe:
         raise ValueError("overrides need a recipe to override: pass recipe=NAME too")
     settings = _settings(given)
-    more = {name: _absolute(folder) for name, folder in settings.more_models.items()}
+    folder = _absolute(given.model)
+    more = {name: _absolute(one, may_be_part=True) for name, one in settings.more_models.items()}
+    if not is_remote(folder):  # a replica has it anyway, and sees to the same
+        check_parts(more, folder)
     settings = settings.model_copy(update={"more_models": more})
-    return build(_absolute(given.model), settings, _absolute(given.clap) if given.clap else None)
+    return build(folder, settings, _absolute(given.clap) if given.clap else None)
 
 
 def _settings(given: AppArgs) -> Serve:
@@ -182,13 +188,12 @@ def _amount(cpus: float, gpus: float) -> str:
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
-def _absolute(model: str) -> str:
+def _absolute(model: str, *, may_be_part: bool = False) -> str:
     """Replicas run elsewhere: a local folder is named in full, and seen to be there."""
-    if "://" in model:
+    if is_remote(model):
         return model
     path = Path(model).resolve()
-    if not (path / "config.json").is_file():
-        raise ValueError(f"no model in {path}: name the folder that an export wrote, the one with config.json")
+    model_folder(path, PART if may_be_part and is_part(path) else MODEL)
     return str(path)
 
 

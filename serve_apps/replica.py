@@ -1,7 +1,8 @@
 """One replica of the model: an engine in a thread of its own, and what Serve asks of a replica.
 
 Further models (recipe key `serve.more_models`) share the replicas: each is loaded where it is first asked for and stays
-there until another one needs its place; Serve sends its questions to the replicas that have it.
+there until another one needs its place; Serve sends its questions to the replicas that have it. One that is a small
+part of the served model (`af2_ray.models.parts`) takes memory for what it has of its own alone.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from ray import serve
 
 from af2_ray.config import Serve
 from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure
+from af2_ray.storage.parts import check_base, is_part, read_facts
 
 logger = logging.getLogger("ray.serve")  # the one whose lines carry Serve's replica and request id
 
@@ -25,17 +27,33 @@ ModelT = TypeVar("ModelT")
 class _Loaded:
     """A model that answers; its engine ends when nobody holds it any more, no answer under way either."""
 
-    def __init__(self, name: str, folder: str, settings: Serve) -> None:
+    def __init__(self, name: str, folder: str, settings: Serve, base: _Loaded | None = None) -> None:
         from af2_ray.cluster import own_device
         from af2_ray.engine.engine import Engine  # loads torch, which the ingress does without
         from af2_ray.engine.runner import Runner
+        from af2_ray.models.parts import Base
         from serve_apps.telemetry import Telemetry
 
-        engine = Engine.from_pretrained(folder, own_device(), settings)
+        shared = Base(base.folder, base.runner.engine.model) if base is not None else None
+        engine = Engine.from_pretrained(folder, own_device(), settings, base=shared)
         engine.warm()  # a model that cannot answer anything is found now, before it fails the questions of others
-        self.name, self.runner = name, Runner(engine)
+        self.name, self.folder, self.runner = name, folder, Runner(engine)
         self.telemetry = Telemetry(name, self.runner)
         weakref.finalize(self, self.runner.close).atexit = False
+
+
+def check_parts(more_models: Mapping[str, str], base: str) -> None:
+    """See that those of the further models that are small parts belong to the served model.
+
+    Raises:
+        ValueError: one is of another model, or what it says of itself is damaged; the message names its key.
+    """
+    for name, folder in more_models.items():
+        try:
+            if is_part(folder):
+                check_base(folder, read_facts(folder), base)
+        except ValueError as error:
+            raise ValueError(f"serve.more_models.{name}: {error}") from error
 
 
 class Places(Generic[ModelT]):
@@ -89,8 +107,10 @@ class Model:
         library.handlers, library.level = logger.handlers, logging.INFO
         self._timeout_s = settings.request_timeout_s
         self._main = _Loaded(settings.model_name, folder, settings)
+        check_parts(settings.more_models, folder)
         self._more = Places(
-            settings.more_models_per_replica, lambda name: _Loaded(name, settings.more_models[name], settings)
+            settings.more_models_per_replica,
+            lambda name: _Loaded(name, settings.more_models[name], settings, self._main),
         )
         self._coming: dict[str, asyncio.Task[_Loaded]] = {}
 

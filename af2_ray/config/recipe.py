@@ -96,6 +96,10 @@ class Recipe(Strict):
             )
         return self
 
+    def leaves_part(self, stage: Stage) -> bool:
+        """Whether a stage writes a small part beside its export: where most of the model is as it was before."""
+        return stage.lora is not None
+
     def licence_of(self, name: str) -> str:
         """The licence of a model or a manifest: its own, or that of the nearest folder that has one."""
         while name:

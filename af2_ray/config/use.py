@@ -28,7 +28,9 @@ class Serve(Strict):
 
     model_name: str = "af2"
     more_models: dict[str, str] = Field(
-        {}, description="further models by name: their export folders, loaded by the replicas that are asked for them"
+        {},
+        description="further models by name: their export folders, or small parts of the served model (folders `part` "
+        "beside exports), loaded by the replicas that are asked for them",
     )
     more_models_per_replica: int = Field(
         1, ge=1, description="number of these that a replica holds; the longest unused one makes room"

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from af2_ray.audio.windows import WINDOW_S
 from af2_ray.config import Serve
@@ -33,13 +33,14 @@ from af2_ray.engine.decoder import Decoder
 from af2_ray.engine.encoder import Encoder
 from af2_ray.engine.graph import Recorder
 from af2_ray.engine.health import Health, answer_silence
+from af2_ray.engine.loading import load
 from af2_ray.engine.request import Answer, Event, Piece, Request, RequestFailure
 from af2_ray.engine.sampling import choose, logprobs_of
 from af2_ray.engine.ticket import Emit, Ticket
 from af2_ray.engine.turns import in_turn, owners_of
 from af2_ray.engine.warm import warm_up
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
-from af2_ray.storage.stores import local_model
+from af2_ray.models.parts import Base
 from af2_ray.text import END_OF_CHUNK, encode
 
 logger = logging.getLogger(__name__)
@@ -92,16 +93,16 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str, device: str = "auto", settings: Serve | None = None, *, max_windows: int | None = None
+        cls,
+        folder: str,
+        device: str = "auto",
+        settings: Serve | None = None,
+        *,
+        max_windows: int | None = None,
+        base: Base | None = None,
     ) -> Engine:
-        """Load an exported model (local folder or `s3://...`); `auto`: a GPU in bf16 if there is one, else CPU."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        local = local_model(folder)
-        model = AudioFlamingo2ForConditionalGeneration.from_pretrained(local, dtype=dtype).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(local)
-        logger.info("loaded %s on %s as %s", folder, device, dtype)
+        """Load a model (`loading.load`): an export, or a small part of `base`, whose tensors it shares."""
+        model, tokenizer = load(folder, device, base)
         return cls(model, tokenizer, settings, max_windows=max_windows)
 
     # --- What callers see ----------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ class KeepsConstants(nn.Module):
         if torch.is_grad_enabled() or self.training or any(weight.is_inference() for weight in weights):
             return make()  # weights of inference mode do not tell when they are written to
         state = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
-        if self._kept.get(key, (None, None))[0] != state:
-            self._kept[key] = state, make()
-        return self._kept[key][1]
+        kept = self._kept.get(key)  # which another thread may drop: parts of a model share modules (`parts`)
+        if kept is None or kept[0] != state:
+            self._kept[key] = kept = state, make()
+        return kept[1]
 
     def train(self, mode: bool = True) -> Any:
         self._kept.clear()

@@ -1,8 +1,8 @@
 """Folders in object storage, or any other place of fsspec: sent, fetched, and copied once for a whole machine.
 
 Credentials come from the environment or the pod's role, never from an address. A store that is away for a minute is
-waited for; refused credentials and a full disk are not. What marks a folder as whole (`config.json`, `done.json`,
-`corpus.json`) is sent last, so a kill in the middle leaves nothing that looks finished.
+waited for; refused credentials and a full disk are not. What marks a folder as whole (`config.json`, `part.json`,
+`done.json`, `corpus.json`) is sent last, so a kill in the middle leaves nothing that looks finished.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ _CHUNK = 32  # files that are sent or fetched, and tried again, together; a larg
 _CHUNK_BYTES = 256 * 2**20
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
 _UNUSED_S = 24 * 3600.0  # after which a machine's copy of a folder is removed
+MODEL, PART = "config.json", "part.json"
+"""Files that mark a folder as a whole model, or as a small part of one (`parts`), which may have the other file too."""
 
 Wanted = Callable[[str], bool]  # of a path relative to its folder
 
@@ -128,17 +130,20 @@ def scratch(kind: str) -> Path:
     return folder
 
 
-def local_model(folder: str | Path) -> Path:
+def local_model(folder: str | Path, mark: str = MODEL) -> Path:
     """A Hugging Face folder on this machine's disk: the folder itself, or a copy of it that all processes here share.
 
     A copy is known by what the store lists, so a folder that was written anew is fetched anew. Copies lie in `TMPDIR`;
     with each new one those go that were not asked for within a day. A folder that has digests is compared with them,
     once a day and machine.
 
+    Args:
+        mark: file that the folder must have: `MODEL` or `PART`.
+
     Raises:
         ValueError: it is no such folder, or (`files.Damaged`) a file of it is not as it was written.
     """
-    path = model_folder(folder)
+    path = model_folder(folder, mark)
     if not is_remote(folder):
         _check_once(path)
         return path
@@ -150,11 +155,21 @@ def local_model(folder: str | Path) -> Path:
     return path
 
 
-def model_folder(folder: str | Path) -> Path:
+def model_folder(folder: str | Path, mark: str = MODEL) -> Path:
     """`local_model` without the comparison with its digests: enough for who reads its small files alone."""
     check_name(str(folder))
     path = _shared_copy(str(folder).rstrip("/")) if is_remote(folder) else Path(folder)
-    if not (path / "config.json").is_file():
+    is_part = (path / PART).is_file()
+    if mark == PART and not is_part:
+        raise ValueError(
+            f"no small part in {shown(str(folder))}: name the folder `part` beside a stage's model, with {PART}"
+        )
+    if mark == MODEL and is_part:
+        raise ValueError(
+            f"{shown(str(folder))} is a small part of a model: make a whole model of it and its base first "
+            "(jobs/merge.py BASE PART --out FOLDER)"
+        )
+    if mark == MODEL and not (path / MODEL).is_file():
         raise ValueError(f"no model in {shown(str(folder))}: name the folder that an export wrote, with config.json")
     return path
 
@@ -195,7 +210,7 @@ def _is_unused(path: Path) -> bool:
 def _wave(name: str) -> int:
     """When a file is sent: 0 first; what marks a folder as whole after that folder's other files."""
     base = name.rsplit("/", 1)[-1]
-    return 3 if base == "corpus.json" else 2 if base.endswith("done.json") else 1 if base == "config.json" else 0
+    return 3 if base == "corpus.json" else 2 if base.endswith("done.json") or base == PART else int(base == MODEL)
 
 
 def _chunks(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from af2_ray.audio.windows import WINDOW_SAMPLES
+from af2_ray.models.groups import group_of
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
-from af2_ray.train.optim import group_of
 
 TOKENS_PER_WINDOW = 64
 TOWER_VALUES = 30  # kept a token and channel of a Swin block
@@ -54,7 +54,7 @@ class Work:
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of each trainable group (`optim.group_of`), `mel` among them."""
+    """Parameters of each trainable group (`models.groups.group_of`), `mel` among them."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[group_of(name)] += parameter.numel()

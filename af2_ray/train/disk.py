@@ -55,6 +55,8 @@ def forecast(recipe: Recipe, place: str) -> list[Need]:
     whole = _EXPORT_BYTES * sum(counts.values())
     exports = _EXPORT_BYTES * counts.get("lm", 0) + whole * (1 + len(recipe.stages))
     trained = [sum(n for group, n in counts.items() if group in stage.trainable) for stage in recipe.stages]
+    in_parts = [n for stage, n in zip(recipe.stages, trained, strict=True) if recipe.leaves_part(stage)]
+    exports += _EXPORT_BYTES * sum(in_parts)
     if recipe.clap is not None:
         trained.append(counts.get("clap", 0) + _text_parameters(recipe))
         exports += 2 * _EXPORT_BYTES * trained[-1]

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -22,14 +23,15 @@ import torch.distributed as dist
 from af2_ray.config import Recipe
 from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
+from af2_ray.models.lora import merge_lora
+from af2_ray.models.parts import complete, write_tensors
 from af2_ray.storage.stores import model_folder, replacing
 from af2_ray.train import checkpoint
 from af2_ray.train.best import keep_best, take_best
 from af2_ray.train.checkpoint import State
 from af2_ray.train.deepspeed import checkpoint_activations, start_engine
-from af2_ray.train.lora import merge_lora
 from af2_ray.train.step import Step
-from af2_ray.train.task import Task, plain
+from af2_ray.train.task import LmTask, Task, plain
 from af2_ray.train.telemetry import Meter, gates, memory_gib
 from af2_ray.train.validation import Band, validate
 
@@ -53,6 +55,8 @@ class LoopConfig:
     checkpoint_every: int
     bands: tuple[Band, ...] = ()
     best: str | None = None  # where the best checkpoint's weights go, to be exported; none: the last ones are
+    part: str | None = None  # where the model's small part goes
+    base: str | None = None  # folder or address of the model that the part is of
 
 
 def train_loop(loop: LoopConfig) -> None:
@@ -180,13 +184,28 @@ def _export(engine: Any, loop: LoopConfig, *, is_first: bool) -> None:
 
 
 def _write(module: Any, loop: LoopConfig) -> None:
-    """The model, and beside it the processor (or tokenizer) that its start had: the folder is complete in itself."""
-    merge_lora(module)
-    with replacing(loop.export) as temporary:
-        module.save_pretrained(temporary)
-        for path in model_folder(loop.task.start).iterdir():
-            if path.is_file() and not (temporary / path.name).exists() and not path.name.startswith(_WEIGHTS):
-                shutil.copy2(path, temporary)
+    """The model, and beside it the processor (or tokenizer) that its start had: the folder is complete in itself.
+
+    Where the job has a base, the small part of it comes beside that, with the adapters as they are before merging.
+    """
+    with replacing(loop.part) if loop.part else nullcontext() as part:
+        facts = None
+        if part is not None and loop.base is not None:
+            facts = write_tensors(part, module, loop.base, _trained(loop))
+        merge_lora(module)
+        with replacing(loop.export) as temporary:
+            module.save_pretrained(temporary)
+            for path in model_folder(loop.task.start).iterdir():
+                if path.is_file() and not (temporary / path.name).exists() and not path.name.startswith(_WEIGHTS):
+                    shutil.copy2(path, temporary)
+            if part is not None and facts is not None:
+                complete(part, facts, temporary)
+
+
+def _trained(loop: LoopConfig) -> dict[str, Any]:
+    """What a part says of its training."""
+    facts = {"run": loop.recipe.name, "recipe": loop.recipe.fingerprint(), "steps": loop.num_steps}
+    return facts | ({"stage": loop.task.stage.name} if isinstance(loop.task, LmTask) else {})
 
 
 def _quiet(loop: LoopConfig, rank: int) -> None:

@@ -98,6 +98,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
         bands=validation_bands(run, stage, tokenizer),
         export=stage.export,
         facts={"features_s": round(time.perf_counter() - began, 1)} if stage.features == "cached" else {},
+        base=run.address(start) if run.recipe.leaves_part(stage) else None,
     )
     return fit(run, job, tracker)
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from af2_ray.config import Clap, Optimizer, Stage
 from af2_ray.data.collate import ClapBatch, LmBatch
 from af2_ray.models.afclap import AfClapModel
+from af2_ray.models.groups import group_of
+from af2_ray.models.lora import add_lora
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.storage.stores import local_model
 from af2_ray.text import IGNORE
-from af2_ray.train.lora import add_lora
 from af2_ray.train.losses import afclap_loss_sum, clamp_scale, token_loss_sum
-from af2_ray.train.optim import freeze_except, group_of
+from af2_ray.train.optim import freeze_except
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class ClapTask:
         return self.clap.optimizer
 
     def build(self) -> nn.Module:
-        """Both towers, all of them training but the mel BatchNorm (`optim.group_of`) and a fixed temperature."""
+        """Both towers, all of them training but the mel BatchNorm (`group_of`) and a fixed temperature."""
         model = AfClapModel.from_pretrained(local_model(self.start), dtype=torch.float32)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(group_of(name) != "mel")

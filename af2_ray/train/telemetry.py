@@ -13,9 +13,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from af2_ray.models.groups import group_of
 from af2_ray.train import costs
 from af2_ray.train.costs import Work
-from af2_ray.train.optim import group_of
 from af2_ray.train.task import LmTask, Task
 
 

@@ -1,8 +1,8 @@
 """One TorchTrainer run of a task over a plan: how every stage and AF-CLAP reach Ray.
 
-It takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.jsonl` and `<folder>/done.json`, and needs
-`cluster.num_workers` workers of `cluster.cpus_per_worker` CPUs (and a GPU each where Ray has them) plus
-`cluster.decode_cpus` a decode task.
+It takes a plan and a start folder, gives `<folder>/model`, `<folder>/metrics.jsonl` and `<folder>/done.json` (and
+`<folder>/part`, what of the model is not as in the job's base, if it has one), and needs `cluster.num_workers` workers
+of `cluster.cpus_per_worker` CPUs (and a GPU each where Ray has them) plus `cluster.decode_cpus` a decode task.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Job:
     bands: tuple[Band, ...] = ()
     export: Literal["last", "best"] = "last"  # weights that are exported; best: with the least loss on the own band
     facts: Mapping[str, float] = field(default_factory=dict)  # of its preparation, reported with the others
+    base: str | None = None  # folder or address of the model that a small part is written of; none: no part is
 
 
 def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
@@ -80,6 +81,8 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
         task=job.task,
         recipe=recipe,
         export=run.address(job.folder / "model"),
+        part=run.address(job.folder / "part") if job.base else None,
+        base=job.base,
         num_steps=job.num_steps,
         step_batches=job.plan.step_batches,
         checkpoint_every=job.checkpoint_every,

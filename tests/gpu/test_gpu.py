@@ -18,9 +18,10 @@ import torch.distributed as dist
 from golden import case, facts, needs_golden
 
 from af2_ray.audio.windows import to_windows
-from af2_ray.config import DeepSpeedSettings, Serve
+from af2_ray.config import DeepSpeedSettings, Lora, Serve
 from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Answer, Clip, Request
+from af2_ray.models.lora import add_lora, merge_lora
 from af2_ray.text import format_prompt
 from af2_ray.train.deepspeed import start_engine
 from af2_ray.train.losses import afclap_loss_sum
@@ -164,3 +165,18 @@ def test_loaded_by_itself_it_computes_in_bf16(tiny_tokenizer: Any, tmp_path: Any
     clip = Clip.of(to_windows(np.random.default_rng(0).uniform(-0.5, 0.5, 16_000)))
     (answer,) = engine.answer([Request("a dog?", (clip,), max_new_tokens=8)])
     assert isinstance(answer, Answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_merge_to_the_same_bits_as_on_a_cpu(dtype: torch.dtype) -> None:
+    """An export of a GPU is what `jobs/merge.py` makes of its part on any machine."""
+    merged = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        lm = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(512, 768)})
+        add_lora(lm, Lora(rank=16, alpha=24, targets=["q_proj"]))
+        torch.nn.init.normal_(lm["q_proj"].lora_B["default"].weight)
+        lm = lm.to(device, dtype)
+        merge_lora(lm)
+        merged.append(lm["q_proj"].weight.cpu())
+    assert torch.equal(*merged)

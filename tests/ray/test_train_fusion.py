@@ -9,9 +9,11 @@ import pytest
 import toy
 
 from af2_ray.config import load_recipe
+from af2_ray.models.groups import group_of
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
+from af2_ray.models.parts import merge
 from af2_ray.runs.run import Run
-from af2_ray.train.optim import group_of
+from af2_ray.storage.parts import read_facts
 from af2_ray.train.stages import train_run
 
 STAGE = (
@@ -55,3 +57,14 @@ def test_the_export_has_what_trained_and_the_rest_bit_for_bit(ray_cluster: Any, 
     assert any(group_of(name) == "clap" for name in changed) is (case == "zero3")
     rest = {name for name in new if group_of(name) not in ("clap", "mel")}  # not all of the tower is used
     assert changed & rest == {name for name in rest if should_train(name, case)}
+    part = run.stage_dir("only") / "part"
+    assert part.exists() is (case == "lora")
+    if case == "lora":
+        merge(run.start_dir / "model", part, tmp_path / "merged")
+        assert files(tmp_path / "merged") == files(run.stage_dir("only") / "model")
+        assert read_facts(part).trained["stage"] == "only"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What is in a folder but the card, which is written when the run is over."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".md"}

@@ -7,8 +7,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from af2_ray.config import Lora, Stage
-from af2_ray.train.lora import add_lora, merge_lora
-from af2_ray.train.optim import freeze_except, group_of
+from af2_ray.models.groups import group_of
+from af2_ray.models.lora import add_lora, merge_lora
+from af2_ray.train.optim import freeze_except
 
 IDS = torch.arange(6)[None]
 

@@ -11,12 +11,12 @@ from transformers import T5Config
 
 from af2_ray.config import DeepSpeedSettings, Optimizer
 from af2_ray.models.afclap import AfClapConfig, AfClapModel
+from af2_ray.models.groups import group_of
 from af2_ray.models.htsat import tower_config
 from af2_ray.train.deepspeed import deepspeed_config, start_engine
 from af2_ray.train.optim import (
     MuonAdamW,
     freeze_except,
-    group_of,
     make_optimizer,
     optimizer_groups,
     schedule,
