@@ -97,8 +97,8 @@ class Recipe(Strict):
         return self
 
     def leaves_part(self, stage: Stage) -> bool:
-        """Whether a stage writes a small part beside its export: where most of the model is as it was before."""
-        return stage.lora is not None
+        """Whether a stage writes a small part beside its export: where adapters train or a model goes on."""
+        return stage.lora is not None or self.model.start is not None
 
     def licence_of(self, name: str) -> str:
         """The licence of a model or a manifest: its own, or that of the nearest folder that has one."""
