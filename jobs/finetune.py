@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = write_page(run, outcome)
     console.heading("outcome")
     for name, comparison in outcome.comparisons.items():
-        write(console.comparison(name, comparison))
+        write(console.comparison(comparison, name))
+        for line in console.comparison_notes(comparison):
+            write(line, markup=False)
     _say_what_next(run, planned, page)
 
 

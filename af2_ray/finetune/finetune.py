@@ -48,7 +48,7 @@ def finetune(run: Run, planned: Planned, *, watch: Watch, heading: Heading) -> O
 
     Args:
         run: run of the planned recipe.
-        watch: as `stages.train_run` takes it.
+        watch: context around each step, as `stages.train_run` takes it.
         heading: function that shows what is done next.
     """
     parts, (stage,) = planned.parts, run.recipe.stages
