@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from af2_ray.runs.run import Run
 
     columns = parse_columns(args.columns)
-    parts = ("train", "validation", "test", "replay", "old_test")
+    manifests = {"train": [args.train]} | {name: getattr(args, name) for name in map(_dest, PARTS)}
     given = {
-        name: [Dataset(manifest=uri, root=args.root, columns=columns) for uri in getattr(args, name)] for name in parts
+        name: [Dataset(manifest=uri, root=args.root, columns=columns) for uri in uris]
+        for name, uris in manifests.items()
     }
     planned = plan(
         Request(
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in console.comparison_notes(comparison):
             write(line, markup=False)
     _say_what_next(run, planned, page)
+
+
+def _dest(option: str) -> str:
+    return option.replace("-", "_")
 
 
 def _data_table(rows: Sequence[dict[str, object]]) -> console.Table:
@@ -109,13 +114,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("model", metavar="MODEL", help="model to start from: an export's folder, s3:// address, or a name on the hub")
     add("train", metavar="TRAIN", help="manifest of any format, or a folder of label/clip.*")
     add("overrides", nargs="*", metavar="key=value", help="of the recipe, for instance stages.finetune.steps=50")
-    add(
-        "--validation",
-        metavar="MANIFEST",
-        action="append",
-        default=[],
-        help="held-out data that chooses the best checkpoint",
-    )
+    for name, words in PARTS.items():
+        add(f"--{name}", metavar="MANIFEST", action="append", default=[], help=words)
     add("--replay-share", type=float, default=0.5, help="share of the training that is replayed (%(default)s)")
     add("--run", metavar="DIR", help="run directory or s3:// address (default: <storage>/finetune-<name of TRAIN>)")
     add("--recipe", help="recipe of one stage (default: a shipped one, chosen by model and machine)")
