@@ -6,6 +6,7 @@ import base64
 import csv
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,17 @@ def turns(*texts: str, names: tuple[str, str] = ("from", "value")) -> list[dict[
 
 def chat(*texts: str) -> list[dict[str, str]]:
     return turns(*texts, names=("role", "content"))
+
+
+def test_the_rows_of_the_readme_are_read(write: Write, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme[readme.index("### Formats") : readme.index("### A recipe")]
+    rows = [json.loads(text) for text in re.findall(r"\| `(\{.*\})` \|", table)]
+    assert len(rows) == 5
+    for samples in (read_samples(write("rows.jsonl", rows)), read_samples(write("rows.json", rows))):
+        assert {(s.uri, s.prompt, s.answer.removesuffix(".").lower()) for s in samples} == {
+            (f"{tmp_path}/a.wav", "What is heard?", "a dog")
+        }
 
 
 # --- AF3 ---------------------------------------------------------------------------------------------------------
