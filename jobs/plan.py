@@ -179,7 +179,7 @@ def _activations_table(result: dict[str, Any]) -> Table:
 def _fits_table(result: dict[str, Any], cluster: Machines) -> Table:
     """The largest rows that fit cards of each size, by stage and way."""
     ways = [(stage["name"], way, rows) for stage in result["stages"] for way, rows in stage["fits"].items()]
-    title = f"largest budget.windows_per_row that fits {cluster.gpus} x (- not even one clip)"
+    title = f"largest budget.windows_per_row, GPUs: {cluster.gpus} of ... each (-: not even one clip fits)"
     table = console.table("stage", "", *(f"{size} GB" for size in ways[0][2]), title=title, num_left=2)
     for name, way, rows in ways:
         table.add_row(name, way, *("-" if most is None else str(most) for most in rows.values()))

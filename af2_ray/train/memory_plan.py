@@ -17,6 +17,7 @@ from af2_ray.train import costs
 from af2_ray.train.deepspeed import deepspeed_config
 from af2_ray.train.lora import add_lora
 from af2_ray.train.memory_probe import RowCost, Shape, largest_budget
+from af2_ray.train.optim import group_of
 
 CARD_GIB = {16: 15.0, 24: 22.0, 40: 39.4, 80: 79.1}
 """GiB that a card of so many GB has at least: T4, L4 and A10, A100, H100."""
@@ -46,6 +47,8 @@ class StageMemory:
         if stage.lora is not None:
             add_lora(self.model.language_model, stage.lora)
         self.counts = costs.parameters(self.model)
+        trained = (p.numel() for name, p in self.model.named_parameters() if group_of(name) in stage.trainable)
+        self._largest = max(trained, default=0)
 
     def parts(self, recipe: Recipe | None = None, stage: Stage | None = None) -> dict[str, float]:
         """GiB on each GPU while rows are full: weights, gradients, optimizer, activations, working and total.
@@ -64,8 +67,11 @@ class StageMemory:
             self.counts, stage.trainable, zero_stage=zero["stage"], gpus=self._gpus, offload=offload, sums=sums
         )
         parts["activations"] = sum(self.activations(recipe, stage).values())
-        bucket = 2 * zero.get("reduce_bucket_size", _BUCKET) / costs.GIB if zero["stage"] else 0.0
-        fixed = CONTEXT_GIB + bucket + (NCCL_GIB if self._gpus > 1 else 0.0)
+        bucket = zero.get("reduce_bucket_size", _BUCKET) if zero["stage"] else 0
+        passing = bucket + self._largest * (
+            2 if offload else 1
+        )  # a gradient before it is in the bucket, on its way out
+        fixed = CONTEXT_GIB + 2 * passing / costs.GIB + (NCCL_GIB if self._gpus > 1 else 0.0)
         parts["working"] = fixed + FRAGMENTS * sum(parts.values())
         return {**parts, "total": sum(parts.values())}
 
