@@ -37,7 +37,9 @@ class _Loaded:
         shared = Base(base.folder, base.runner.engine.model) if base is not None else None
         engine = Engine.from_pretrained(folder, own_device(), settings, base=shared)
         engine.warm()  # a model that cannot answer anything is found now, before it fails the questions of others
-        self.name, self.folder, self.runner = name, folder, Runner(engine)
+        self.name: str = name
+        self.folder: str = folder
+        self.runner: Runner = Runner(engine)
         self.telemetry = Telemetry(name, self.runner)
         weakref.finalize(self, self.runner.close).atexit = False
 

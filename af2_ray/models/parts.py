@@ -163,7 +163,8 @@ def opened(part: str | Path, base: Base) -> Iterator[tuple[Model, Path]]:
     """A part's model on its base, and a folder of the whole model's small files for as long as the block lasts.
 
     Every tensor that the part has not is the base's own, and the audio tower, with what it keeps, is the base's if
-    nothing of it trained. Adapters are not merged, for that would take a copy of each matrix.
+    nothing of it trained. Adapters are not merged, for that would take a copy of each matrix. All is in the base's
+    type: where training was in bf16 and the base answers in fp32, its numbers are not rounded as the export's are.
 
     Raises:
         ValueError: the part is of another base, or a file is missing or (`files.Damaged`) damaged.
@@ -171,13 +172,13 @@ def opened(part: str | Path, base: Base) -> Iterator[tuple[Model, Path]]:
     facts = read_facts(part)
     check_base(part, facts, base.folder)
     folder, given = local_model(part, PART), _every(base.model)
-    own = _own(folder, facts, given)
+    own = {name: value.to(given[name]) for name, value in _own(folder, facts, given).items()}
+    own = {name: value for name, value in own.items() if not _is_same(value, given[name])}  # in the base's type
     with _small_files(folder, facts, base.folder) as files:
         with torch.device("meta"):
             model = Model(AudioFlamingo2Config.from_pretrained(files))
         for name in _every(model):
-            value = given[name]
-            _put(model, name, own[name].to(value) if name in own else value.detach())
+            _put(model, name, own[name] if name in own else given[name].detach())
         model.tie_weights()
         if not any(name.startswith("audio_tower.") for name in own):
             model.audio_tower = base.model.audio_tower

@@ -12,6 +12,7 @@ import engine_questions
 import pytest
 import torch
 import tuned
+from ray import serve
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,9 +72,7 @@ def weights(model: nn.Module) -> dict[int, int]:
 def kept(model: nn.Module) -> dict[int, int]:
     """Storages of what modules have made of their weights and keep."""
     made = [made for m in model.modules() if isinstance(m, KeepsConstants) for _, made in m._kept.values()]
-    return storages(
-        tensor for one in made for tensor in (one if isinstance(one, tuple) else (one,)) if tensor is not None
-    )
+    return storages(t for one in made for t in (one if isinstance(one, tuple) else (one,)) if t is not None)
 
 
 def written(part: str) -> int:
@@ -144,6 +143,28 @@ def differs_by_a_tie(one: Answer, other: Answer) -> bool:
             return True
         assert abs(mine.logprob - theirs.logprob) < TIE
     return False
+
+
+def test_the_base_answers_while_parts_come(replica: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share its tower, in threads of their own, and each that comes makes the tower drop what it keeps."""
+    monkeypatch.setattr(serve, "get_multiplexed_model_id", lambda: "")
+
+    async def use() -> None:
+        asked = questions(3)
+        expected = [await replica.answer(request) for request in asked]
+        loading = asyncio.ensure_future(load_all(replica))
+        num_rounds = 0
+        while not loading.done():
+            await replica.forget([clip.key for request in asked for clip in request.clips])
+            for one, other in zip([await replica.answer(request) for request in asked], expected, strict=True):
+                assert isinstance(one, Answer)
+                assert isinstance(other, Answer)
+                assert not differs_by_a_tie(one, other)
+            num_rounds += 1
+        await loading
+        assert num_rounds > 3
+
+    asyncio.run(use())
 
 
 class Relauncher:
