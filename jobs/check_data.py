@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.markup import escape
 
 from af2_ray import console
-from af2_ray.config import Dataset, Faults, load_recipe, recipe_names
+from af2_ray.config import Dataset, Faults, load_recipe, parse_columns, recipe_names
 from af2_ray.data.data_check import Survey, faults, leakage, shorten, survey
 from af2_ray.storage.places import allow, shown
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     datasets, max_bad_share = _datasets(args)
     most = None if args.files < 0 else args.files
-    surveys = [survey(dataset, split, most_probed=most) for dataset, split in datasets]
+    surveys = [survey(one.dataset, one.split, most_probed=most, max_windows=one.max_windows) for one in datasets]
     found = faults(surveys, max_bad_share)
     write = partial(console.console.print, soft_wrap=True)
     for line in _lines(surveys):
@@ -43,9 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(console.EXIT_FAILED)
 
 
-def _datasets(args: argparse.Namespace) -> tuple[list[tuple[Dataset, str]], float]:
-    """Manifests with their split, each once, and the share of bad samples put up with."""
+class Asked(NamedTuple):
+    """A manifest, its split, and how many windows of a clip are heard by whom."""
+
+    dataset: Dataset
+    split: str
+    max_windows: dict[str, int]
+
+
+def _datasets(args: argparse.Namespace) -> tuple[list[Asked], float]:
+    """Manifests, each once, and the share of bad samples put up with."""
     found: dict[tuple[str, str], Dataset] = {}
+    hearers: dict[tuple[str, str], dict[str, int]] = {}
+    columns = parse_columns(args.columns)
     max_bad_share = Faults().max_bad_share
     for name in args.inputs:
         if name in recipe_names() or name.endswith((".yaml", ".yml")):
@@ -54,11 +65,16 @@ def _datasets(args: argparse.Namespace) -> tuple[list[tuple[Dataset, str]], floa
             max_bad_share = recipe.faults.max_bad_share
             for stage in recipe.stages:
                 found |= {(dataset.manifest, "train"): dataset for dataset in stage.data}
-            found |= {(dataset.manifest, "test"): dataset for dataset in recipe.evaluation.manifests}
+                for dataset in stage.data:
+                    hearers.setdefault((dataset.manifest, "train"), {})[f"stage {stage.name}"] = stage.max_windows
+            for dataset in recipe.evaluation.manifests:
+                found[dataset.manifest, "test"] = dataset
+                hearers[dataset.manifest, "test"] = {"the evaluation": recipe.evaluation.max_windows}
         else:
-            found[name, "train"] = Dataset(manifest=name, root=args.root)
-    found |= {(name, "test"): Dataset(manifest=name, root=args.root) for name in args.test}
-    return [(dataset, split) for (_, split), dataset in found.items()], max_bad_share
+            found[name, "train"] = Dataset(manifest=name, root=args.root, columns=columns)
+    found |= {(name, "test"): Dataset(manifest=name, root=args.root, columns=columns) for name in args.test}
+    asked = [Asked(dataset, split, hearers.get((name, split), {})) for (name, split), dataset in found.items()]
+    return asked, max_bad_share
 
 
 HEADINGS = ("samples", "clips", "hours", "median s", "words", "set aside", "unreadable", "twice")
@@ -133,6 +149,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("inputs", metavar="RECIPE|MANIFEST", nargs="+", help="a recipe, or training manifests")
     parser.add_argument("--test", metavar="MANIFEST", nargs="+", default=[], help="manifests that must not leak")
     parser.add_argument("--root", help="folder of the audio (default: each manifest's own)")
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="KEY=COLUMN,...",
+        help="columns by our keys, if named otherwise: audio=path,question=q,answer=a",
+    )
     parser.add_argument("--files", type=int, default=-1, help="headers read of each manifest (-1: all)")
     parser.add_argument("--out", type=Path, default=Path("check_data.html"), help="the page (%(default)s)")
     return parser.parse_args(argv)

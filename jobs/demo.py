@@ -132,7 +132,8 @@ def _question(run: Run) -> Sample:
     from af2_ray.data.samples import Sample
 
     evaluation = run.recipe.evaluation
-    samples = read_samples(evaluation.manifests[0].manifest, evaluation.manifests[0].root)
+    first = evaluation.manifests[0]
+    samples = read_samples(first.manifest, first.root, first.columns)
     chosen = next((s for s in samples if s.skill == "identification" and s.duration_s <= 15), samples[0])
     return chosen if evaluation.ask is None else Sample(**{**asdict(chosen), "prompt": evaluation.ask, "answer": ""})
 

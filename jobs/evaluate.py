@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from af2_ray import console
-from af2_ray.config import Cluster, Dataset, Evaluation
+from af2_ray.config import Cluster, Dataset, Evaluation, parse_columns
 from af2_ray.storage.places import shown
 
 MOST_LETTERS = 14  # of a row's name: the table fits 80 columns
@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, and print the table."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    columns = parse_columns(args.columns)
     evaluation = Evaluation(
-        manifests=[Dataset(manifest=manifest, root=args.root) for manifest in args.manifests],
+        manifests=[Dataset(manifest=manifest, root=args.root, columns=columns) for manifest in args.manifests],
         max_windows=args.max_windows,
         batch_windows=args.batch_windows,
         max_new_tokens=args.max_new_tokens,
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate(evaluation: Evaluation, args: argparse.Namespace) -> Any:
     from af2_ray.evaluate.evaluate import evaluate_run  # heavy imports after the arguments are checked
 
-    train = [Dataset(manifest=manifest, root=args.root) for manifest in args.train]
+    columns = parse_columns(args.columns)
+    train = [Dataset(manifest=manifest, root=args.root, columns=columns) for manifest in args.train]
     if not args.shards:
         return evaluate_run(args.model, evaluation, train=train, out_dir=args.out)
     with console.cluster(args.out / "logs"):
@@ -103,9 +105,15 @@ def _percent(share: float | None) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = console.parser(__doc__, recipe=False)
     parser.add_argument("model", metavar="MODEL", help="exported model: a stage's `model` folder, local or s3://")
-    parser.add_argument("manifests", metavar="MANIFEST", nargs="+", help="manifest in NVIDIA's JSON format")
+    parser.add_argument("manifests", metavar="MANIFEST", nargs="+", help="manifest of any format")
     parser.add_argument("--train", metavar="MANIFEST", nargs="+", default=[], help="fit the text controls on these")
     parser.add_argument("--root", help="folder of the audio (default: each manifest's own)")
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="KEY=COLUMN,...",
+        help="columns by our keys, if named otherwise: audio=path,question=q,answer=a",
+    )
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the results (%(default)s)")
     parser.add_argument("--shards", type=int, default=0, help="spread over this many Ray actors; 0: this process alone")
     parser.add_argument("--max-windows", type=int, default=30, help="10 s windows heard of a clip (%(default)s)")

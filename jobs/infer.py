@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from af2_ray import console
-from af2_ray.config import Serve, load_recipe
+from af2_ray.config import Serve, load_recipe, parse_columns
 from af2_ray.storage.places import allow, locate, write_text
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = args.model if "://" in args.model else str(Path(args.model).absolute())
     facts = batch.model_facts(model)
     max_windows = min(args.max_windows, facts["max_windows"] or args.max_windows)
-    read = read_samples(args.manifest, args.root)
+    read = read_samples(args.manifest, args.root, parse_columns(args.columns))
     samples, unread = fill_durations(read, args.manifest, fallback=str(scratch("durations")))
     questions, refused = batch.questions_of(samples, args.question, unread)
     chunks = batch.plan_chunks(questions, args.chunk, max_windows)
@@ -104,6 +104,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="answers: .jsonl or .parquet, local or s3://")
     parser.add_argument("--question", help="ask this of every clip instead of the manifest's prompts")
     parser.add_argument("--root", help="folder of the audio (default: the manifest's own)")
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="KEY=COLUMN,...",
+        help="columns by our keys, if named otherwise: audio=path,question=q,answer=a",
+    )
     parser.add_argument("--recipe", default="", help="whose `serve` block sizes the engines (default: the defaults)")
     parser.add_argument("--actors", type=int, default=1, help="engines (%(default)s)")
     parser.add_argument("--slots", type=int, default=0, help="answers an engine writes at one time (the recipe's)")

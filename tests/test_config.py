@@ -13,6 +13,9 @@ FINGERPRINTS = {  # since version 0.1.0: another one refuses every run that peop
     "af2-3b": "f01283afdc037aa5",
     "af2-3b-one-stage": "bcb474a68c93e439",
     "af2-3b-two-stages": "f898009ab9596c8c",
+    "finetune": "4c81c1ca6a6e6791",
+    "finetune-full": "186c3a4150ad09ba",
+    "finetune-lora": "24b9926b6e600ea2",
     "mini": "275c0ba08bfc560d",
     "mini-one-stage": "32e4e184ef225102",
     "mini-two-stages": "d6760bf4bf216658",
@@ -124,6 +127,15 @@ def test_a_key_that_came_later_changes_nothing_while_it_has_its_default():
     assert NewRecipe(**facts, echo=True).fingerprint() != FINGERPRINTS["tiny"]
     facts["stages"] = [block | {"warp": 0.5} for block in facts["stages"]]
     assert NewRecipe(**facts).fingerprint() != FINGERPRINTS["tiny"]
+
+
+def test_columns_of_a_manifest_are_part_of_a_run_that_names_them():
+    data = "stages.long.data=[{manifest: t.csv%s}]"
+    plain, empty, named = (
+        load_recipe("tiny", [data % more]) for more in ("", ", columns: {}", ", columns: {audio: f}")
+    )
+    assert plain.fingerprint() == empty.fingerprint() != named.fingerprint()
+    assert named.stages[-1].data[0].columns == {"audio": "f"}
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ without child processes whose failures are all visible here.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import soundfile as sf
@@ -116,6 +117,40 @@ def probe(uri: str, *, max_bytes: int = MAX_BYTES) -> float:
         return float(file.frames / file.samplerate)
 
 
+def file_size(uri: str) -> int:
+    """Bytes of a recording's file, as the file system (or its shard) has it, not read; `AudioError` if it cannot."""
+    path = uri.removeprefix("file://")
+    with _reasons(uri):
+        if split := shards.split_member(path):
+            place = retried(lambda: shards.index_of(split[0]), limit_s=_INDEX_S).files.get(split[1])
+            if place is None:
+                raise FileNotFoundError(path)
+            return place.size
+        if not is_remote(path):
+            with open_local(path) as stream:
+                return os.fstat(stream.fileno()).st_size
+        fs, where = locate(path)
+        return _size_in(retried(lambda: fs.info(where), limit_s=READ_S))
+
+
+def file_digest(uri: str) -> str:
+    """SHA-256 of a recording's file; `AudioError` if it cannot be read."""
+    stream, _ = _open(uri, MAX_BYTES)
+    with stream:
+        with _reasons(uri):
+            found = hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
+        if failed := _failed_read(uri, stream):
+            raise failed
+    return found
+
+
+def _size_in(info: Mapping[str, Any]) -> int:
+    """A file's size, of what its store says of it."""
+    if info.get("size") is None:
+        raise OSError("its store does not tell its size")
+    return int(info["size"])
+
+
 def _check_stretch(uri: str, offset_s: float, duration_s: float | None) -> None:
     if not (math.isfinite(offset_s) and offset_s >= 0):
         raise AudioError(uri, "starts past the end", f"offset {offset_s} s")
@@ -129,13 +164,34 @@ def _check_stretch(uri: str, offset_s: float, duration_s: float | None) -> None:
 @contextmanager
 def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
     """Open a uri as a sound file; every failure of the way there is an `AudioError`."""
+    stream, size = _open(uri, max_bytes)
+    with stream:
+        if size > max_bytes:
+            raise AudioError(uri, "too large", f"{size} bytes, the limit is {max_bytes}")
+        try:
+            with _sound_file(uri, stream, size) as file:
+                yield file
+        except AudioError as error:
+            raise _failed_read(uri, stream) or error from error
+        if failed := _failed_read(uri, stream):
+            raise failed
+
+
+def _open(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
+    """A uri's file and its size."""
     path = uri.removeprefix("file://")
-    try:
+    with _reasons(uri):
         if is_remote(path) or shards.split_member(path):
-            stream, size = _open_remote(path, max_bytes)
-        else:
-            stream = open_local(path)
-            size = os.fstat(stream.fileno()).st_size
+            return _open_remote(path, max_bytes)
+        stream = open_local(path)
+        return stream, os.fstat(stream.fileno()).st_size
+
+
+@contextmanager
+def _reasons(uri: str) -> Iterator[None]:
+    """Every failure of the way to a file as an `AudioError` with its reason."""
+    try:
+        yield
     except NameRefused as error:
         raise AudioError(uri, error.reason, error.detail) from error
     except FileNotFoundError as error:
@@ -150,16 +206,6 @@ def _opened(uri: str, max_bytes: int) -> Iterator[sf.SoundFile]:
         raise
     except Exception as error:  # a file system of somebody else may raise anything: one file must not end a run
         raise AudioError(uri, "unreadable", f"{type(error).__name__}: {error}") from error
-    with stream:
-        if size > max_bytes:
-            raise AudioError(uri, "too large", f"{size} bytes, the limit is {max_bytes}")
-        try:
-            with _sound_file(uri, stream, size) as file:
-                yield file
-        except AudioError as error:
-            raise _failed_read(uri, stream) or error from error
-        if failed := _failed_read(uri, stream):
-            raise failed
 
 
 def _failed_read(uri: str, stream: IO[bytes]) -> AudioError | None:
@@ -183,9 +229,7 @@ def _open_remote(uri: str, max_bytes: int) -> tuple[IO[bytes], int]:
         return retried(lambda: shards.open_member(*split, whole_bytes, READ_S), limit_s=READ_S)
     fs, path = locate(uri)
     info = retried(lambda: fs.info(path), limit_s=READ_S)
-    if info.get("size") is None:
-        raise OSError("its store does not tell its size")
-    size = int(info["size"])
+    size = _size_in(info)
     if info.get("type") == "directory":
         raise IsADirectoryError(f"{uri} is a folder")
     if size <= whole_bytes:

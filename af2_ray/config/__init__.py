@@ -10,7 +10,7 @@ after three days that `learing_rate` was ignored. A recipe may name another as i
 """
 
 from af2_ray.config.base import Group, Split, Strict
-from af2_ray.config.data import Access, Budget, Corpus, Dataset, Faults, SceneSet
+from af2_ray.config.data import Access, Budget, Corpus, Dataset, Faults, SceneSet, parse_columns
 from af2_ray.config.model import (
     AudioTowerSettings,
     CrossAttentionSettings,
@@ -73,6 +73,7 @@ __all__ = [
     "Trial",
     "load_recipe",
     "load_sweep",
+    "parse_columns",
     "recipe_names",
     "sweep_names",
 ]

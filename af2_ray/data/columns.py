@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -30,7 +31,11 @@ from af2_ray.data.samples import (
     check_samples,
     conversation_json,
     conversation_of,
+    count_markers,
     fingerprint,
+    measured_conversation,
+    stretch_fault,
+    stretches_of,
 )
 from af2_ray.storage.places import MAX_CHARACTERS, PLAIN_ADDRESS, UNUSUAL_NAME
 from af2_ray.text import AUDIO
@@ -120,17 +125,35 @@ class SampleTable(Sequence[Sample]):
     def checked(self, unread: Mapping[str, str] = MappingProxyType({})) -> tuple[SampleTable, list[tuple[Sample, str]]]:
         """What `samples.check_samples` returns, for columns: an object is made of a bad sample only."""
         seconds, offset_s = self.duration_s, self.offset_s
+        talks, of_talk = self.texts["conversation"]
+        facts = [_conversation_facts(text) for text in talks.to_pylist()]
         good = np.isfinite(seconds) & (seconds > 0) & np.isfinite(offset_s) & (offset_s >= 0)
         uris, codes = self.texts["uri"]
         good &= _openable(uris)[codes]
         for name in ("prompt", "answer"):
             values, codes = self.texts[name]
             good &= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0).to_numpy(zero_copy_only=False)[codes]
-        prompts, codes = self.texts["prompt"]
-        num_markers = pc.count_substring(prompts, AUDIO, ignore_case=True)
-        good &= pc.less_equal(num_markers, 1).to_numpy(zero_copy_only=False)[codes]
+        good &= np.array([is_good for is_good, _, _ in facts], bool)[of_talk]
+        markers, recordings = (np.array([fact[place] for fact in facts], np.int64)[of_talk] for place in (1, 2))
+        in_prompts, in_answers = (_num_markers(*self.texts[name]) for name in ("prompt", "answer"))
+        markers += in_prompts
+        good &= (markers == 0) | (markers == recordings)
+        good &= in_answers == 0
         bad = check_samples(list(self.take(~good)), unread)[1]
         return (self if good.all() else self.take(good)), bad
+
+    def measured(self, known: Mapping[str, float]) -> SampleTable:
+        """The same samples, those without a duration with that of their files (seconds by uri), less their offset."""
+        duration_s, texts = self.duration_s.copy(), dict(self.texts)
+        uris, codes = self.texts["uri"]
+        without = np.flatnonzero(~np.isfinite(duration_s))
+        lengths = [known.get(uri, np.nan) for uri in uris.take(pa.array(codes[without])).to_pylist()]
+        duration_s[without] = np.array(lengths, np.float64) - self.offset_s[without]
+        talks, of_talk = self.texts["conversation"]
+        if _not_measured(talks).any():
+            found = [measured_conversation(text, known) if text else "" for text in talks.to_pylist()]
+            texts["conversation"] = _strings(found), of_talk
+        return SampleTable(texts, self.offset_s, duration_s, self.remarks)
 
     def fingerprint(self) -> str:
         """The same as `samples.fingerprint`, from columns: what the samples say, in order, wherever the audio lies."""
@@ -246,7 +269,41 @@ def _more_audio(samples: Sequence[Item]) -> dict[int, tuple[Stretch, ...]]:
         found = [conversation_of(text)["more_audio"] for text in values.to_pylist()]
         is_more = np.array([bool(more) for more in found], bool)
         return {place: found[codes[place]] for place in np.flatnonzero(is_more[codes]).tolist()}
-    return {place: more for place, sample in enumerate(samples) if (more := sample.stretches[1:])}
+    return {place: more for place, sample in enumerate(samples) if (more := stretches_of(sample)[1:])}
+
+
+def without_duration(samples: Sequence[Item]) -> NDArray[np.int64]:
+    """Places of the samples of which a recording has no duration."""
+    if isinstance(samples, SampleTable):
+        talks, of_talk = samples.texts["conversation"]
+        return np.flatnonzero(~np.isfinite(samples.duration_s) | _not_measured(talks)[of_talk])
+    parts = (any(not math.isfinite(one.duration_s) for one in stretches_of(sample)) for sample in samples)
+    return np.flatnonzero(np.fromiter(parts, bool, len(samples)))
+
+
+def _not_measured(conversations: pa.Array) -> NDArray[np.bool_]:
+    """Which conversations have a recording without a duration."""
+    maybe = pc.match_substring(conversations, "NaN").to_numpy(zero_copy_only=False).copy()  # or a text that says so
+    for place in np.flatnonzero(maybe).tolist():
+        more = conversation_of(conversations[place].as_py())["more_audio"]
+        maybe[place] = any(not math.isfinite(one.duration_s) for one in more)
+    return maybe
+
+
+def _conversation_facts(text: str) -> tuple[bool, int, int]:
+    """Whether earlier turns and further recordings can be used, markers of these turns, and recordings in all."""
+    if not text:
+        return True, 0, 1
+    found = conversation_of(text)
+    history, more = found["history"], found["more_audio"]
+    said = all(turn.prompt.strip() and turn.answer.strip() and not count_markers(turn.answer) for turn in history)
+    is_good = said and not any(map(stretch_fault, more))
+    return is_good, sum(count_markers(turn.prompt) for turn in history), 1 + len(more)
+
+
+def _num_markers(texts: pa.Array, codes: NDArray[Any]) -> NDArray[np.int64]:
+    """Number of `<audio>` markers of each sample."""
+    return pc.count_substring(texts, AUDIO, ignore_case=True).to_numpy(zero_copy_only=False).astype(np.int64)[codes]
 
 
 def _openable(uris: pa.Array) -> NDArray[np.bool_]:
@@ -266,7 +323,7 @@ def clip_numbers(samples: Sequence[Item]) -> NDArray[np.int64]:
         key = _clip_keys_of_tables([part for part in parts if isinstance(part, SampleTable)])
         return _by_appearance(_with_more_audio(key, samples))
     numbers: dict[tuple[Stretch, ...], int] = {}
-    return np.fromiter((numbers.setdefault(s.stretches, len(numbers)) for s in samples), np.int64, len(samples))
+    return np.fromiter((numbers.setdefault(stretches_of(s), len(numbers)) for s in samples), np.int64, len(samples))
 
 
 def _with_more_audio(key: NDArray[np.int64], samples: Sequence[Item]) -> NDArray[np.int64]:
@@ -328,7 +385,7 @@ def _encoded(column: Any) -> tuple[pa.Array, NDArray[Any]]:
     return values, codes.to_numpy(zero_copy_only=False).astype(size)
 
 
-def _sample(texts: dict[str, str], offset_s: float, duration_s: float) -> Sample:
+def _sample(texts: dict[str, Any], offset_s: float, duration_s: float) -> Sample:
     options, meta, conversation = texts.pop("options"), texts.pop("meta"), texts.pop("conversation")
     return Sample(
         **texts,

@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
-
 from af2_ray.audio.decode import AudioError, probe
-from af2_ray.data.columns import SampleTable, durations
+from af2_ray.data.columns import SampleTable, without_duration
 from af2_ray.data.names import name_fault
-from af2_ray.data.samples import ItemT
+from af2_ray.data.samples import ItemT, Sample, measured_stretch, stretches_of
 from af2_ray.storage.places import locate, write_text
 
 logger = logging.getLogger(__name__)
@@ -41,11 +40,11 @@ def fill_durations(
         The items, and why a file's duration could not be read, by uri; its items stay without one, and
         `check_samples` sets them aside.
     """
-    without = np.flatnonzero(~np.isfinite(durations(items)))
-    if not len(without):
+    without = without_duration(items).tolist()
+    if not without:
         return items, {}
-    stretches = [items[place] for place in without.tolist()]
-    uris = list(dict.fromkeys(item.uri for item in stretches))
+    stretches = (stretch for place in without for stretch in stretches_of(items[place]))
+    uris = list(dict.fromkeys(stretch.uri for stretch in stretches if not math.isfinite(stretch.duration_s)))
     caches = [f"{manifest_uri.rstrip('/')}.durations.json"]
     if fallback is not None:
         mark = hashlib.sha256(manifest_uri.encode()).hexdigest()[:12]
@@ -59,14 +58,15 @@ def fill_durations(
         known |= found
         failures |= unread
         _save(caches, known)
-    seconds = [known.get(item.uri, np.nan) - item.offset_s for item in stretches]
     if isinstance(items, SampleTable):
-        duration_s = items.duration_s.copy()
-        duration_s[without] = seconds
-        return cast(Sequence[ItemT], SampleTable(items.texts, items.offset_s, duration_s)), failures
+        return cast(Sequence[ItemT], items.measured(known)), failures
     filled = list(items)
-    for place, duration in zip(without.tolist(), seconds, strict=True):
-        filled[place] = replace(filled[place], duration_s=float(duration))
+    for place in without:
+        item = filled[place]
+        filled[place] = replace(item, duration_s=measured_stretch(item.stretch, known).duration_s)
+        if isinstance(item, Sample) and item.more_audio:
+            more = tuple(measured_stretch(stretch, known) for stretch in item.more_audio)
+            filled[place] = replace(filled[place], more_audio=more)
     return filled, failures
 
 

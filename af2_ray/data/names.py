@@ -14,6 +14,9 @@ from af2_ray.storage.places import (
     parents_allowed,
 )
 
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".m4a")
+"""By which recordings are found in a folder; what they are in truth is decided by their content."""
+
 
 @dataclass(frozen=True)
 class Root:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from string import ascii_uppercase
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -83,14 +84,15 @@ class CaptionSet:
     def stretch(self) -> Stretch:
         return Stretch(self.uri, self.offset_s, self.duration_s)
 
-    @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        """The clip alone, as samples have it."""
-        return (self.stretch,)
+
+def list_options(options: Sequence[str]) -> str:
+    """Options as a question lists them after its words: ` (A) dog (B) bell`; at most 26."""
+    return "".join(f" ({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
 
 
 Item = Sample | CaptionSet
 ItemT = TypeVar("ItemT", bound=Item)
+NO_DURATION = "no duration"
 
 
 def check_samples(
@@ -104,50 +106,80 @@ def check_samples(
 
     Returns:
         The good ones in order, and the bad ones with a short stable reason: those of `storage.NameRefused`, `no
-        duration`, `zero duration`, `negative offset`, `empty prompt`, `audio markers` (a prompt that places more than
-        the one recording), `empty answer`, `empty caption`, `ragged captions`.
+        duration`, `zero duration`, `negative offset`, `empty prompt`, `audio markers` (the prompts place another number
+        of recordings than there are, or an answer places one), `empty answer`, `empty caption`, `ragged captions`. Of
+        several recordings and turns the first bad one counts.
     """
     if of_columns := getattr(samples, "checked", None):  # a table makes objects of bad samples only
         return of_columns(unread)
     good, bad = [], []
     for sample in samples:
-        reason = _fault(sample)
-        if reason:
-            bad.append((sample, unread.get(sample.uri, reason) if reason == "no duration" else reason))
+        if reason := _fault(sample):
+            bad.append((sample, _reason_unread(sample, unread) if reason == NO_DURATION else reason))
         else:
             good.append(sample)
     return good, bad
 
 
-def _fault(sample: Item) -> str:
-    if reason := name_fault(sample.uri):
+def stretches_of(item: Item) -> tuple[Stretch, ...]:
+    """All recordings of an item, in order."""
+    return item.stretches if isinstance(item, Sample) else (item.stretch,)
+
+
+def stretch_fault(stretch: Stretch) -> str:
+    """Why a recording cannot be used, by its name and seconds alone; empty if it can."""
+    if reason := name_fault(stretch.uri):
         return reason
-    if not math.isfinite(sample.duration_s):
-        return "no duration"
-    if sample.duration_s <= 0:
+    if not math.isfinite(stretch.duration_s):
+        return NO_DURATION
+    if stretch.duration_s <= 0:
         return "zero duration"
-    if not (math.isfinite(sample.offset_s) and sample.offset_s >= 0):
-        return "negative offset"
+    return "" if math.isfinite(stretch.offset_s) and stretch.offset_s >= 0 else "negative offset"
+
+
+def _reason_unread(sample: Item, unread: Mapping[str, str]) -> str:
+    """Why the first recording that has no duration has none."""
+    uri = next(stretch.uri for stretch in stretches_of(sample) if not math.isfinite(stretch.duration_s))
+    return unread.get(uri, NO_DURATION)
+
+
+def _fault(sample: Item) -> str:
+    if reason := next(filter(None, map(stretch_fault, stretches_of(sample))), ""):
+        return reason
     if isinstance(sample, Sample):
-        if not sample.prompt.strip():
-            return "empty prompt"
-        if normalise_text(sample.prompt).count(AUDIO) > 1:
-            return "audio markers"
-        return "" if sample.answer.strip() else "empty answer"
-    if isinstance(sample, CaptionSet):
-        if not all(text.strip() for text in (sample.caption, *sample.positives)):
-            return "empty caption"
-        if sample.negatives and len(sample.negatives) != 1 + len(sample.positives):
-            return "ragged captions"
+        return _fault_of_texts(sample)
+    if not all(text.strip() for text in (sample.caption, *sample.positives)):
+        return "empty caption"
+    if sample.negatives and len(sample.negatives) != 1 + len(sample.positives):
+        return "ragged captions"
     return ""
+
+
+def _fault_of_texts(sample: Sample) -> str:
+    prompts = [turn.prompt for turn in sample.history] + [sample.prompt]
+    answers = [turn.answer for turn in sample.history] + [sample.answer]
+    if not all(prompt.strip() for prompt in prompts):
+        return "empty prompt"
+    num_markers = sum(count_markers(prompt) for prompt in prompts)
+    if num_markers not in (0, len(sample.stretches)) or any(map(count_markers, answers)):
+        return "audio markers"
+    return "" if all(answer.strip() for answer in answers) else "empty answer"
+
+
+def count_markers(text: str) -> int:
+    """Number of `<audio>` markers in a text."""
+    return normalise_text(text).count(AUDIO)
 
 
 def conversation_json(sample: Sample) -> str:
     """History and further recordings of a sample as JSON; empty where it has neither."""
     if not (sample.history or sample.more_audio):
         return ""
-    turns = [[turn.prompt, turn.answer] for turn in sample.history]
-    audio = [[stretch.uri, stretch.offset_s, stretch.duration_s] for stretch in sample.more_audio]
+    return _conversation_text([[turn.prompt, turn.answer] for turn in sample.history], sample.more_audio)
+
+
+def _conversation_text(turns: Sequence[Sequence[str]], more_audio: Sequence[Stretch]) -> str:
+    audio = [[stretch.uri, stretch.offset_s, stretch.duration_s] for stretch in more_audio]
     return json.dumps([turns, audio], ensure_ascii=False)
 
 
@@ -170,7 +202,7 @@ def messages_of(sample: Sample) -> tuple[Message, ...]:
         ValueError: its prompts place other than one `<audio>` marker a recording.
     """
     turns = sample.turns
-    counts = [normalise_text(turn.prompt).count(AUDIO) for turn in turns]
+    counts = [count_markers(turn.prompt) for turn in turns]
     num = len(sample.stretches)
     if not any(counts):
         counts[0] = num
@@ -183,6 +215,20 @@ def messages_of(sample: Sample) -> tuple[Message, ...]:
         for turn, count in zip(turns, counts, strict=True)
         for message in (Message("user", turn.prompt, count), Message("assistant", turn.answer))
     )
+
+
+def measured_stretch(stretch: Stretch, known: Mapping[str, float]) -> Stretch:
+    """A stretch with a duration: its own, or that of its file (seconds by uri) less its offset."""
+    if math.isfinite(stretch.duration_s):
+        return stretch
+    return replace(stretch, duration_s=known.get(stretch.uri, math.nan) - stretch.offset_s)
+
+
+def measured_conversation(text: str, known: Mapping[str, float]) -> str:
+    """What `conversation_json` wrote, with the durations of its recordings filled in."""
+    turns, audio = json.loads(text)
+    found = [measured_stretch(Stretch(*stretch), known) for stretch in audio]
+    return _conversation_text(turns, found)
 
 
 def fingerprint(samples: Sequence[Item]) -> str:

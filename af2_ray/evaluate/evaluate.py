@@ -16,6 +16,7 @@ from af2_ray.data.samples import Sample
 from af2_ray.evaluate.answers import Prediction, is_caption, question_words
 from af2_ray.evaluate.benchmarks import find
 from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark, QuestionBenchmark
+from af2_ray.evaluate.benchmarks.manifest import with_columns
 from af2_ray.evaluate.clap_embed import ClapModel, ClapSettings
 from af2_ray.evaluate.clap_score import ClapScores
 from af2_ray.evaluate.controls import deaf_pairs
@@ -145,8 +146,13 @@ def choose_examples(predictions: Sequence[Prediction], *, num_right: int = 6, nu
 
 
 def _read(datasets: Sequence[Dataset]) -> Read:
-    benchmarks = [find(dataset.manifest, QuestionBenchmark) for dataset in datasets]
+    benchmarks = [_benchmark_of(dataset) for dataset in datasets]
     return [(one, one.read(dataset.manifest, dataset.root)) for one, dataset in zip(benchmarks, datasets, strict=True)]
+
+
+def _benchmark_of(dataset: Dataset) -> QuestionBenchmark:
+    """The benchmark that a file is of; where the user names its columns, it is a manifest."""
+    return with_columns(dataset.columns) if dataset.columns else find(dataset.manifest, QuestionBenchmark)
 
 
 def _questions(read: Read) -> list[Sample]:

@@ -10,6 +10,7 @@ from af2_ray.config import AudioTowerSettings, Clap, LanguageModelSettings, Reci
 from af2_ray.models.afclap import AfClapConfig
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.htsat import tower_config
+from af2_ray.models.start import start_config
 from af2_ray.text import SPECIAL_TOKENS
 
 QWEN = {  # the paper's LMs: hidden size, layers, heads, KV heads, inner size; embeddings are tied
@@ -107,11 +108,13 @@ def model_config(recipe: Recipe, audio_config: Any, text_config: Any, audio_toke
 
 
 def recipe_config(recipe: Recipe) -> AudioFlamingo2Config:
-    """The configuration of a recipe's model; the LM's from the recipe, from a known size, or from its folder.
+    """The configuration of a recipe's model: of its start, or of the LM that the recipe names and all else it says.
 
     Raises:
         ValueError: the LM comes from a package, whose sizes only its weights tell.
     """
+    if recipe.model.start is not None:
+        return start_config(recipe)
     settings = recipe.model.lm
     if settings.pretrain is not None:
         text: Any = small_lm_config(

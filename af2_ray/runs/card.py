@@ -83,13 +83,16 @@ def _head(recipe: Recipe) -> str:
         "license_name": "see-what-it-was-made-from",
         "tags": ["audio", "audio-question-answering", "af2_ray"],
     }
-    if recipe.model.lm.path:
-        head["base_model"] = recipe.model.lm.path
+    if base := recipe.model.start or recipe.model.lm.path:
+        head["base_model"] = base
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
 
 
 def _parts(recipe: Recipe) -> Iterable[Sequence[str]]:
-    """Language model, tower and text encoder: made here, or brought along."""
+    """Language model, tower and text encoder: made here, or brought along, alone or as parts of a whole model."""
+    if recipe.model.start is not None:
+        yield f"the whole model (weights {recipe.model.start_digest})", *_origin(recipe, recipe.model.start)
+        return
     lm = recipe.model.lm
     yield "language model", *_origin(recipe, lm.path or lm.package)
     yield "audio encoder", *_origin(recipe, recipe.model.audio.weights)
@@ -102,7 +105,8 @@ def _origin(recipe: Recipe, name: str | None) -> tuple[str, str]:
 
 
 def _steps(run: Run) -> Iterable[Sequence[str]]:
-    recipe, before = run.recipe, "AF-CLAP and language model"
+    recipe = run.recipe
+    before = "AF-CLAP and language model" if recipe.model.start is None else f"`{recipe.model.start}`"
     if facts := finished(run.lm_dir):
         yield (
             "language model",

@@ -8,7 +8,6 @@ and no finished step is ever written to again.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import yaml
 
 from af2_ray.config import Recipe
+from af2_ray.models.start import settled
 from af2_ray.runs.run import Run, finished
-from af2_ray.storage.files import write_whole
+from af2_ray.storage.files import link, write_whole
 from af2_ray.storage.places import is_remote
 
 
@@ -30,7 +30,7 @@ def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, lis
     Raises:
         ValueError: `source` is no run, or `root` holds one already.
     """
-    old = Run.load(source)
+    old, recipe = Run.load(source), settled(recipe)
     if is_remote(root) or old.uri is not None:
         raise ValueError("a fork links finished steps on one file system: give folders, not addresses of a store")
     target = Path(root).absolute()
@@ -51,20 +51,21 @@ def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, lis
 def _steps(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Name, fingerprint of all that decides it (what came before included) and folder of each step in order."""
     settings = recipe.model_dump(mode="json")
+    model = {key: value for key, value in settings["model"].items() if key != "start"}  # wherever it lies
     texts = {(data["manifest"], data["root"]): None for stage in settings["stages"] for data in stage["data"]}
-    model = settings["model"]
     precision = settings["deepspeed"]["precision"]
     # A small LM is trained on the text of all stages, whatever their weights; one that is given has read what it has.
     learned = (settings["corpus"], model["max_text_tokens"], list(texts), precision)
     reads = (settings["seed"], model["lm"], learned if model["lm"]["pretrain"] else None)
-    steps: list[tuple[str, Any, str]] = [("lm", reads, "lm")]
+    steps: list[tuple[str, Any, str]] = [("lm", reads, "lm")] if recipe.model.start is None else []
     if recipe.clap is not None:
         steps.append(("clap", (settings["corpus"], settings["clap"], model["audio"], settings["deepspeed"]), "clap"))
     longest = max((stage.max_windows for stage in recipe.stages), default=0)
     steps.append(("start", (settings["corpus"], model, longest), "start"))
     caches = {key: value for key, value in settings["feature_cache"].items() if key != "dir"}
     for stage in settings["stages"]:
-        kept = {key: value for key, value in stage.items() if key not in ("validation", "checkpoint_every")}
+        measured = ("validation", "checkpoint_every") if stage.get("export", "last") == "last" else ()
+        kept = {key: value for key, value in stage.items() if key not in measured}
         steps.append((stage["name"], (kept, settings["deepspeed"], caches), f"stages/{stage['name']}"))
     digest = hashlib.sha256()
     marked = []
@@ -77,10 +78,4 @@ def _steps(recipe: Recipe) -> list[tuple[str, str, str]]:
 def _link(source: Path, target: Path) -> None:
     """A copy of a finished step without its checkpoints, as hard links where possible."""
 
-    def place(one: str, two: str) -> None:
-        try:
-            os.link(one, two)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(one, two)
-
-    shutil.copytree(source, target, copy_function=place, ignore=shutil.ignore_patterns("train"))
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns("train"))

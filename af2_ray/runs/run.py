@@ -3,7 +3,7 @@
     <run>/recipe.yaml         the resolved recipe
     <run>/lm/                 language model and tokenizer (Hugging Face folder)
     <run>/clap/model/         AF-CLAP export
-    <run>/start/model/        tower + LM + fresh fusion: where stage 1 begins
+    <run>/start/model/        where stage 1 begins: tower + LM + fresh fusion, or the model that the recipe starts from
     <run>/stages/<name>/model/  a stage's export; the last one is the run's model
     <run>/**/train/           Ray Train's own storage (checkpoints)
     <run>/**/metrics.jsonl    one line an optimiser step
@@ -38,6 +38,7 @@ from typing import Any
 
 from af2_ray.config import Recipe, load_recipe
 from af2_ray.data.quarantine import Quarantine
+from af2_ray.models.start import settled
 from af2_ray.storage.files import (
     Damaged,
     check_seal,
@@ -77,18 +78,20 @@ class Run:
         """Create the run directory, or continue in it.
 
         Args:
-            recipe: the resolved recipe.
+            recipe: the resolved recipe; where its model has a start, sizes and digest are filled in from that.
             root: the directory or its address; none: `<recipe.storage>/<recipe.name>`.
 
         Raises:
             ValueError: the directory holds a run whose recipe differs in something that decides the weights (the
-                message shows the difference), or the recipe asks for what cannot be kept in object storage.
+                message shows the difference), the recipe asks for what cannot be kept in object storage, or the model
+                that it starts from cannot be trained further.
             RuntimeError: another process is working in it; nothing was written.
         """
         place = str(root or f"{recipe.storage.rstrip('/')}/{recipe.name}")
         allow(recipe.access.schemes, parents=recipe.access.parents)
         if is_remote(place):
             _check_features(recipe, place)
+        recipe = settled(recipe)
         path, uri, kept = _working_copy(place)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, recipe, uri, kept)

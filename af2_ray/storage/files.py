@@ -118,6 +118,14 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def link(source: Path | str, target: Path | str) -> None:
+    """Put a file that is never written to again under a second name: a hard link, or a copy where there are none."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 def remove_leftovers(root: Path) -> list[Path]:
     """Remove what killed writers left below a folder, which must have none at work; their paths.
 

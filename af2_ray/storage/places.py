@@ -223,10 +223,15 @@ def write_text(name: str | Path, text: str) -> None:
 
 def put_text(fs: Any, path: str, text: str) -> None:
     """`write_text` for a place that is located."""
+    put_bytes(fs, path, text.encode())
+
+
+def put_bytes(fs: Any, path: str, data: bytes) -> None:
+    """`put_text` for what is no text."""
     if is_local(fs):
-        write_whole(Path(path), text)
+        write_whole(Path(path), data)
     else:
-        fs.pipe_file(path, text.encode())
+        fs.pipe_file(path, data)
 
 
 def inner_name(name: str) -> str:

@@ -163,20 +163,29 @@ def _check_once(folder: Path) -> None:
     """Compare a folder with its digests, unless a process of this machine has done so since its files last changed."""
     if not (folder / DIGESTS).is_file():
         return
-    checked = scratch("checked")
-    with locked(checked / ".lock"):  # the ranks of a machine ask at once, and one of them looks
+    with note_of("checked", folder) as seen:
+        if not seen.exists():
+            check_digests(folder)
+            seen.touch()
+
+
+@contextmanager
+def note_of(kind: str, folder: Path) -> Iterator[Path]:
+    """The file, there or not, in which this machine notes something of a folder as its files are now.
+
+    A note counts for a day, in which all processes of the machine share it; one at a time has it open here.
+    """
+    notes = scratch(kind)
+    with locked(notes / ".lock"):  # the ranks of a machine ask at once, and one of them looks
         found = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
         states = [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found]
         state = json.dumps([str(folder.absolute()), states])
-        seen = checked / hashlib.sha256(state.encode()).hexdigest()[:32]
-        if seen.exists() and not _is_unused(seen):
-            return
-        check_digests(folder)
-        for other in checked.glob("[!.]*"):
+        note = notes / hashlib.sha256(state.encode()).hexdigest()[:32]
+        for other in notes.glob("[!.]*"):
             with suppress(FileNotFoundError):
                 if _is_unused(other):
                     other.unlink()
-        seen.touch()
+        yield note
 
 
 def _is_unused(path: Path) -> bool:

@@ -24,6 +24,7 @@ from af2_ray.data.feed import iter_batches
 from af2_ray.data.quarantine import Failure
 from af2_ray.storage.stores import model_folder, replacing
 from af2_ray.train import checkpoint
+from af2_ray.train.best import keep_best, take_best
 from af2_ray.train.checkpoint import State
 from af2_ray.train.deepspeed import checkpoint_activations, start_engine
 from af2_ray.train.lora import merge_lora
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_EVERY = 10  # steps whose metrics travel together: a report is a barrier of some milliseconds
 PREEMPTION_EVERY = 5  # steps between looks for a notice that a node will be taken away (a barrier as well)
+_WEIGHTS = ("model.", "model-")  # how the names of a model's weights and of their index begin
 NORMS_EVERY = 50  # steps between gradient norms by group, for which all gradients are gathered
 
 
@@ -50,6 +52,7 @@ class LoopConfig:
     step_batches: int  # plan rows of one optimiser step, over all ranks
     checkpoint_every: int
     bands: tuple[Band, ...] = ()
+    best: str | None = None  # where the best checkpoint's weights go, to be exported; none: the last ones are
 
 
 def train_loop(loop: LoopConfig) -> None:
@@ -75,6 +78,9 @@ def train_loop(loop: LoopConfig) -> None:
         state = checkpoint.restore(engine, saved)
     batches = iter_batches(ray.train.get_dataset_shard("train"), loop.task.batch_type)
     _Stage(engine, loop, state, meter).train(batches, accumulation)
+    if loop.best is not None and state.best is not None:
+        step = take_best(engine.module, loop.best)
+        logger.info("of %d steps, those to %d are exported: validation was best there", loop.num_steps, step)
     _export(engine, loop, is_first=context.get_world_rank() == 0)
 
 
@@ -139,6 +145,8 @@ class _Stage:
         is_best = loss is not None and (state.best is None or loss < state.best)
         if is_best:
             state.best = loss
+            if loop.best is not None:
+                keep_best(self._engine.module, loop.best, state.step)
         report = self._report_of_steps() | {"validation": found, "is_best": is_best}
         accounts = {**self._accounts, "validation": found, "is_best": is_best}
         checkpoint.save(
@@ -177,7 +185,7 @@ def _write(module: Any, loop: LoopConfig) -> None:
     with replacing(loop.export) as temporary:
         module.save_pretrained(temporary)
         for path in model_folder(loop.task.start).iterdir():
-            if path.is_file() and not (temporary / path.name).exists() and path.suffix != ".safetensors":
+            if path.is_file() and not (temporary / path.name).exists() and not path.name.startswith(_WEIGHTS):
                 shutil.copy2(path, temporary)
 
 

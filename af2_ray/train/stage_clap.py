@@ -85,7 +85,7 @@ def usable_items(run: Run, dataset: Dataset, read: Callable[..., Any], quarantin
     Args:
         read: reader of the manifest, `read_samples` or `read_captions`.
     """
-    items = read(dataset.manifest, dataset.root)
+    items = read(dataset.manifest, dataset.root, dataset.columns)
     items, unread = fill_durations(items, dataset.manifest, fallback=str(run.root / "durations"))
     good, bad = check_samples(items, unread)
     quarantine.add([Failure(item.uri, reason, item.offset_s) for item, reason in bad], len(items))

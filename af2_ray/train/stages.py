@@ -1,7 +1,8 @@
 """The curriculum: a recipe's steps in order, each from the one before, each skipped once it is finished.
 
-language model -> AF-CLAP -> assembled start -> stage 1 -> stage 2 -> stage 3. A step reads only the export of the
-step before it, so any of them can be repeated by removing its folder.
+language model -> AF-CLAP -> assembled start -> stage 1 -> stage 2 -> stage 3; or, where the recipe names a model to
+train further (`model.start`), that model -> stage 1 ... A step reads only the export of the step before it, so any of
+them can be repeated by removing its folder.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from af2_ray.models.afclap import AfClapModel
 from af2_ray.models.from_recipe import model_config
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.processing_af2 import AudioFlamingo2FeatureExtractor, AudioFlamingo2Processor
+from af2_ray.models.start import adopt, start_config, start_folder
 from af2_ray.runs.card import write_card
 from af2_ray.runs.run import Run, finished, read_metrics
 from af2_ray.runs.tracking import Tracker
@@ -57,7 +59,7 @@ def train_run(run: Run, *, watch: Watch = lambda *_: nullcontext()) -> list[dict
     tracker = Tracker(run)
     with tracker.closing():
         tracker.parent()
-        facts = [prepare_language_model(run, tracker, watch)]
+        facts = [prepare_language_model(run, tracker, watch)] if run.recipe.model.start is None else []
         if run.recipe.clap is not None:
             with watch("AF-CLAP", run.clap_dir, run.recipe.clap.steps):
                 facts.append(train_clap(run, tracker))
@@ -80,7 +82,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
     folder = run.stage_dir(stage.name)
     if done := finished(folder):
         return done
-    tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run.start_dir / "model")
     max_tokens = run.recipe.model.max_text_tokens
     made = plan_stage(run, stage, tokenizer)
     began = time.perf_counter()
@@ -94,6 +96,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
         num_steps=stage.steps,
         checkpoint_every=stage.checkpoint_every,
         bands=validation_bands(run, stage, tokenizer),
+        export=stage.export,
         facts={"features_s": round(time.perf_counter() - began, 1)} if stage.features == "cached" else {},
     )
     return fit(run, job, tracker)
@@ -102,7 +105,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
 def cache_stages(run: Run) -> None:
     """Make the features of all stages that take them from the run's first tower, before any of them is trained."""
     start = assemble(run)
-    tokenizer = AutoTokenizer.from_pretrained(run.lm_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(start)
     for stage in run.recipe.stages:
         if "clap" in stage.trainable:
             return  # what follows hears through another tower
@@ -166,11 +169,16 @@ def usable_samples(run: Run, dataset: Dataset) -> Sequence[Sample]:
 
 
 def assemble(run: Run) -> Path:
-    """Tower of AF-CLAP + LM + fresh fusion as one Hugging Face folder: where stage 1 begins."""
+    """Where stage 1 begins, as one Hugging Face folder: tower of AF-CLAP + LM + fresh fusion, or the recipe's start."""
     target = run.start_dir / "model"
     if finished(run.start_dir):
         return target
     recipe = run.recipe.model
+    if recipe.start is not None:
+        with replacing(target) as temporary:
+            adopt(start_folder(recipe.start), start_config(run.recipe), temporary)
+        run.finish(run.start_dir, {"start": recipe.start, "digest": recipe.start_digest})
+        return target
     torch.manual_seed(run.recipe.seed)
     lm = local_model(run.fetched(run.lm_dir / "model"))
     language_model = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -52,6 +52,7 @@ class Job:
     num_steps: int
     checkpoint_every: int
     bands: tuple[Band, ...] = ()
+    export: Literal["last", "best"] = "last"  # weights that are exported; best: with the least loss on the own band
     facts: Mapping[str, float] = field(default_factory=dict)  # of its preparation, reported with the others
 
 
@@ -83,6 +84,7 @@ def fit(run: Run, job: Job, tracker: Tracker) -> dict[str, Any]:
         step_batches=job.plan.step_batches,
         checkpoint_every=job.checkpoint_every,
         bands=job.bands,
+        best=run.address(job.folder / "best") if job.export == "best" else None,
     )
     storage = checkpoint_storage(run, job.folder)
     if saved := mend(storage):

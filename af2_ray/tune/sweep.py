@@ -100,7 +100,7 @@ class SweepRun:
         workers = recipe.cluster.num_workers * max_trials(recipe.cluster)
         cluster = recipe.cluster.model_copy(update={"num_workers": workers})
         try:
-            recipe = Recipe.model_validate({**recipe.model_dump(), "cluster": cluster.model_dump()})
+            recipe = Recipe.model_validate({**recipe.model_dump(exclude_unset=True), "cluster": cluster.model_dump()})
         except ValidationError as error:  # so many do not divide a batch, for instance
             logger.info("shared steps have %d workers: %s", recipe.cluster.num_workers, error)
         run = Run.open(recipe, self.root / "shared")

@@ -114,6 +114,8 @@ def short_of(name: str, first: str, data: Path) -> list[str]:
     if name == "make_data":
         scenes = "{name: short, split: train, num_scenes: 8, duration_s: [5, 8], num_events: [1, 2]}"
         return ["corpus.num_classes=6", f"corpus.sets=[{scenes}]"]
+    if name == "finetune":
+        return ["stages.finetune.steps=6"]
     return ["--list"] if name == "sweep" and not first.endswith(".yaml") else []
 
 

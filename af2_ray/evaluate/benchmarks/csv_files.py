@@ -5,23 +5,21 @@ What a CSV names and no file has is a failure of the table, not an error: benchm
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from af2_ray.data.names import AUDIO_SUFFIXES
 from af2_ray.data.quarantine import Failure
 from af2_ray.data.samples import CaptionSet
+from af2_ray.data.tables import csv_rows
 from af2_ray.evaluate.benchmarks.benchmark import EmbeddingBenchmark, Matches, with_columns
 from af2_ray.evaluate.clap_score import score_captions, score_labels
 from af2_ray.evaluate.table import WHOLE_S, Labelled, Table
-from af2_ray.storage.places import locate, open_text
+from af2_ray.storage.places import locate
 
 Row = dict[str, str]
-
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
 
 
 def read_rows(uri: str) -> list[Row]:
@@ -30,17 +28,7 @@ def read_rows(uri: str) -> list[Row]:
     Raises:
         ValueError: no such file, or a line with another number of values than there are columns.
     """
-    try:
-        with open_text(uri, encoding="utf-8-sig", newline="") as file:
-            text = str(file.read())
-    except FileNotFoundError as error:
-        raise ValueError(f"{uri}: no such file") from error
-    dialect = "excel-tab" if uri.endswith(".tsv") else "excel"
-    rows = list(csv.DictReader(io.StringIO(text), dialect=dialect))
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise ValueError(f"{uri}, line {number}: not as many values as columns")
-    return rows
+    return [row for _, row in csv_rows(uri)]
 
 
 def columns_of(uri: str) -> frozenset[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from af2_ray.data.samples import list_options
 from af2_ray.synth.facts import SOUND, Facts
 from af2_ray.synth.skills import attribute, counting, grounding, identification, order
 from af2_ray.synth.skills.question import Ask, Pair, Question, Rng, Skill
@@ -66,8 +67,7 @@ def _paired(
     skill: str, ask: Ask, block: Sequence[Facts], clips: tuple[int, int], number: int, rng: Rng
 ) -> list[Question]:
     options = tuple(str(option) for option in rng.permutation(ask.options)) if ask.options else ()
-    listed = "".join(f" ({letter}) {option}" for letter, option in zip("ABCD", options, strict=False))
-    prompt = ask.text if ask.template.endswith("-open") else ask.text + listed
+    prompt = ask.text if ask.template.endswith("-open") else ask.text + list_options(options)
     return [Question(i, prompt, ask.answer(block[i]), skill, ask.template, options, str(number)) for i in clips]
 
 
