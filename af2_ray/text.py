@@ -5,8 +5,8 @@ the reference drops every label of a sample whose end was truncated away, the an
 and truncations are counted.
 
 A conversation is written by the chat template of the model folder, in training as by the server: what is learned of
-an answer is what follows the very tokens that the server would answer to. A single turn under the default template is
-put together without it, which is ten times as fast and gives the same text.
+an answer is what follows the very tokens that the server would answer to. What the default template writes is put
+together without it, which takes a tenth of the time.
 """
 
 from __future__ import annotations
@@ -225,6 +225,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], temp
     if is_plain(messages, template):
         text = format_prompt(messages[0].text, messages[0].num_audios)
         return text + _ended(tokenizer, messages[1].text) if len(messages) == 2 else text
+    if template == CHAT_TEMPLATE:
+        return _render_default(tokenizer, messages)
     chat = [{"role": message.role, "content": _content(message)} for message in messages]
     goes_on = messages[-1].role != "assistant"
     try:
@@ -236,16 +238,34 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], temp
     return str(written)
 
 
+def _render_default(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """What the default template writes."""
+    written, before = "", ""
+    for message in messages:
+        num_markers, text = _parted(message)
+        if message.role == "assistant":
+            written += _ended(tokenizer, text)
+            continue
+        before = f"{before}\n{text}".strip()
+        if message.role == "user":
+            written, before = written + AUDIO * num_markers + before + SEP, ""
+    return written
+
+
 def _content(message: Message) -> str | list[dict[str, str]]:
     """What a chat template gets of a message: its text, or parts if markers go before it."""
+    num_markers, text = _parted(message)
+    return [*({"type": "audio"} for _ in range(num_markers)), {"type": "text", "text": text}] if num_markers else text
+
+
+def _parted(message: Message) -> tuple[int, str]:
+    """How many markers stand before a message's text, and that text, normalised."""
     text = normalise_text(message.text)
     placed = text.count(AUDIO)
     if placed and message.role == "user" and placed != message.num_audios:
         raise ValueError(_MARKERS.format(placed, message.num_audios))
     text = without_leading_markers(text)
-    if AUDIO in text or not message.num_audios:
-        return text
-    return [*({"type": "audio"} for _ in range(message.num_audios)), {"type": "text", "text": text}]
+    return (0 if AUDIO in text else message.num_audios), text
 
 
 def encode_conversations(

@@ -234,8 +234,8 @@ def tokenizer(tiny_tokenizer: Any) -> Any:
     tiny_tokenizer.chat_template = None
 
 
-def test_a_single_turn_is_what_the_template_writes(tokenizer: Any) -> None:
-    """The short way and the template give one text, and one batch as before there were conversations."""
+def test_what_is_put_together_is_what_the_template_writes(tokenizer: Any, files: list[str]) -> None:
+    """The short way and the template give one text, and of single turns the batch that prompts and answers give."""
     pairs = [(" What IS it?\n", " A Dog "), ("first <audio> then", "b"), ("", ""), ("ÀB\u00a0", "İ")]
     same_by_template = CHAT_TEMPLATE + "{# another #}"
     for prompt, answer in pairs:
@@ -244,6 +244,13 @@ def test_a_single_turn_is_what_the_template_writes(tokenizer: Any) -> None:
         assert render(tokenizer, turn[:1]) == format_prompt(prompt, count)
         for part in (turn[:1], turn):
             assert render(tokenizer, part, same_by_template) == render(tokenizer, part)
+    odd = [
+        [Message("assistant", "Hello"), Message("user", " ", 1), Message("system", "x"), Message("system", " Y ")],
+        [Message("system", " "), Message("user", "a", 2), Message("system", "b\n"), Message("user", " ", 1)],
+    ]
+    for messages in [*map(messages_of, samples_of(files).values()), *odd]:
+        for stop in range(1, len(messages) + 1):
+            assert render(tokenizer, messages[:stop], same_by_template) == render(tokenizer, messages[:stop])
     turns = [[Message("user", prompt, 1), Message("assistant", answer)] for prompt, answer in pairs]
     wanted = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=12)
     for template in (None, same_by_template):
