@@ -21,6 +21,7 @@ _PUBLIC = {
     "Run": "runs.run",
     "Engine": "engine.engine",
     "Clip": "engine.request",
+    "Message": "text",
     "Request": "engine.request",
     "decode": "audio.decode",
     "to_windows": "audio.windows",

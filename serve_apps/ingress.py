@@ -272,7 +272,7 @@ class Ingress:
                     for chunk in chunks.end(usage_of(requests[0], answers)):
                         yield chunk
             if isinstance(chunks.error, RayActorError):
-                self._replicas.note_death(fingerprint_of([requests[0].prompt, *requests[0].clips], visit.owner))
+                self._replicas.note_death(fingerprint_of(asked_of(requests[0]), visit.owner))
 
         def end() -> None:
             for stream, _ in begun:
@@ -298,7 +298,7 @@ class Ingress:
             )
             requests = self._limits.to_engine(chat, visit.id, clips, truncated=truncated, owner=owner)
             hold_windows(visit, clips, len(requests))
-            fingerprint = fingerprint_of([requests[0].prompt, *clips], visit.owner)
+            fingerprint = fingerprint_of(asked_of(requests[0]), visit.owner)
             results = await self._replicas.retried(lambda requests=requests: ask(requests), fingerprint)  # type: ignore[misc]
             firsts = [result[1] if isinstance(result, tuple) else result for result in results]
             if not any(isinstance(first, RequestFailure) and first.missing for first in firsts):
@@ -353,6 +353,12 @@ def about_input() -> Iterator[None]:
         if error.param == "messages":
             error.param = "input"
         raise
+
+
+def asked_of(request: Request) -> list[str | Clip]:
+    """The texts and recordings of a request, which name it (`asking.fingerprint_of`)."""
+    before = [f"{message.role}: {message.text}" for message in request.history]
+    return [*before, request.prompt, *request.clips]
 
 
 def usage_of(request: Request, answers: list[Answer]) -> Usage:

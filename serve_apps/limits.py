@@ -74,7 +74,7 @@ class Limits:
                 code="max_tokens_too_large",
                 param="max_tokens",
             )
-        check_text(request.prompt())
+        check_text(request.text())
         self.check_count(len(request.audios()))
         return request
 
@@ -135,9 +135,11 @@ class Limits:
             truncated: whether only the beginning of one is there.
             owner: name of whose API key asks, for a fair queue.
         """
+        *history, last = request.conversation()
         one = Request(
-            prompt=request.prompt(),
+            prompt=last.text,
             clips=tuple(clips),
+            history=tuple(history),
             truncated=truncated,
             max_new_tokens=request.max_completion_tokens or request.max_tokens or self.max_new_tokens,
             temperature=request.temperature or 0.0,

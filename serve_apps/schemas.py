@@ -7,9 +7,12 @@ better a 400 at once than an answer that ignored half of the question.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from af2_ray.text import Message as Said
 
 MAX_TOP_LOGPROBS = 20
 MAX_INPUTS = 256  # texts and recordings of one request for embeddings
@@ -143,7 +146,7 @@ def audio_of(part: Content) -> InputAudio | AudioUrl | None:
 
 
 class Message(_Incoming):
-    """One turn: a string, or parts of text and audio."""
+    """One message: a string, or parts of text and audio."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Content] = Field(json_schema_extra=_or_text)
@@ -154,12 +157,16 @@ class Message(_Incoming):
         return _parts(content)
 
     def text(self) -> str:
-        """The words of this turn, parts on lines of their own."""
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        """The words of this message, parts on lines of their own."""
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart)).strip()
 
     def audios(self) -> list[InputAudio | AudioUrl]:
-        """The recordings of this turn, in order."""
+        """The recordings of this message, in order."""
         return [audio for part in self.content if (audio := audio_of(part))]
+
+
+def _role(message: Message) -> Literal["system", "user", "assistant"]:
+    return "system" if message.role == "developer" else message.role
 
 
 class StreamOptions(_Incoming):
@@ -210,7 +217,7 @@ class ChatRequest(_Incoming):
     def _asks_something(self) -> ChatRequest:
         if self.messages[-1].role != "user":
             raise ValueError(f"the last message must be the user's, got role {self.messages[-1].role!r}")
-        if not self.prompt():
+        if not self.text():
             raise ValueError("the messages have no text: add a {'type': 'text', 'text': ...} part with the question")
         if any(message.audios() for message in self.messages if message.role != "user"):
             raise ValueError("only user messages may carry recordings")
@@ -218,12 +225,21 @@ class ChatRequest(_Incoming):
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
-    def prompt(self) -> str:
-        """All words of all turns, one after another: the model was trained on single questions, not on chats."""
-        return "\n".join(text for message in self.messages if (text := message.text().strip()))
+    def text(self) -> str:
+        """All words of all messages."""
+        return "\n".join(text for message in self.messages if (text := message.text()))
+
+    def conversation(self) -> tuple[Said, ...]:
+        """The messages as the model's chat template gets them; what one role says in a row is one message."""
+        said: list[Said] = []
+        for role, group in groupby(self.messages, _role):
+            messages = list(group)
+            words = "\n".join(text for message in messages if (text := message.text()))
+            said.append(Said(role, words, sum(len(message.audios()) for message in messages)))
+        return tuple(said)
 
     def audios(self) -> list[InputAudio | AudioUrl]:
-        """All recordings of all turns, in order."""
+        """All recordings of all messages, in order."""
         return [audio for message in self.messages for audio in message.audios()]
 
     def stops(self) -> tuple[str, ...]:

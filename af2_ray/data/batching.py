@@ -2,9 +2,10 @@
 
 A row is one micro-batch under a two-sided budget: clips x longest clip (in windows) and clips x longest text (in
 tokens), both as padded rectangles. A clip comes once in a row with up to `questions_per_clip` of its questions, so the
-expensive encoder hears it once; the questions stand in one row of text, end to end (`collate`). Rows are filled from
-clips of like length, then dealt in groups of `step_batches` rows of like cost; a group is one optimiser step whatever
-the number of workers, and its rows go to the ranks in turn.
+expensive encoder hears it once; the questions stand in one row of text, end to end (`collate`). Several recordings that
+are heard together count as one clip here, of all their windows. Rows are filled from clips of like length, then dealt
+in groups of `step_batches` rows of like cost; a group is one optimiser step whatever the number of workers, and its
+rows go to the ranks in turn.
 
 The trade-off: neighbours in a row are alike in length and so not independent. In return next to nothing is padded; what
 is random is which of the alike clips meet (new in every epoch), which rows share a step, and the order of the steps.
@@ -26,10 +27,11 @@ from numpy.typing import NDArray
 from af2_ray.audio.windows import SAMPLE_RATE, WINDOW_SAMPLES
 from af2_ray.config import Budget
 from af2_ray.data.blend import Blend
-from af2_ray.data.columns import Joined, SampleTable, clip_numbers, durations
+from af2_ray.data.columns import Joined, SampleTable, clip_numbers, recordings
 from af2_ray.data.packing import Index, Rows, deal_steps, fill_rows, share_clips
 from af2_ray.data.plan_stats import PlanStats, measure
-from af2_ray.data.samples import CaptionSet, Item, ItemT, Sample, fingerprint
+from af2_ray.data.samples import CaptionSet, Item, ItemT, Sample, fingerprint, messages_of
+from af2_ray.text import CHAT_TEMPLATE, encode_conversations, render, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +43,10 @@ _TEXTS = 2**16  # distinct texts tokenised in one call
 
 @dataclass(frozen=True, slots=True)
 class Row(Generic[ItemT]):
-    """One batch to be: its number in the plan, and for each clip the samples that ask about it."""
+    """One batch to be: its number in the plan, and for each clip the samples that ask about it.
+
+    Samples of several recordings share all of them.
+    """
 
     index: int
     clips: tuple[tuple[ItemT, ...], ...]
@@ -251,15 +256,25 @@ def _contrastive_steps(sets: Sequence[CaptionSet], num_steps: int, size: int, se
 
 
 def window_counts(samples: Sequence[Item], max_windows: int) -> Index:
-    """10 s windows of each sample by its manifest duration: int64 [N]."""
-    num_audio_samples = np.rint(durations(samples) * SAMPLE_RATE)
+    """10 s windows of each sample by its manifest durations, of each recording `max_windows` at most: int64 [N]."""
+    first, owner, further = recordings(samples)
+    counts = _num_windows(first, max_windows)
+    np.add.at(counts, owner, _num_windows(further, max_windows))
+    return counts
+
+
+def _num_windows(seconds: NDArray[np.float64], max_windows: int) -> Index:
+    num_audio_samples = np.rint(seconds * SAMPLE_RATE)
     return np.clip(np.ceil(num_audio_samples / WINDOW_SAMPLES), 1, max_windows).astype(np.int64)
 
 
 def text_lengths(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], *, max_tokens: int = 512) -> Index:
     """Text tokens of each sample (prompt, answer and the tokens around them), at most `max_tokens`: int64 [N].
 
-    Each distinct text is tokenised once.
+    Of single turns about one recording each distinct text is tokenised once; others are rendered, each by itself.
+
+    Raises:
+        ValueError: a chat template that cannot be trained with (`text.encode_conversations`).
     """
     if isinstance(samples, Joined):
         parts = [text_lengths(tokenizer, part, max_tokens=max_tokens) for part in samples.parts]
@@ -270,6 +285,18 @@ def text_lengths(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], 
         values, codes = table.texts[name]
         parts = [_num_tokens(tokenizer, values.slice(i, _TEXTS).to_pylist()) for i in range(0, len(values), _TEXTS)]
         total += np.concatenate(parts or [np.empty(0, np.int64)])[codes]
+    if template_of(tokenizer) == CHAT_TEMPLATE:
+        values, codes = table.texts["conversation"]
+        rendered = np.flatnonzero(np.array([bool(text) for text in values.to_pylist()], bool)[codes])
+    else:
+        rendered = np.arange(len(table))
+    for start in range(0, len(rendered), _TEXTS):
+        places = rendered[start : start + _TEXTS]
+        conversations = [messages_of(sample) for sample in table.take(places)]
+        if not start:
+            encode_conversations(tokenizer, conversations[:1])  # what is wrong with the template, before anything runs
+        ids = tokenizer([render(tokenizer, one) for one in conversations], add_special_tokens=False)["input_ids"]
+        total[places] = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.minimum(total, max_tokens)
 
 

@@ -2,17 +2,18 @@
 
 Ragged in windows, each clip once: nothing is padded where it would be expensive. The questions about a clip stand in
 one row of text, end to end, and do not see each other: questions of unlike length would otherwise pad a third of the
-text away. A batch is made of numpy arrays in a decode task, which needs no torch (450 MB and 2.5 s less a worker
-process), and of torch tensors in the trainer; `to_row` and `from_row` are the way through Ray's object store. A clip
-that fails is left out with all that was asked of it and recorded; nothing takes its place. A row with no clip left
-keeps its place as one silent window without labels, so that no rank waits for another.
+text away. So do conversations, and what is asked about the same several recordings. A batch is made of numpy arrays in
+a decode task, which needs no torch (450 MB and 2.5 s less a worker process), and of torch tensors in the trainer;
+`to_row` and `from_row` are the way through Ray's object store. A clip that fails is left out with all that was asked of
+it and recorded; nothing takes its place. A row with no clip left keeps its place as one silent window without labels,
+so that no rank waits for another.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,7 +27,7 @@ from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Clap
 from af2_ray.data.batching import Row
 from af2_ray.data.quarantine import Failure
-from af2_ray.data.samples import CaptionSet, ItemT, Sample
+from af2_ray.data.samples import CaptionSet, ItemT, Sample, messages_of, stretches_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Array = Any  # numpy in a decode task, torch in the trainer
 HOST = {"host": True}  # of a field that stays on the host: what is read there would wait for a GPU
 CAPTION_TOKENS = 77  # most of a caption
+_NOTHING = (text.Message("user", "", 1), text.Message("assistant", ""))  # the text of a row without clips
 SILENCE = np.zeros((1, WINDOW_SAMPLES), np.int16)
 
 
@@ -106,11 +108,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class LmBatch(_Batch):
-    """Questions about clips. B rows of text, C clips, S windows of all clips, K audios a row (1), T text tokens.
+    """Questions about clips. B rows of text, C clips, S windows of all clips, K audios a row, T text tokens.
 
-    `audio_index` [B, K] names the clips of each row (-1: none). A row holds all questions about its clip, numbered in
-    `attention_mask`. `sample_ids` has one entry a question. Before a batch leaves the host, `located` finds its N
-    answer tokens: the positions before them in the flat text, and their ids.
+    `audio_index` [B, K] names the clips of each row, in order (-1: none). A row holds all samples about its clips,
+    numbered in `attention_mask`. `sample_ids` has one entry a sample. Before a batch leaves the host, `located` finds
+    its N answer tokens: the positions before them in the flat text, and their ids.
     """
 
     answer_places: Array | None = None  # int64 [N], b * T + t
@@ -193,13 +195,9 @@ class LmCollator:
         read, silence = (self.source.read, self.source.silence) if self.source else (hear, SILENCE)
         clips, waveforms, failures = _read(row, lambda number, stretch: read(stretch, self.max_windows), silence)
         samples = [sample for clip in clips for sample in clip]
-        encoded = text.encode(
-            self.tokenizer,
-            [sample.prompt for sample in samples] or [""],
-            [sample.answer for sample in samples] or [""],
-            max_tokens=self.max_text_tokens,
-            padding_side="right",
-        )
+        conversations = [messages_of(sample) for sample in samples] or [_NOTHING]
+        encoded = text.encode_conversations(self.tokenizer, conversations, max_tokens=self.max_text_tokens)
+        flat = [windows for recordings in waveforms for windows in recordings]
         sizes = [len(clip) for clip in clips] or [1]
         input_ids, attention_mask, labels = _end_to_end(encoded, sizes, int(self.tokenizer.pad_token_id))
         return LmBatch(
@@ -208,9 +206,9 @@ class LmCollator:
             failures=failures,
             sample_ids=tuple(sample.id for sample in samples),
             num_truncated=encoded.num_truncated if samples else 0,
-            waveforms=np.concatenate(waveforms),
-            windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
-            audio_index=np.arange(len(waveforms))[:, None],
+            waveforms=np.concatenate(flat),
+            windows_per_clip=np.array([len(windows) for windows in flat], np.int64),
+            audio_index=_audio_index([len(recordings) for recordings in waveforms]),
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels if samples else np.full_like(labels, text.IGNORE),
@@ -238,6 +236,7 @@ class ClapCollator:
         """Decode and collate one row."""
         first = row.index * len(row.clips)  # place of its first clip in the plan
         clips, waveforms, failures = _read(row, lambda number, clip: self._hear(clip, first + number), SILENCE)
+        windows = [part for (part,) in waveforms]
         captions, places = [], []
         for owner, (clip, *_) in enumerate(clips):
             for slot, positive in enumerate((clip.caption, *clip.positives)[: self.clap.num_positives]):
@@ -252,8 +251,8 @@ class ClapCollator:
             failures=failures,
             sample_ids=tuple(clip.id for clip, *_ in clips),
             num_truncated=num_truncated,
-            waveforms=np.concatenate(waveforms),
-            windows_per_clip=np.array([len(windows) for windows in waveforms], np.int64),
+            waveforms=np.concatenate(windows),
+            windows_per_clip=np.array([len(part) for part in windows], np.int64),
             text_ids=ids,
             text_mask=mask,
             caption_owner=owner_,
@@ -280,23 +279,36 @@ def _end_to_end(encoded: text.TextBatch, sizes: list[int], pad_id: int) -> tuple
     return tuple(rows)
 
 
+def _audio_index(sizes: Sequence[int]) -> NDArray[np.int64]:
+    """The clips of rows that hear so many each, one after another: [B, K], -1 where there is none."""
+    index = np.full((len(sizes), max(sizes)), -1, np.int64)
+    index[np.arange(max(sizes)) < np.array(sizes)[:, None]] = np.arange(sum(sizes))
+    return index
+
+
 def _read(
     row: Row[ItemT], read: Callable[[int, Stretch], NDArray[Any]], silence: NDArray[Any]
-) -> tuple[list[tuple[ItemT, ...]], list[NDArray[Any]], tuple[Failure, ...]]:
-    """Read a row: the clips that could be read, windows [W, ...] of each, and the failures.
+) -> tuple[list[tuple[ItemT, ...]], list[list[NDArray[Any]]], tuple[Failure, ...]]:
+    """Read a row: the clips that could be read, windows [W, ...] of each one's recordings, and the failures.
 
-    With no clip left, one silent window stands in the second list.
+    A recording that fails takes those with it that are heard together with it. With no clip left, one silent window
+    stands in the second list.
     """
     clips, waveforms, failures = [], [], []
     for number, clip in enumerate(row.clips):
+        stretch = clip[0].stretch
         try:
-            waveforms.append(read(number, clip[0].stretch))
-            clips.append(clip)
+            recordings = []
+            for stretch in stretches_of(clip[0]):
+                recordings.append(read(number, stretch))
         except AudioError as error:
             failures.append(
-                Failure(error.uri, error.reason, clip[0].offset_s, error.detail, row.index, num_samples=len(clip))
+                Failure(error.uri, error.reason, stretch.offset_s, error.detail, row.index, num_samples=len(clip))
             )
-    return clips, waveforms or [silence], tuple(failures)
+        else:
+            waveforms.append(recordings)
+            clips.append(clip)
+    return clips, waveforms or [[silence]], tuple(failures)
 
 
 def _tokenise(

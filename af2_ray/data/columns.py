@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from af2_ray.audio.hear import Stretch
 from af2_ray.data.names import name_fault
 from af2_ray.data.samples import (
     Item,
@@ -233,12 +234,42 @@ def portable(items: Sequence[ItemT]) -> Sequence[ItemT]:
 
 
 def durations(samples: Sequence[Item]) -> NDArray[np.float64]:
-    """Seconds of each sample, [N]."""
+    """Seconds of each sample, all its recordings together, [N]."""
+    first, owner, further = recordings(samples)
+    if not len(owner):
+        return first
+    total = first.copy()
+    np.add.at(total, owner, further)
+    return total
+
+
+def recordings(samples: Sequence[Item]) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Seconds of the first recording of each sample [N]; and of the further ones, the sample and the seconds [M]."""
+    further = [(place, stretch.duration_s) for place, more in _more_audio(samples).items() for stretch in more]
+    owner, seconds = zip(*further, strict=True) if further else ((), ())
+    return _first_durations(samples), np.array(owner, np.int64), np.array(seconds, np.float64)
+
+
+def _first_durations(samples: Sequence[Item]) -> NDArray[np.float64]:
     if isinstance(samples, SampleTable):
         return samples.duration_s
     if isinstance(samples, Joined):
-        return np.concatenate([durations(part) for part in samples.parts] or [np.empty(0)])
+        return np.concatenate([_first_durations(part) for part in samples.parts] or [np.empty(0)])
     return np.fromiter((s.duration_s for s in samples), np.float64, len(samples))
+
+
+def _more_audio(samples: Sequence[Item]) -> dict[int, tuple[Stretch, ...]]:
+    """The second recording and those after it of the samples that have some, by their place."""
+    if isinstance(samples, Joined):
+        starts = np.cumsum([0, *map(len, samples.parts)]).tolist()
+        parts = [(start, _more_audio(part)) for start, part in zip(starts, samples.parts)]
+        return {start + place: more for start, part in parts for place, more in part.items()}
+    if isinstance(samples, SampleTable):
+        values, codes = samples.texts["conversation"]
+        found = [conversation_of(text)["more_audio"] for text in values.to_pylist()]
+        is_more = np.array([bool(more) for more in found], bool)
+        return {place: found[codes[place]] for place in np.flatnonzero(is_more[codes]).tolist()}
+    return {place: more for place, sample in enumerate(samples) if (more := stretches_of(sample)[1:])}
 
 
 def without_duration(samples: Sequence[Item]) -> NDArray[np.int64]:
@@ -286,17 +317,27 @@ def _openable(uris: pa.Array) -> NDArray[np.bool_]:
 
 
 def clip_numbers(samples: Sequence[Item]) -> NDArray[np.int64]:
-    """A number for each distinct stretch (uri, offset, duration), from 0 in order of appearance: int64 [N]."""
+    """A number for all that a sample hears (uri, offset, duration of each recording), by appearance: int64 [N]."""
     parts = samples.parts if isinstance(samples, Joined) else (samples,)
     if len(samples) and all(isinstance(part, SampleTable) for part in parts):
-        return _clip_numbers_of_tables([part for part in parts if isinstance(part, SampleTable)])
-    numbers: dict[tuple[str, float, float], int] = {}
-    return np.fromiter(
-        (numbers.setdefault((s.uri, s.offset_s, s.duration_s), len(numbers)) for s in samples), np.int64, len(samples)
-    )
+        key = _clip_keys_of_tables([part for part in parts if isinstance(part, SampleTable)])
+        return _by_appearance(_with_more_audio(key, samples))
+    numbers: dict[tuple[Stretch, ...], int] = {}
+    return np.fromiter((numbers.setdefault(stretches_of(s), len(numbers)) for s in samples), np.int64, len(samples))
 
 
-def _clip_numbers_of_tables(tables: Sequence[SampleTable]) -> NDArray[np.int64]:
+def _with_more_audio(key: NDArray[np.int64], samples: Sequence[Item]) -> NDArray[np.int64]:
+    """Labels of the first recordings, made different where the further ones differ."""
+    further: dict[tuple[int, tuple[Stretch, ...]], int] = {}
+    first = int(key.max()) + 1
+    key = key.copy()
+    for place, more in _more_audio(samples).items():
+        key[place] = first + further.setdefault((int(key[place]), more), len(further))
+    return key
+
+
+def _clip_keys_of_tables(tables: Sequence[SampleTable]) -> NDArray[np.int64]:
+    """A label of each sample's first recording, [N]."""
     known = pa.concat_arrays([table.texts["uri"][0] for table in tables])
     merged = known.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
     bases = np.cumsum([0, *(len(table.texts["uri"][0]) for table in tables)])
@@ -308,7 +349,7 @@ def _clip_numbers_of_tables(tables: Sequence[SampleTable]) -> NDArray[np.int64]:
         if not np.array_equal(first[key], seconds, equal_nan=True):
             codes = np.unique(seconds, return_inverse=True)[1]
             key = np.unique(key * (int(codes.max()) + 1) + codes, return_inverse=True)[1]
-    return _by_appearance(key)
+    return key
 
 
 def _by_appearance(key: NDArray[np.int64]) -> NDArray[np.int64]:

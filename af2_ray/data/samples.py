@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from af2_ray.audio.hear import Stretch
 from af2_ray.data.names import name_fault
-from af2_ray.text import AUDIO, normalise_text
+from af2_ray.text import AUDIO, Message, normalise_text, without_leading_markers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,11 @@ class Sample:
     def stretches(self) -> tuple[Stretch, ...]:
         """All recordings of the sample, in order."""
         return (self.stretch, *self.more_audio)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All questions and answers, in order."""
+        return (*self.history, Turn(self.prompt, self.answer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +190,31 @@ def conversation_of(text: str) -> dict[str, Any]:
         "history": tuple(Turn(*turn) for turn in turns),
         "more_audio": tuple(Stretch(*stretch) for stretch in audio),
     }
+
+
+def messages_of(sample: Sample) -> tuple[Message, ...]:
+    """A sample as the messages of a conversation; the last one is its answer.
+
+    Markers at the beginning of a prompt are where those of a message come anyway, so its text goes without them; only a
+    single turn about one recording keeps its prompt as it is written, white space behind a marker included.
+
+    Raises:
+        ValueError: its prompts place other than one `<audio>` marker a recording.
+    """
+    turns = sample.turns
+    counts = [count_markers(turn.prompt) for turn in turns]
+    num = len(sample.stretches)
+    if not any(counts):
+        counts[0] = num
+    elif sum(counts) != num:
+        raise ValueError(f"{sample.id}: the prompts have {sum(counts)} {AUDIO} markers for {num} audios: one each")
+    if sample.history or sample.more_audio:
+        turns = tuple(replace(turn, prompt=without_leading_markers(turn.prompt)) for turn in turns)
+    return tuple(
+        message
+        for turn, count in zip(turns, counts, strict=True)
+        for message in (Message("user", turn.prompt, count), Message("assistant", turn.answer))
+    )
 
 
 def measured_stretch(stretch: Stretch, known: Mapping[str, float]) -> Stretch:

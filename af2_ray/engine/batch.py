@@ -24,35 +24,59 @@ from af2_ray.audio.decode import AudioError
 from af2_ray.audio.hear import Stretch, hear
 from af2_ray.cluster import Actors, map_on_ray, own_device
 from af2_ray.config import Serve
-from af2_ray.data.samples import Sample, check_samples
+from af2_ray.data.samples import Sample, check_samples, messages_of
 from af2_ray.engine.engine import Engine
 from af2_ray.engine.request import Answer, Clip, Event, Request, RequestFailure
 from af2_ray.storage.places import locate, open_text, write_text
 from af2_ray.storage.stores import version_of
+from af2_ray.text import CHAT_TEMPLATE, TEMPLATE_FILE, Message, known_template
 
 logger = logging.getLogger(__name__)
 
 REFUSED, FAILED = "refused", "failed"  # reasons of results
 _AHEAD = 16  # clips that may be decoded before the engine takes them, up to 10 MB each
 _OFFLINE_TIMEOUT_S = 86_400.0  # nobody waits at the other end
+_Decoded = tuple[tuple[Clip, ...], AudioError | None]  # the clips up to the first that cannot be read
 Row = dict[str, Any]
 """What is written of a question: `index`, `id`, `uri`, `prompt`, and `answer` with its counts, or `error`."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a stretch of audio, by its place among others."""
+    """A question about a stretch of audio or several, by its place among others; `history` is what was said before."""
 
     index: int
     id: str
     stretch: Stretch
     prompt: str
+    more_audio: tuple[Stretch, ...] = ()
+    history: tuple[Message, ...] = ()
+
+    @classmethod
+    def of(cls, index: int, sample: Sample) -> Question:
+        """The last question of a sample, after its history, about all its recordings."""
+        *history, asked, _ = messages_of(sample)
+        return cls(index, sample.id, sample.stretch, asked.text, sample.more_audio, tuple(history))
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """All recordings, in order."""
+        return (self.stretch, *self.more_audio)
 
     @property
     def clip_key(self) -> str:
-        """The stretch, as the engine keeps it."""
-        uri, offset_s, duration_s = self.stretch.uri, self.stretch.offset_s, self.stretch.duration_s
-        return hashlib.sha256(f"{uri}@{offset_s}+{duration_s}".encode()).hexdigest()
+        """All that is heard, in one word; of one stretch the key under which the engine keeps it."""
+        keys = [_key(stretch) for stretch in self.stretches]
+        return keys[0] if len(keys) == 1 else hashlib.sha256(" ".join(keys).encode()).hexdigest()
+
+    def num_windows(self, max_windows: int) -> int:
+        """Windows of all recordings, of each `max_windows` at most."""
+        return sum(stretch.num_windows(max_windows) for stretch in self.stretches)
+
+
+def _key(stretch: Stretch) -> str:
+    """A stretch, as the engine keeps it."""
+    return hashlib.sha256(f"{stretch.uri}@{stretch.offset_s}+{stretch.duration_s}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,7 @@ class Result:
         reason: short and stable; `refused` where the engine does not take the question, `failed` where the model could
             not answer it; else a reason of `audio.decode.AudioError` or `samples.check_samples`.
         detail: explanation, for reading.
+        recording: place, among the question's, of the recording that cannot be read.
     """
 
     question: Question
@@ -86,6 +111,7 @@ class Result:
     finish_reason: str = ""
     reason: str = ""
     detail: str = ""
+    recording: int = 0
 
     def to_row(self) -> Row:
         """The result as it is written."""
@@ -101,19 +127,20 @@ class Result:
 def questions_of(
     samples: Sequence[Sample], question: str | None = None, unread: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[list[Question], list[Result]]:
-    """The questions of samples (or one question for all), and results of those that cannot be asked.
+    """The last questions of samples (or one for all, without their history), and results of those that cannot be asked.
 
     An answer is not needed: the samples of a manifest to be labelled have none. `unread` is as in `check_samples`.
     """
-    indexed = [replace(sample, prompt=question or sample.prompt, answer="to come") for sample in samples]
+    indexed = [replace(sample, answer="to come") for sample in samples]
+    if question:
+        indexed = [replace(sample, prompt=question, history=()) for sample in indexed]
     reasons = {id(sample): reason for sample, reason in check_samples(indexed, unread)[1]}
     questions, refused = [], []
     for index, sample in enumerate(indexed):
-        one = Question(index, sample.id, sample.stretch, sample.prompt)
         if reason := reasons.get(id(sample)):
-            refused.append(Result(one, reason=reason))
+            refused.append(Result(Question(index, sample.id, sample.stretch, sample.prompt), reason=reason))
         else:
-            questions.append(one)
+            questions.append(Question.of(index, sample))
     return questions, refused
 
 
@@ -121,7 +148,7 @@ def plan_chunks(questions: Sequence[Question], size: int, max_windows: int) -> l
     """Chunks of about `size` questions, longest clips first; questions about one clip stay together."""
     clips: dict[tuple[int, str], list[Question]] = {}
     for one in questions:
-        clips.setdefault((-one.stretch.num_windows(max_windows), one.clip_key), []).append(one)
+        clips.setdefault((-one.num_windows(max_windows), one.clip_key), []).append(one)
     chunks: list[list[Question]] = [[]]
     for key in sorted(clips):
         if len(chunks[-1]) >= size:
@@ -146,9 +173,9 @@ def offline(settings: Serve, limits: AnswerLimits) -> Serve:
 def answer_all(
     engine: Engine, questions: Sequence[Question], limits: AnswerLimits, *, num_threads: int = 2
 ) -> list[Result]:
-    """Greedy answers, in the order of `questions`; each clip is decoded and encoded once."""
+    """Greedy answers, in the order of `questions`; a clip is encoded once, and decoded once for all about it alone."""
     results: dict[int, Result] = {}
-    clips = {one.clip_key: one.stretch for one in questions}
+    heard = {one.clip_key: one.stretches for one in questions}
 
     def listen(place: int, event: Event) -> None:
         one = questions[place]
@@ -161,7 +188,9 @@ def answer_all(
     for place, one in enumerate(questions):
         places.setdefault(one.clip_key, []).append(place)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
-        coming = _ahead(pool, ((key, partial(_read, key, stretch, limits)) for key, stretch in clips.items()), _AHEAD)
+        coming = _ahead(
+            pool, ((key, partial(_read_all, stretches, limits)) for key, stretches in heard.items()), _AHEAD
+        )
         done = False
         while not done or engine.num_waiting or engine.num_running:
             while not done and engine.num_waiting < engine.settings.num_slots:
@@ -169,16 +198,28 @@ def answer_all(
                 if found is None:
                     done = True
                     break
-                key, clip = found
+                key, (clips, error) = found
                 for place in places[key]:
                     one = questions[place]
-                    if isinstance(clip, AudioError):
-                        results[place] = Result(one, reason=clip.reason, detail=clip.detail)
+                    if error is not None:
+                        results[place] = Result(one, reason=error.reason, detail=error.detail, recording=len(clips))
                     else:
-                        request = Request(one.prompt, (clip,), max_new_tokens=limits.max_new_tokens, id=one.id)
+                        most = limits.max_new_tokens
+                        request = Request(one.prompt, clips, history=one.history, max_new_tokens=most, id=one.id)
                         engine.submit(request, partial(listen, place))
             engine.step()
     return [results[place] for place in range(len(questions))]
+
+
+def _read_all(stretches: Sequence[Stretch], limits: AnswerLimits) -> _Decoded:
+    """The clips of stretches, and what is wrong with the first that cannot be read."""
+    clips: list[Clip] = []
+    for stretch in stretches:
+        found = _read(_key(stretch), stretch, limits)
+        if isinstance(found, AudioError):
+            return tuple(clips), found
+        clips.append(found)
+    return tuple(clips), None
 
 
 def _read(key: str, stretch: Stretch, limits: AnswerLimits) -> Clip | AudioError:
@@ -190,10 +231,10 @@ def _read(key: str, stretch: Stretch, limits: AnswerLimits) -> Clip | AudioError
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, calls: Iterable[tuple[str, Callable[[], Clip | AudioError]]], num: int
-) -> Iterator[tuple[str, Clip | AudioError]]:
+    pool: ThreadPoolExecutor, calls: Iterable[tuple[str, Callable[[], _Decoded]]], num: int
+) -> Iterator[tuple[str, _Decoded]]:
     """Results of `calls` in order, at most `num` of them being made or waiting."""
-    running: list[tuple[str, Future[Clip | AudioError]]] = []
+    running: list[tuple[str, Future[_Decoded]]] = []
     for key, call in calls:
         running.append((key, pool.submit(call)))
         if len(running) >= num:
@@ -215,14 +256,18 @@ class Answerer:
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
         """Answer the chunk of a row: `chunk` (its number) and `questions` (JSON), to `chunk` and `results` (JSON)."""
-        questions = [_question(**facts) for facts in json.loads(row["questions"])]
+        questions = [_question(facts) for facts in json.loads(row["questions"])]
         results = answer_all(self._engine, questions, self._limits)
         facts = [{key: value for key, value in asdict(result).items() if key != "question"} for result in results]
         return {"chunk": row["chunk"], "results": json.dumps(facts)}
 
 
-def _question(index: int, id: str, stretch: Mapping[str, Any], prompt: str) -> Question:
-    return Question(index, id, Stretch(**stretch), prompt)
+def _question(facts: Mapping[str, Any]) -> Question:
+    """Inverse of `dataclasses.asdict`."""
+    more_audio = tuple(Stretch(**stretch) for stretch in facts["more_audio"])
+    history = tuple(Message(**message) for message in facts["history"])
+    stretch = Stretch(**facts["stretch"])
+    return Question(**{**facts, "stretch": stretch, "more_audio": more_audio, "history": history})
 
 
 def answer_on_ray(
@@ -267,6 +312,9 @@ def model_facts(model: str) -> dict[str, Any]:
     files = {str(found["name"]).rsplit("/", 1)[-1]: found for found in fs.ls(path, detail=True)}
     kept = {name: found for name, found in sorted(files.items()) if name.endswith((".json", ".safetensors"))}
     version = [(name, version_of(found)) for name, found in kept.items()]
+    if TEMPLATE_FILE in files:
+        template = known_template(fs.cat_file(f"{path}/{TEMPLATE_FILE}").decode())
+        version += [] if template == CHAT_TEMPLATE else [(TEMPLATE_FILE, template)]
     mark = hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]
     return {"version": mark, "max_windows": json.loads(fs.cat_file(f"{path}/config.json")).get("max_windows")}
 

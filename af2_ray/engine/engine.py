@@ -41,7 +41,7 @@ from af2_ray.engine.turns import in_turn, owners_of
 from af2_ray.engine.warm import warm_up
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.models.parts import Base
-from af2_ray.text import END_OF_CHUNK, encode
+from af2_ray.text import END_OF_CHUNK, encode_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class Engine:
             return RequestFailure(f"max_new_tokens={request.max_new_tokens} is not within 1 to {limit}", by_caller=True)
         limit = min(self.settings.max_prompt_tokens, self._positions - 1)
         try:
-            text = encode(self.tokenizer, [request.prompt], max_tokens=limit, num_audios=len(request.clips))
+            text = encode_conversations(self.tokenizer, [request.messages], max_tokens=limit)
         except ValueError as error:
             return RequestFailure(str(error), by_caller=True)
         if text.num_truncated:

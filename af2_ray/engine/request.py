@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from af2_ray.audio.windows import WINDOW_S, WINDOW_SAMPLES
+from af2_ray.text import Message
 
 FinishReason = Literal["stop", "length"]
 
@@ -49,10 +50,13 @@ class Clip:
 
 @dataclass(frozen=True)
 class Request:
-    """One question of any number of clips, checked."""
+    """One question of any number of clips, checked; the last of a conversation where it has a history."""
 
     prompt: str
     clips: tuple[Clip, ...] = ()
+    """All recordings, those of earlier messages first."""
+    history: tuple[Message, ...] = ()
+    """Messages before the prompt, in order; how many of the clips came with each, they say."""
     truncated: bool = False
     """Whether only the beginning of a recording is here, as asked for."""
     max_new_tokens: int = 256
@@ -68,6 +72,12 @@ class Request:
     id: str = ""
     owner: str = ""
     """Who asks, by whom the engine takes turns; empty: anybody."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation, the prompt as its last message."""
+        num_before = sum(message.num_audios for message in self.history)
+        return (*self.history, Message("user", self.prompt, len(self.clips) - num_before))
 
     @property
     def audio_s(self) -> float:

@@ -55,7 +55,8 @@ def _pick(samples: Sequence[Sample], index: int, pool: Sequence[int]) -> int | N
     partner = None
     for other in (*pool[start:], *pool[:start]):
         sample = samples[other]
-        if sample.stretch == asked.stretch or normalise_answer(sample.answer) == normalise_answer(asked.answer):
+        hears_it = not set(asked.stretches).isdisjoint(sample.stretches)
+        if hears_it or normalise_answer(sample.answer) == normalise_answer(asked.answer):
             continue
         if asked.pair and sample.pair == asked.pair:
             partner = other

@@ -1,6 +1,7 @@
 """Answers of an exported model to many questions, by the engine that serves it: what is scored is what users get.
 
-For the deaf control a question is asked again over another clip: one more request. Clips are encoded once, whatever the
+For the deaf control a question is asked again over another clip: one more request. Of a conversation the last question
+is asked, after the questions and answers before it as the sample has them. Clips are encoded once, whatever the
 number of questions over them. As when serving, a GPU answers in bf16 and a CPU in fp32 (`Engine.from_pretrained`).
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +73,15 @@ def predict(
     questions = []
     for index, sample in enumerate(samples):
         if id(sample) in usable:
-            questions.append(Question(index, sample.id, sample.stretch, sample.prompt))
+            questions.append(Question.of(index, sample))
             if index in deaf_of and id(samples[deaf_of[index]]) in usable:
-                other = samples[deaf_of[index]].stretch
-                questions.append(Question(index + len(samples), f"{sample.id} over another clip", other, sample.prompt))
-    log.info("%d questions over %d clips", len(good), len({one.stretch for one in questions}))
+                questions.append(_deaf(questions[-1], samples[deaf_of[index]], index + len(samples)))
+    log.info("%d questions over %d clips", len(good), len({part for one in questions for part in one.stretches}))
     answers: dict[int, str] = {}
     unread: dict[Any, Failure] = {}
     for result in _answered(model_dir, questions, evaluation, cluster):
         question = result.question
-        stretch = question.stretch
+        stretch = question.stretches[result.recording]
         if result.answer is not None:
             answers[question.index] = result.answer.strip()
         elif result.reason == FAILED:
@@ -96,6 +98,13 @@ def predict(
             deaf_uri = samples[deaf_of[index]].uri if deaf is not None else None
             predictions.append(Prediction(sample, answers[index], deaf, deaf_uri))
     return predictions, failures + list(unread.values())
+
+
+def _deaf(question: Question, other: Sample, index: int) -> Question:
+    """The same question, after the same history, over another sample's recordings, by turns where it has fewer."""
+    first, *more = (part for part, _ in zip(cycle(other.stretches), question.stretches, strict=False))
+    name = f"{question.id} over another clip"
+    return replace(question, index=index, id=name, stretch=first, more_audio=tuple(more))
 
 
 def answer_one(

@@ -23,6 +23,7 @@ class Rectangle:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = tuple(lengths)
         self.shape = len(lengths), max(lengths)
         self._moves: tuple[Tensor, Tensor] | None = None
         if min(lengths) == max(lengths):  # they are a rectangle as they stand
@@ -86,6 +87,8 @@ class Heard:
         tokens: mask of the real audio tokens, bool [B, K, A].
         markers: number of `<audio>` markers at or before each text token, [B, T].
         first: whether the cache, if any, has seen none of this text yet.
+        ordinals: number, from 1, of the row's audio that a token is of, [B, A], where a row's audios stand end to end
+            as one (`end_to_end`); none: the place of the audio, K, says it.
     """
 
     states: AudioStates | None
@@ -93,6 +96,48 @@ class Heard:
     tokens: Tensor
     markers: Tensor
     first: bool
+    ordinals: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, states: AudioStates, audio_index: Tensor | None, markers: Tensor, *, is_known: bool, is_kept: bool
+    ) -> Heard:
+        """What text hears that is read for the first time, and kept in a cache or not.
+
+        `is_known`: `audio_index` is known to fit clips and markers; else a ValueError says what does not.
+        """
+        joined = None if is_kept or audio_index is None else end_to_end(states, audio_index)
+        audio_index = checked_index(audio_index, len(states), markers, is_known=is_known)
+        if joined is not None:
+            rows, ordinals = joined
+            return cls(rows, None, rows.mask[:, None], markers, True, ordinals)
+        if audio_index is None:
+            return cls(states, None, states.mask[:, None], markers, True)
+        tokens = states.mask[audio_index.clamp(min=0)] & (audio_index >= 0)[..., None]
+        return cls(states, audio_index, tokens, markers, True)
+
+
+def end_to_end(states: AudioStates, audio_index: Tensor) -> tuple[AudioStates, Tensor] | None:
+    """The audios of each row end to end as one clip, and which of them each token is of, [B, A].
+
+    Rows that hear one audio and rows that hear several then share a rectangle as wide as the row of the most tokens,
+    not as the longest audio times the most audios. None where there is one a row, where rows do not hear each clip
+    once, in order, and where the index [B, K] is not on the host.
+    """
+    if audio_index.dim() != 2 or audio_index.shape[1] == 1 or audio_index.device.type != "cpu":
+        return None
+    is_there = audio_index >= 0
+    if not torch.equal(audio_index[is_there], torch.arange(len(states))):
+        return None
+    packed, rectangle = states.pack()
+    lengths = torch.zeros(audio_index.shape, dtype=torch.long)
+    lengths[is_there] = torch.tensor(rectangle.lengths)
+    rows = AudioStates.of_packed(packed, lengths.sum(dim=1).tolist())
+    ordinals = torch.zeros(rows.mask.shape, dtype=torch.long)
+    columns = torch.arange(1, audio_index.shape[1] + 1)
+    for row, counts in enumerate(lengths):
+        ordinals[row, : int(counts.sum())] = columns.repeat_interleave(counts)
+    return rows, to_device(ordinals, packed.device)
 
 
 def checked_index(

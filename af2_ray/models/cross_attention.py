@@ -104,9 +104,13 @@ class AudioContext:
     def of(cls, heard: Heard, dtype: torch.dtype, cache: AudioCache | None) -> AudioContext:
         """Each text token attends to every audio whose `<audio>` marker is at or before it."""
         tokens = heard.tokens
-        ordinals = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        visible = (heard.markers[..., None] >= ordinals) & tokens.any(dim=2)[:, None, :]  # [B, T, K]
-        mask = (visible[..., None] & tokens[:, None]).flatten(2)[:, None]  # [B, 1, T, K * A]
+        if heard.ordinals is None:
+            ordinals = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            visible = (heard.markers[..., None] >= ordinals) & tokens.any(dim=2)[:, None, :]  # [B, T, K]
+            mask = (visible[..., None] & tokens[:, None]).flatten(2)[:, None]  # [B, 1, T, K * A]
+        else:
+            visible = (heard.markers[..., None] >= heard.ordinals[:, None]) & tokens  # [B, T, A], of one clip a row
+            mask = visible[:, None]
         penalty = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
         packed, rectangle = heard.states.pack() if heard.states is not None and heard.first else (None, None)
         clips = None if heard.audio_index is None else heard.audio_index.clamp(min=0)

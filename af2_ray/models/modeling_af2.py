@@ -23,12 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from af2_ray.models.audio_states import AudioStates, Heard, checked_index
+from af2_ray.models.audio_states import AudioStates, Heard
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.cross_attention import AudioCache, AudioContext, GatedCrossAttention, GatedDecoderLayer
 from af2_ray.models.htsat import AudioTower
 from af2_ray.models.norms import fuse_norms
-from af2_ray.models.packed_text import see_themselves, text_numbers
+from af2_ray.models.packed_text import count_markers, see_themselves, text_numbers
 from af2_ray.models.prefix import PrefixFusion
 from af2_ray.models.transform import AudioTransform
 from af2_ray.text import IGNORE, SPECIAL_TOKENS
@@ -195,27 +195,20 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Heard | None:
         """What each row hears and where its `<audio>` markers are, from the arguments or the cache. None: no audio.
 
-        `numbers` [B, T] are those of texts end to end, each with one marker: it counts from its own text on.
+        `numbers` [B, T] are those of texts end to end, of which each has markers of its own.
         `is_known`: `audio_index` is known to fit clips and markers.
         """
-        tokens = None if cache is None else cache.tokens_heard
-        markers = (input_ids == self.config.audio_token_id).cumsum(dim=1)
-        if numbers is not None:
-            markers = markers - (numbers - 1).clamp(min=0)
-        if tokens is None:
+        markers = count_markers(input_ids == self.config.audio_token_id, numbers)
+        if cache is None or cache.tokens_heard is None:
             if states is None:
                 return None
-            audio_index = checked_index(audio_index, len(states), markers, is_known=is_known)
-            if audio_index is None:
-                tokens = states.mask[:, None, :]
-            else:
-                tokens = states.mask[audio_index.clamp(min=0)] & (audio_index >= 0)[..., None]
-        elif cache is not None and cache.markers is not None:
-            markers = markers + cache.markers[:, None]
-        first = cache is None or cache.tokens_heard is None
+            heard = Heard.of(states, audio_index, markers, is_known=is_known, is_kept=cache is not None)
+        else:
+            markers = markers if cache.markers is None else markers + cache.markers[:, None]
+            heard = Heard(states, audio_index, cache.tokens_heard, markers, first=False)
         if cache is not None:
-            cache.tokens_heard, cache.markers = tokens, markers[:, -1]
-        return Heard(states, audio_index, tokens, markers, first)
+            cache.tokens_heard, cache.markers = heard.tokens, markers[:, -1]
+        return heard
 
     def _states(
         self,
@@ -297,7 +290,7 @@ class AudioFlamingo2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ids of the text, [B, T], each row with one `<audio>` marker an audio, in order.
             attention_mask: mask of the text, [B, T], 1 where it is real, padding on either side. Texts end to end in a
-                row are numbered 1, 2 ...: each hears the row's one audio and sees itself alone.
+                row are numbered 1, 2 ...: each has its own markers, hears the row's audios by them and sees itself.
             waveforms: windows of all clips, int16 or float in [-1, 1], [S, 160000].
             windows_per_clip: windows of each clip, [C], S in all.
             audio_index: clips of each row's audios, [B, K], -1 for none; left out, row b hears clip b.

@@ -1,8 +1,8 @@
 """Several texts end to end in one row (sequence packing), each as if it had a row of its own.
 
-Questions about one clip share its row: the clip's keys and values are handed to the text once instead of once a
-question, and questions of unlike length pad nothing. The price is a mask [B, 1, N, N] in place of causal attention's
-short cut, a few per mille of a row's cost at the lengths of questions.
+Questions about one clip (or the same several) share its row: the clip's keys and values are handed to the text once
+instead of once a question, and questions of unlike length pad nothing. The price is a mask [B, 1, N, N] in place of
+causal attention's short cut, a few per mille of a row's cost at the lengths of questions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 
@@ -31,6 +32,21 @@ def text_numbers(attention_mask: Tensor | None, config: Any, texts_per_row: int 
     if is_flash:
         raise ValueError("flash attention cannot part texts that stand end to end: use attn_implementation='sdpa'")
     return attention_mask
+
+
+def count_markers(is_marker: Tensor, numbers: Tensor | None) -> Tensor:
+    """Number of `<audio>` markers at or before each position, [B, T]; of texts end to end each counts its own.
+
+    Args:
+        is_marker: mask of the markers, bool [B, T].
+        numbers: numbers of the texts, [B, T], 0 at padding, which goes on with the text before it; none: one a row.
+    """
+    markers = is_marker.cumsum(dim=1)
+    if numbers is None:
+        return markers
+    begins = (numbers != 0) & (numbers != nnf.pad(numbers[:, :-1], (1, 0)))
+    before = (markers - is_marker.long()).masked_fill(~begins, 0).cummax(dim=1).values
+    return markers - before
 
 
 def see_themselves(numbers: Tensor, num_prefix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

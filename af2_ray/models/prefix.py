@@ -16,7 +16,10 @@ from af2_ray.models.cross_attention import AudioCache
 
 
 class PrefixFusion(nn.Module):
-    """Projects audio states to LM embeddings and puts them before the text; every text token hears all of its row."""
+    """Projects audio states to LM embeddings and puts them before the text.
+
+    Every text token hears all of its row, recordings that come with later questions too.
+    """
 
     def __init__(self, audio_width: int, text_width: int) -> None:
         super().__init__()

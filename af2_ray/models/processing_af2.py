@@ -24,22 +24,9 @@ from transformers import (
 
 from af2_ray.audio.windows import SAMPLE_RATE, ShortClips, num_windows, to_windows
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
-from af2_ray.text import AUDIO, SEP, encode
+from af2_ray.text import AUDIO, CHAT_TEMPLATE, SEP, Message, encode, encode_conversations, template_of
 
 logger = logging.getLogger(__name__)
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.content is string -%}{{ message.content | trim | lower }}"
-    "{%- else -%}"
-    "{%- for part in message.content if part.type in ['audio', 'input_audio'] -%}<audio>{%- endfor -%}"
-    "{%- for part in message.content if part.type == 'text' -%}"
-    "{{ part.text | trim | lower }}{%- if not loop.last %} {% endif -%}{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- if message.role == 'assistant' -%}<|endofchunk|>{{ eos_token }}{%- else -%}<SEP>{%- endif -%}"
-    "{%- endfor -%}"
-)
-"""A conversation as the model was trained: audio markers, question, `<SEP>`, answer, `<|endofchunk|>`, end of text."""
 
 AudioInput = NDArray[np.floating]
 _ANY_LENGTH = 2**30
@@ -127,8 +114,9 @@ class AudioFlamingo2Processor(ProcessorMixin):
     ) -> BatchFeature:
         """Inputs of B questions: one array each, a list of arrays each (several audios, or an empty one), or no audio.
 
-        Prompts are padded on the left for generation; with `answers` on the right, and `labels` are given. What
-        `apply_chat_template` has written (it ends in `<SEP>`) is taken as it is, audio as one list over all prompts.
+        Prompts are padded on the left for generation; with `answers` on the right, and `labels` are given. They are
+        written by the chat template, a system prompt of its own included. What `apply_chat_template` has written
+        (it has a `<SEP>`) is taken as it is, audio as one list over all prompts.
 
         Args:
             max_tokens: tokens of the longest text: one with its answer is cut there, a prompt alone is an error; none:
@@ -139,21 +127,24 @@ class AudioFlamingo2Processor(ProcessorMixin):
         if images or videos or return_tensors not in (None, "pt") or not padding:
             raise ValueError("the model takes text and audio, and gives padded torch tensors: leave the others out")
         prompts = [text] if isinstance(text, str) else list(text)
-        formatted = bool(prompts) and all(prompt.endswith(SEP) for prompt in prompts)
+        formatted = bool(prompts) and all(SEP in prompt for prompt in prompts)
         clips = _clips_of(prompts, audio, formatted=formatted)
         counts = [len(row) for row in clips]
         side: Literal["left", "right"] = "left" if answers is None else "right"
         if max_tokens is None:
             max_tokens = _ANY_LENGTH if answers is None else self.max_text_tokens
-        batch = encode(
-            self.tokenizer,
-            prompts,
-            answers,
-            max_tokens=max_tokens,
-            num_audios=counts,
-            padding_side=side,
-            formatted=formatted,
-        )
+        if formatted:
+            batch = encode(
+                self.tokenizer, prompts, answers, max_tokens=max_tokens, padding_side=side, formatted=formatted
+            )
+        else:
+            turns = [[Message("user", prompt, count)] for prompt, count in zip(prompts, counts, strict=True)]
+            if answers is not None:
+                pairs = zip(turns, answers, strict=True)
+                turns = [[*turn, Message("assistant", answer)] for turn, answer in pairs]
+            batch = encode_conversations(
+                self.tokenizer, turns, max_tokens=max_tokens, padding_side=side, template=template_of(self)
+            )
         if batch.num_truncated and answers is None:
             raise ValueError(f"a prompt is over {max_tokens} tokens, which leaves no room for an answer: shorten it")
         data = {name: torch.from_numpy(getattr(batch, name)) for name in ("input_ids", "attention_mask")}

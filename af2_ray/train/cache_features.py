@@ -131,7 +131,8 @@ def make_encoding(
 def entries_of(plan: Plan[Sample], max_windows: int) -> list[CacheEntry]:
     """The distinct stretches that a plan hears, with the present stamps of their files."""
     places = np.unique(plan.entries[plan.clip_starts[:-1]])
-    heard = list(dict.fromkeys(plan.items[place].stretch.first(max_windows) for place in places.tolist()))
+    samples = (plan.items[place] for place in places.tolist())
+    heard = list(dict.fromkeys(part.first(max_windows) for sample in samples for part in sample.stretches))
     uris = list(dict.fromkeys(stretch.uri for stretch in heard))
     stamp = dict(zip(uris, stamps(uris), strict=True))
     return [CacheEntry(stretch, stamp[stretch.uri]) for stretch in heard]

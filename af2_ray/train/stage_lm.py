@@ -30,7 +30,7 @@ from af2_ray.config import LanguageModelPretrain, LanguageModelSettings, Optimiz
 from af2_ray.machine import usable_cpus
 from af2_ray.models.from_recipe import small_lm_config
 from af2_ray.storage.places import open_text
-from af2_ray.text import IGNORE, add_special_tokens, encode, train_tokenizer
+from af2_ray.text import AUDIO, IGNORE, add_special_tokens, encode, normalise_text, train_tokenizer
 from af2_ray.train.optim import MuonAdamW, schedule
 from af2_ray.train.precision import Precision, autocast
 
@@ -195,7 +195,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
 
 def _encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_tokens: int) -> tuple[Tensor, ...]:
     """Ids, mask, and where the answers are, [N, T] each; lengths [N]."""
-    text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_tokens)
+    num_audios = [normalise_text(prompt).count(AUDIO) or 1 for prompt, _ in pairs]
+    text = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs], max_tokens=max_tokens, num_audios=num_audios)
     ids, mask, labels = (torch.from_numpy(part) for part in (text.input_ids, text.attention_mask, text.labels))
     return ids, mask, labels != IGNORE, mask.sum(1)
 

@@ -224,7 +224,7 @@ def prepare_language_model(run: Run, tracker: Tracker, watch: Watch = lambda *_:
     with watch("language model", folder, num_steps), replacing(folder / "model") as temporary:
         facts = prepare_lm(
             settings,
-            [(sample.prompt, sample.answer) for sample in samples],
+            [(turn.prompt, turn.answer) for sample in samples for turn in sample.turns],
             temporary,
             seed=run.recipe.seed,
             max_text_tokens=run.recipe.model.max_text_tokens,

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from af2_ray.models import modeling_af2
-from af2_ray.models.audio_states import AudioStates, Rectangle
+from af2_ray.models.audio_states import AudioStates, Rectangle, end_to_end
 from af2_ray.models.cross_attention import AudioContext, GatedCrossAttention
 
 
@@ -103,3 +103,14 @@ def test_a_mask_of_single_texts_that_is_known_gives_what_transformers_makes_of_i
     expected = model(ids, **given).logits
     monkeypatch.setattr(modeling_af2, "text_numbers", lambda mask, *args: mask)
     torch.testing.assert_close(model(ids, **given).logits[mask == 1], expected[mask == 1], atol=1e-5, rtol=1e-5)
+
+
+def test_audios_of_a_row_stand_end_to_end_where_each_is_heard_once_in_order() -> None:
+    packed = torch.arange(6.0)[:, None]
+    states = AudioStates.of_packed(packed, [1, 3, 2])
+    rows, ordinals = end_to_end(states, torch.tensor([[0, 1], [2, -1]])) or pytest.fail("they are in order")
+    assert rows.hidden[..., 0].tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
+    assert rows.mask.sum(dim=1).tolist() == [4, 2]
+    assert ordinals.tolist() == [[1, 2, 2, 2], [1, 1, 0, 0]]
+    for index in ([[0], [1], [2]], [[1, 0], [2, -1]], [[0, 1], [0, 2]], [[0, 1]]):
+        assert end_to_end(states, torch.tensor(index)) is None

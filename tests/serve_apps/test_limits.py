@@ -16,6 +16,7 @@ import serve_toy
 
 from af2_ray.config import Serve
 from af2_ray.engine.request import Clip, Request, RequestFailure
+from af2_ray.text import Message
 from serve_apps.clips import Clips, clip_key
 from serve_apps.decode_process import Recording, read_recording
 from serve_apps.fetch import Fetcher
@@ -134,7 +135,7 @@ def test_the_beginning_is_heard_where_that_is_asked_for() -> None:
     assert cut.clips[0].key != all_of_it.key
 
 
-def test_turns_are_joined_in_order() -> None:
+def test_turns_are_messages_in_order() -> None:
     turns = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [serve_toy.audio_part(serve_toy.wav()), {"type": "text", "text": "what?"}]},
@@ -142,7 +143,12 @@ def test_turns_are_joined_in_order() -> None:
         {"role": "user", "content": "how often?"},
     ]
     request = take({"model": "af2", "messages": turns})
-    assert request.prompt == "be brief\nwhat?\na bell\nhow often?"
+    assert request.prompt == "how often?"
+    assert request.history == (
+        Message("system", "be brief"),
+        Message("user", "what?", 1),
+        Message("assistant", "a bell"),
+    )
     assert len(request.clips) == 1
 
 

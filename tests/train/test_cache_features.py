@@ -17,17 +17,18 @@ import toy
 
 from af2_ray.audio.decode import AudioError
 from af2_ray.audio.hear import hear
-from af2_ray.config import DeepSpeedSettings, Stage
-from af2_ray.data.batching import Row
+from af2_ray.config import Budget, DeepSpeedSettings, Stage
+from af2_ray.data.batching import Row, plan_epoch, text_lengths, window_counts
 from af2_ray.data.collate import LmBatch, LmCollator
 from af2_ray.data.feature_store import CacheEntry, FeatureStore, entries_to_json, open_folder, stamps
-from af2_ray.data.samples import Sample
+from af2_ray.data.samples import Sample, Turn
 from af2_ray.text import AUDIO
 from af2_ray.train import precision
 from af2_ray.train.cache_features import (
     Encoding,
     FeatureEncoder,
     decode_row,
+    entries_of,
     load_tower,
     make_encoding,
     shards_of,
@@ -193,3 +194,68 @@ def test_a_stage_that_trains_the_tower_cannot_be_cached() -> None:
     assert Stage.model_validate({**stage, "trainable": ["xattn"]}).features == "cached"
     with pytest.raises(ValueError, match="cached needs a frozen tower"):
         Stage.model_validate({**stage, "trainable": ["xattn", "clap"]})
+
+
+def test_turns_conversations_and_several_recordings_train_together(
+    tmp_path: Path, start: Path, samples: list[Sample], tiny_tokenizer: Any
+) -> None:
+    """Answer tokens are counted, cached features give the loss of audio, and it falls."""
+    one, two, three = samples[:3]
+    turns = (Turn("which?", "a bell"), Turn("how often?", "twice"))
+    both = {"more_audio": (two.stretch,)}
+    blend = [
+        one,
+        replace(one, id="a conversation", prompt="is it loud?", answer="no", history=turns),
+        replace(one, id="two recordings", prompt="which is longer?", answer="the second", **both),
+        replace(one, id="the same two", history=turns[:1], prompt="why?", answer="it goes on", **both),
+        replace(
+            three,
+            id="one more with a later question",
+            history=(Turn("<audio>which?", "a bell"),),
+            prompt="<audio>and here?",
+            answer="a drum",
+            more_audio=(one.stretch,),
+        ),
+    ]
+    made = plan_epoch(
+        blend,
+        windows=window_counts(blend, MAX_WINDOWS),
+        text_lengths=text_lengths(tiny_tokenizer, blend),
+        budget=Budget(windows_per_row=9, text_tokens_per_row=999, questions_per_clip=4, step_batches=1),
+        seed=0,
+    )
+    encoding = make_encoding(start, tmp_path / "cache", "fp32", DeepSpeedSettings(), max_windows=MAX_WINDOWS)
+    entries = entries_of(made, MAX_WINDOWS)
+    assert {entry.stretch for entry in entries} == {s.stretch.first(MAX_WINDOWS) for s in (one, two, three)}
+    encoder = FeatureEncoder(encoding)
+    for shard in shards_of(entries, MAX_WINDOWS, windows_per_shard=3):
+        encoder(decode_row({"clips": entries_to_json(shard)}, MAX_WINDOWS))
+    store, lacking = FeatureStore.of(encoding.folder, entries)
+    assert lacking == []
+
+    task, first = LmTask(start, toy.stage()), tiny_tokenizer.convert_tokens_to_ids(AUDIO)
+    collator = LmCollator(tiny_tokenizer, max_windows=MAX_WINDOWS)
+    rows = [collator(row) for row in made.rows()]
+    cached = [replace(collator, source=store)(row) for row in made.rows()]
+    answers = [answer for s in blend for answer in (*(turn.answer for turn in s.history), s.answer)]
+    endings = 2 * len(answers)
+    wanted = sum(map(len, tiny_tokenizer(answers)["input_ids"])) + endings
+    small_rows = [as_small(row.tensors(), first) for row in rows]
+    assert sum(task.count(row) for row in small_rows) == wanted
+    assert sum(task.tokens(row) for row in small_rows) == made.stats.num_text_tokens
+    assert sum(int(row.windows_per_clip.sum()) for row in small_rows) == made.stats.num_windows
+    small_cached = [as_small(LmBatch.from_row(row.to_row()), first) for row in cached]
+    losses: dict[str, list[float]] = {}
+    for name, batches_ in (("audio", small_rows), ("cached", small_cached)):
+        model = task.build().train()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses[name] = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            parts = [task.loss(model, row, wanted) for row in batches_]
+            sum(parts, torch.zeros(())).backward()
+            optimizer.step()
+            losses[name].append(sum(float(part.detach()) for part in parts))
+    assert losses["cached"] == pytest.approx(losses["audio"], rel=1e-2)
+    assert losses["cached"][0] == pytest.approx(losses["audio"][0], abs=1e-5)
+    assert losses["audio"][-1] < losses["audio"][0] - 0.1
