@@ -43,12 +43,12 @@ from af2_ray.engine.request import Clip, Request
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.from_recipe import recipe_config
 from af2_ray.models.htsat import tower_config
+from af2_ray.models.lora import add_lora
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
 from af2_ray.models.random import random_model
 from af2_ray.text import add_special_tokens, train_tokenizer
 from af2_ray.train.costs import TOKENS_PER_WINDOW
 from af2_ray.train.deepspeed import checkpoint_activations
-from af2_ray.train.lora import add_lora
 from af2_ray.train.memory_probe import made_up_row
 from af2_ray.train.optim import freeze_except
 from af2_ray.train.task import LmTask

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from af2_ray.config import load_recipe
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.train import costs
+from af2_ray.train.memory_plan import StageMemory
 
 SMALL = 200e6  # parameters that a CPU trains in minutes
-FULL_GROUPS = ("clap", "transform", "xattn", "tokens")  # what `finetune-full` trains
-WORKING_GIB = 12.0  # activations of a row, CUDA's own, fragmentation
+UNKNOWN_GIB = 15.0  # memory of a GPU of which nothing is known: of 16 GB, the smallest that is rented
+OFFLOAD = "deepspeed.offload_optimizer=true"
+WAYS = (  # from the one that learns most to the one that takes least
+    ("finetune-full", (), "tower and fusion"),
+    ("finetune-lora", (), "adapters and fusion"),
+    ("finetune-lora", (OFFLOAD,), "adapters and fusion, the optimiser on the host,"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,33 +30,39 @@ class Choice:
 
 
 def choose(config: AudioFlamingo2Config, resources: Mapping[str, float], gpu_gib: float | None) -> Choice:
-    """The recipe for a model on a cluster or a machine.
+    """The recipe for a model on a cluster or a machine: the first of `WAYS` that fits, by the plan's arithmetic.
 
     Args:
         config: the model's configuration.
         resources: numbers of `CPU` and `GPU` (`cluster.prospect`).
-        gpu_gib: memory of one GPU; none: not known, then the smallest that is rented, 16 GiB.
+        gpu_gib: GiB of one GPU; none: not known, then the smallest that is rented.
     """
-    counts = costs.parameters(costs.meta_model(config))
-    total, trained = sum(counts.values()), sum(counts.get(group, 0) for group in FULL_GROUPS)
-    size = f"{total / 1e9:.1f} B" if total >= 1e9 else f"{total / 1e6:.1f} M"
+    total = sum(costs.parameters(costs.meta_model(config)).values())
+    size = f"{total / 1e9:.1f} B parameters" if total >= 1e9 else f"{total / 1e6:.1f} M parameters"
     num_gpus = int(resources.get("GPU", 0))
     if not num_gpus:
         if total <= SMALL:
-            return Choice("finetune", f"{size} parameters and no GPU: a small model, trained on the CPU")
-        return Choice("finetune-lora", f"{size} parameters and no GPU: adapters only, and many hours of CPU")
-    memory = gpu_gib or 16.0
-    full_gib = (2 * total + 16 * trained / num_gpus) / costs.GIB + WORKING_GIB
-    known = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''} of {memory:.0f} GiB"
-    needs = f"training tower and fusion takes about {full_gib:.0f} GiB each"
-    if full_gib <= memory:
-        workers = math.gcd(48, num_gpus) if 48 % num_gpus else num_gpus
-        return Choice("finetune-full", f"{size} parameters on {known}: {needs}", (f"cluster.num_workers={workers}",))
-    return Choice("finetune-lora", f"{size} parameters on {known}: {needs}, so adapters and fusion alone")
+            return Choice("finetune", f"{size} and no GPU: a small model, trained on the CPU")
+        return Choice("finetune-lora", f"{size} and no GPU: adapters and fusion alone, and many hours of CPU")
+    memory = UNKNOWN_GIB if gpu_gib is None else gpu_gib
+    known = f"{size} on {num_gpus} GPU{'s' if num_gpus > 1 else ''} of {memory:.0f} GiB"
+    reason = ""
+    for name, changes, what in WAYS:
+        recipe = load_recipe(name, changes)
+        (stage,) = recipe.stages
+        most = stage.budget.step_batches
+        workers = max(number for number in range(1, min(num_gpus, most) + 1) if most % number == 0)
+        needed = StageMemory(recipe, stage, config, gpus=workers).parts()["total"]
+        if needed <= memory:
+            reason += f"{what} take {needed:.0f} GiB of each"
+            return Choice(name, f"{known}: {reason}", (*changes, f"cluster.num_workers={workers}"))
+        reason += f"{what} would take {needed:.0f} GiB of each, "
+    reason += "and no recipe takes less: shorter rows (stages.finetune.budget.windows_per_row) may fit"
+    return Choice(WAYS[-1][0], f"{known}: {reason}", WAYS[-1][1])
 
 
 def gpu_memory_gib(resources: Mapping[str, float]) -> float | None:
-    """Memory of one GPU: by the type that Ray names, or of this machine's first; none where neither is known."""
+    """GiB of one GPU: by the type that Ray names, or of this machine's first; none where neither is known."""
     for name in resources:
         kind = name.removeprefix("accelerator_type:").lower() if name.startswith("accelerator_type:") else ""
         if kind in costs.MEMORY_GIB:

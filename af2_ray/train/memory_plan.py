@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from af2_ray.config import Optimizer, Recipe, Stage
 from af2_ray.config.read import merge
+from af2_ray.models.groups import group_of
+from af2_ray.models.lora import add_lora
 from af2_ray.train import costs
 from af2_ray.train.deepspeed import deepspeed_config
-from af2_ray.train.lora import add_lora
 from af2_ray.train.memory_probe import RowCost, Shape, largest_budget
-from af2_ray.train.optim import group_of
 
 CARD_GIB = {16: 15.0, 24: 22.0, 40: 39.4, 80: 79.1}
 """GiB that a card of so many GB has at least: T4, L4 and A10, A100, H100."""

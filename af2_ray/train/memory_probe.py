@@ -24,11 +24,11 @@ from af2_ray.audio.windows import WINDOW_SAMPLES
 from af2_ray.config import Recipe, Stage
 from af2_ray.data.collate import LmBatch
 from af2_ray.models.from_recipe import recipe_config
+from af2_ray.models.lora import add_lora
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration
 from af2_ray.text import IGNORE
 from af2_ray.train import costs
 from af2_ray.train.deepspeed import checkpoint_activations
-from af2_ray.train.lora import add_lora
 from af2_ray.train.optim import freeze_except
 from af2_ray.train.precision import autocast, resolve
 from af2_ray.train.task import LmTask

@@ -13,10 +13,10 @@ from af2_ray.config import DeepSpeedSettings, Lora, Recipe, Stage, load_recipe
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.from_recipe import recipe_config
 from af2_ray.models.htsat import tower_config
+from af2_ray.models.lora import add_lora
 from af2_ray.models.modeling_af2 import AudioFlamingo2ForConditionalGeneration as Model
 from af2_ray.train import costs
 from af2_ray.train.deepspeed import checkpoint_activations
-from af2_ray.train.lora import add_lora
 from af2_ray.train.memory_plan import CARD_GIB, StageMemory, ways, with_deepspeed
 from af2_ray.train.memory_probe import made_up_row
 from af2_ray.train.optim import freeze_except
