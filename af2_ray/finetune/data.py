@@ -20,6 +20,7 @@ from af2_ray.data.data_check import contents_of, longer_than, same_recordings, s
 from af2_ray.data.durations import fill_durations
 from af2_ray.data.manifest import read_samples
 from af2_ray.data.manifest_rows import write_samples
+from af2_ray.data.packing import Index
 from af2_ray.data.samples import Sample, check_samples
 from af2_ray.storage.places import shown
 
@@ -113,7 +114,15 @@ def read_parts(sources: Sources, *, seed: int = 0) -> Parts:
         read["replay"], held = hold_out(read["replay"], seed=seed)
         read["old_test"] = held[:MOST_OLD]
         remarks.append(f"no --old-test: {len(read['old_test'])} questions of held-out replay show what is forgotten")
-    return Parts(**read, set_aside=aside, remarks=tuple(remarks))
+    return Parts(
+        train=read["train"],
+        validation=read["validation"],
+        test=read["test"],
+        replay=read["replay"],
+        old_test=read["old_test"],
+        set_aside=aside,
+        remarks=tuple(remarks),
+    )
 
 
 def hold_out(samples: Sequence[Sample], share: float = HELD_OUT, *, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
@@ -138,16 +147,16 @@ def hold_out(samples: Sequence[Sample], share: float = HELD_OUT, *, seed: int = 
     return parts
 
 
-def check_lengths(parts: Parts, tokens_of: Mapping[str, Sequence[int]], *, max_tokens: int) -> None:
+def check_lengths(parts: Parts, tokens_of: Mapping[str, Index], *, max_tokens: int) -> None:
     """`ValueError` for training text that would be cut: the samples, their tokens, and the key to raise.
 
     Args:
-        tokens_of: tokens of each sample with its answer, by part.
+        tokens_of: tokens of each sample with its answer, by part, [N] each.
         max_tokens: the longest that is learned whole (`model.max_text_tokens`).
     """
     for name, counts in tokens_of.items():
         samples = getattr(parts, name)
-        long = [f"{samples[i].id} ({counts[i]})" for i in np.flatnonzero(np.asarray(counts) > max_tokens).tolist()]
+        long = [f"{samples[i].id} ({counts[i]})" for i in np.flatnonzero(counts > max_tokens).tolist()]
         if long:
             raise ValueError(
                 f"{name}: {len(long)} samples have more than {max_tokens} tokens with their answer: "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from af2_ray.cluster import prospect
 from af2_ray.config import Recipe, Stage, load_recipe
 from af2_ray.data.batching import plan_epoch, text_lengths, window_counts
+from af2_ray.data.packing import Index
 from af2_ray.data.samples import Sample
 from af2_ray.finetune.choice import Choice, choose, gpu_memory_gib
 from af2_ray.finetune.data import Parts, Sources, check_audio, check_lengths, read_parts, write_parts
@@ -135,7 +136,7 @@ def _filled(
     }
 
 
-def _steps_of(samples: Sequence[Sample], stage: Stage, lengths: Sequence[int], seed: int) -> int:
+def _steps_of(samples: Sequence[Sample], stage: Stage, lengths: Index, seed: int) -> int:
     """Optimiser steps of one epoch."""
     windows = window_counts(samples, stage.max_windows)
     return plan_epoch(samples, windows=windows, text_lengths=lengths, budget=stage.budget, seed=seed).num_steps

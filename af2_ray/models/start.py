@@ -22,7 +22,7 @@ from af2_ray.storage.files import DIGESTS, link
 from af2_ray.storage.places import is_remote, shown
 from af2_ray.storage.stores import local_model, model_folder
 from af2_ray.storage.weights import weights_digest
-from af2_ray.text import SPECIAL_TOKENS
+from af2_ray.text import SPECIAL_TOKENS, template_of
 
 _OF_ITS_EXPORT = (DIGESTS, "README.md")  # say what a folder was when it was written
 _DEFAULT_TOKENS = int(ModelSettings.model_fields["max_text_tokens"].default)
@@ -132,7 +132,7 @@ def adopt(folder: Path, config: AudioFlamingo2Config, target: Path) -> None:
     config.save_pretrained(target)
     extractor = AudioFlamingo2FeatureExtractor(config.max_windows)
     tokenizer = check_tokenizer(folder, config)
-    template, most = getattr(tokenizer, "chat_template", None), config.max_text_tokens or _DEFAULT_TOKENS
+    template, most = template_of(tokenizer), config.max_text_tokens or _DEFAULT_TOKENS
     AudioFlamingo2Processor(extractor, tokenizer, template, max_text_tokens=most).save_pretrained(target)
 
 

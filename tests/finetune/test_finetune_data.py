@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from af2_ray.audio.hear import Stretch
@@ -103,8 +104,8 @@ def test_long_answers_and_long_audio_are_named(clips: list[str], tmp_path: Path)
     samples[5] = sample(clips[2], 9, duration_s=25.0)
     parts = read_parts(Sources(manifest(tmp_path / "m.jsonl", samples)))
     with pytest.raises(ValueError, match=r"train: 1 samples have more than 96 tokens[\s\S]*model\.max_text"):
-        check_lengths(parts, {"train": [97] + [4] * (len(parts.train) - 1)}, max_tokens=96)
-    check_lengths(parts, {"train": [4] * len(parts.train)}, max_tokens=96)
+        check_lengths(parts, {"train": np.array([97] + [4] * (len(parts.train) - 1))}, max_tokens=96)
+    check_lengths(parts, {"train": np.full(len(parts.train), 4)}, max_tokens=96)
     with pytest.raises(ValueError, match=r"recordings have more than the 20 s[\s\S]*--cut-audio"):
         check_audio(parts, 2, cut=False)
     assert check_audio(parts, 2, cut=True).num_cut >= 1
