@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -71,6 +73,25 @@ def read_label_folder(uri: str, root: str | None, num_options: int = NUM_OPTIONS
     for remark in remarks:
         logger.warning("%s: %s", uri, remark)
     return SampleTable.from_samples(samples, remarks)
+
+
+def asked_again(samples: Sequence[Sample], times: int, num_options: int = NUM_OPTIONS) -> list[Sample]:
+    """Each question of a folder of labels `times` times in a row: as it is, then among other options in other places.
+
+    A clip that is asked several times is encoded once, so more questions cost a training little.
+    """
+    labels = sorted({sample.answer for sample in samples})
+    found = []
+    for sample in samples:
+        wrong = [label for label in labels if label != sample.answer]
+        found.append(sample)
+        for turn in range(1, times):
+            draw = np.random.default_rng(_number(f"{sample.id} {turn}"))
+            options = [wrong[place] for place in draw.permutation(len(wrong))[: num_options - 1]]
+            options.insert(int(draw.integers(len(options) + 1)), sample.answer)
+            again = replace(sample, id=f"{sample.id}#{turn + 1}", prompt=QUESTION + list_options(options))
+            found.append(replace(again, options=tuple(options)))
+    return found
 
 
 def _clips(uri: str) -> tuple[dict[str, list[str]], list[str]]:

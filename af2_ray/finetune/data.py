@@ -18,7 +18,8 @@ from af2_ray.audio.windows import WINDOW_S
 from af2_ray.config import Dataset
 from af2_ray.data.data_check import contents_of, longer_than, same_recordings, shorten
 from af2_ray.data.durations import fill_durations
-from af2_ray.data.manifest import read_samples
+from af2_ray.data.label_folders import asked_again
+from af2_ray.data.manifest import kind_of, read_samples
 from af2_ray.data.manifest_rows import write_samples
 from af2_ray.data.packing import Index
 from af2_ray.data.samples import Sample, check_samples
@@ -26,7 +27,9 @@ from af2_ray.storage.places import shown
 
 FEWEST_SAMPLES = 20
 HELD_OUT = 0.1  # share of the recordings that is held out where no validation is given
+FEWEST_HELD_OUT = 8  # recordings, as far as they are no more than a quarter
 MOST_HELD_OUT = 200  # recordings
+TIMES = 4  # questions about a training clip of a folder of labels
 MOST_OLD = 240  # questions of held-out replay that are asked before and after
 
 
@@ -114,6 +117,9 @@ def read_parts(sources: Sources, *, seed: int = 0) -> Parts:
         read["replay"], held = hold_out(read["replay"], seed=seed)
         read["old_test"] = held[:MOST_OLD]
         remarks.append(f"no --old-test: {len(read['old_test'])} questions of held-out replay show what is forgotten")
+    if all(kind_of(dataset.manifest) == "labels" for dataset in sources.train):
+        read["train"] = asked_again(read["train"], TIMES)
+        remarks.append(f"a folder of labels: each training clip is asked {TIMES} times, among other options")
     return Parts(
         train=read["train"],
         validation=read["validation"],
@@ -140,7 +146,8 @@ def hold_out(samples: Sequence[Sample], share: float = HELD_OUT, *, seed: int = 
             f"all {len(samples)} samples are of one recording ({shown(samples[0].uri)}), so none can be held out: give "
             "--validation with other recordings"
         )
-    held = set(order[: min(MOST_HELD_OUT, max(1, round(share * len(order))), len(order) - 1)])
+    fewest = max(1, min(FEWEST_HELD_OUT, len(order) // 4))
+    held = set(order[: min(MOST_HELD_OUT, max(fewest, round(share * len(order))))])
     parts: tuple[list[Sample], list[Sample]] = ([], [])
     for sample in samples:
         parts[groups[sample.uri] in held].append(sample)

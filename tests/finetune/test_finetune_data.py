@@ -65,7 +65,7 @@ def test_one_recording_cannot_be_parted() -> None:
 def test_what_is_not_given_is_held_out(clips: list[str], tmp_path: Path) -> None:
     samples = [sample(uri, number) for uri in clips for number in range(4)]
     parts = read_parts(Sources(manifest(tmp_path / "m.jsonl", samples)))
-    assert len(parts.train) == 44
+    assert len(parts.train) == 36
     assert parts.test == parts.validation
     assert len(parts.remarks) == 2
     written = write_parts(parts, str(tmp_path / "data"))
@@ -110,3 +110,16 @@ def test_long_answers_and_long_audio_are_named(clips: list[str], tmp_path: Path)
         check_audio(parts, 2, cut=False)
     assert check_audio(parts, 2, cut=True).num_cut >= 1
     assert check_audio(parts, 3, cut=False) == parts
+
+
+def test_clips_of_a_folder_of_labels_are_asked_several_times(tmp_path: Path, make_sound: MakeSound) -> None:
+    for label in range(6):
+        for number in range(6):
+            make_sound(f"sounds/label_{label}/{number}.flac", hz=200.0 + 50 * label + number)
+    parts = read_parts(Sources([Dataset(manifest=str(tmp_path / "sounds"))]))
+    assert len(parts.train) == 4 * 28
+    assert len(parts.validation) == 8
+    asked = [one for one in parts.train if one.uri == parts.train[0].uri]
+    assert len({one.id for one in asked}) == 4
+    assert len({one.options for one in asked}) > 1
+    assert all(one.answer in one.options and f"{one.options[0]} (B)" in one.prompt for one in asked)
