@@ -67,9 +67,11 @@ def test_base_and_part_are_the_whole_export(
 ) -> None:
     """Every file is the same, weights, configuration, processor and digests; what did not train is not in the part."""
     base = tuned.export_base(tmp_path / "base", tiny_tokenizer, dtype=base_type)
+    before = files(base)
     whole, part = tuned.stage(base, tmp_path / "stage", groups=groups, dtype=export_type)
     merge(base, part, tmp_path / "merged")
     assert_same_files(whole, tmp_path / "merged")
+    assert files(base) == before, "its files are mapped, and nothing is written to them"
     facts = read_facts(part)
     assert facts.groups == tuple(sorted(groups))
     own = load_file(f"{part}/{TRAINED}") if set(groups) != {"lora"} else {}
