@@ -8,6 +8,7 @@ same files serve `jobs/evaluate.py` afterwards.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,8 +212,18 @@ def _usable(name: str, datasets: Sequence[Dataset], aside: dict[str, Counter[str
         if not good:
             raise ValueError(f"{shown(dataset.manifest)}: no usable sample{_reasons(Counter(r for _, r in bad))}")
         aside.setdefault(name, Counter()).update(reason for _, reason in bad)
-        found += good
+        found += map(_absolute, good)
     return found
+
+
+def _absolute(sample: Sample) -> Sample:
+    """The sample with names that hold in every folder."""
+    more = tuple(replace(stretch, uri=_whole_name(stretch.uri)) for stretch in sample.more_audio)
+    return replace(sample, uri=_whole_name(sample.uri), more_audio=more)
+
+
+def _whole_name(uri: str) -> str:
+    return uri if "://" in uri else os.path.abspath(uri)
 
 
 def _check_apart(parts: Mapping[str, Sequence[Sample]]) -> None:

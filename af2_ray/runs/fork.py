@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from af2_ray.config import Recipe
-from af2_ray.models.start import settled
 from af2_ray.runs.run import Run, finished
 from af2_ray.storage.files import link, write_whole
 from af2_ray.storage.places import is_remote
@@ -30,7 +29,11 @@ def fork(recipe: Recipe, source: str | Path, root: str | Path) -> tuple[Run, lis
     Raises:
         ValueError: `source` is no run, or `root` holds one already.
     """
-    old, recipe = Run.load(source), settled(recipe)
+    old = Run.load(source)
+    if recipe.model.start is not None:
+        from af2_ray.models.start import settled  # loads torch, which a job's --help does without
+
+        recipe = settled(recipe)
     if is_remote(root) or old.uri is not None:
         raise ValueError("a fork links finished steps on one file system: give folders, not addresses of a store")
     target = Path(root).absolute()

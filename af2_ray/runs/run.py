@@ -38,7 +38,6 @@ from typing import Any
 
 from af2_ray.config import Recipe, load_recipe
 from af2_ray.data.quarantine import Quarantine
-from af2_ray.models.start import settled
 from af2_ray.storage.files import (
     Damaged,
     check_seal,
@@ -91,7 +90,10 @@ class Run:
         allow(recipe.access.schemes, parents=recipe.access.parents)
         if is_remote(place):
             _check_features(recipe, place)
-        recipe = settled(recipe)
+        if recipe.model.start is not None:
+            from af2_ray.models.start import settled  # loads torch, which a job's --help does without
+
+            recipe = settled(recipe)
         path, uri, kept = _working_copy(place)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, recipe, uri, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_recordings_that_are_heard_together_stay_together() -> None:
     heard = [{stretch.uri for one in part for stretch in one.stretches} for part in (train, held)]
     assert held
     assert not heard[0] & heard[1]
+
+
+def test_names_are_kept_whole(clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples = [sample(f"clips/{Path(uri).name}", number) for uri in clips for number in range(2)]
+    (tmp_path / "m.json").write_text(
+        json.dumps([{"audio": one.uri, "question": "?", "answer": "a"} for one in samples])
+    )
+    parts = read_parts(Sources([Dataset(manifest="m.json")]))
+    assert {one.uri for one in (*parts.train, *parts.validation)} == set(clips)
 
 
 def test_one_recording_cannot_be_parted() -> None:
