@@ -98,9 +98,17 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
         bands=validation_bands(run, stage, tokenizer),
         export=stage.export,
         facts={"features_s": round(time.perf_counter() - began, 1)} if stage.features == "cached" else {},
-        base=run.address(start) if run.recipe.leaves_part(stage) else None,
+        base=_base(run, start) if run.recipe.leaves_part(stage) else None,
     )
     return fit(run, job, tracker)
+
+
+def _base(run: Run, start: Path) -> str:
+    """What a stage's small part is of: the model that the run started from, if it did, or what the stage starts from."""
+    given = run.recipe.model.start
+    if given is None:
+        return run.address(start)
+    return given if is_remote(given) else str(start_folder(given, small_files=True).absolute())
 
 
 def cache_stages(run: Run) -> None:
