@@ -104,7 +104,7 @@ def train_stage(run: Run, stage: Stage, start: Path, tracker: Tracker) -> dict[s
 
 
 def _base(run: Run, start: Path) -> str:
-    """What a stage's small part is of: the model that the run started from, if it did, or what the stage starts from."""
+    """What a stage's small part is of: the model that the run started from, if any, or what the stage starts from."""
     given = run.recipe.model.start
     if given is None:
         return run.address(start)
