@@ -2,7 +2,8 @@
 
 Ten instruments are rendered from General MIDI by two sound fonts (40 notes and short phrases each of either), asked
 with four options, and tested on a third sound font. `jobs/finetune.py` is called as a user calls it, with the demo's
-training questions as `--replay` and its test as `--old-test`; `--no-replay` leaves them out, `--lora` adds adapters.
+training questions as `--replay` and its test as `--old-test`; `--no-replay` leaves them out, `--lora` trains adapters
+in place of the LM.
 With `--task recordings` the sounds are real ones: labels of the demo's packages that its corpus does not have, parted
 by recording.
 
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--task", choices=("instruments", "recordings"), default="instruments", help="%(default)s")
     parser.add_argument("--out", type=Path, help="sounds and runs (runs/finetune-<task>)")
     parser.add_argument("--no-replay", action="store_true", help="train on the new sounds alone")
-    parser.add_argument("--lora", action="store_true", help="train adapters on the LM, too")
+    parser.add_argument("--lora", action="store_true", help="train adapters in place of the LM")
     parser.add_argument("--quick", action="store_true", help="few sounds and steps: whether it works at all")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     args = parser.parse_intermixed_args()
@@ -145,10 +146,10 @@ def main() -> None:
         for part in ("single", "short", "medium"):
             command += ["--replay", str(args.data / part / "train.json")]
     if args.lora:
-        command += [
-            "stages.finetune.trainable=[clap, transform, xattn, tokens, lora]",
-            "stages.finetune.lora={rank: 8}",
-        ]
+        targets = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+        command += ["stages.finetune.trainable=[clap, transform, xattn, tokens, lora]"]
+        command += [f"stages.finetune.lora={{rank: 16, alpha: 32, targets: [{targets}]}}"]
+        command += ["stages.finetune.optimizer.lr_scale={clap: 0.3, lora: 2}"]
     if args.quick:
         command += ["stages.finetune.steps=10"]
     started = time.perf_counter()
