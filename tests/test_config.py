@@ -15,7 +15,7 @@ FINGERPRINTS = {  # since version 0.1.0: another one refuses every run that peop
     "af2-3b-two-stages": "f898009ab9596c8c",
     "finetune": "9a867ac0ea12de18",
     "finetune-full": "186c3a4150ad09ba",
-    "finetune-lora": "24b9926b6e600ea2",
+    "finetune-lora": "37c3dc74c9e3be6e",
     "mini": "275c0ba08bfc560d",
     "mini-one-stage": "32e4e184ef225102",
     "mini-two-stages": "d6760bf4bf216658",
