@@ -143,7 +143,7 @@ def main() -> None:
     command += ["--test", str(out / "test"), "--run", str(out / name)]
     command += ["--old-test", str(args.data / "short/test.json")]
     if not args.no_replay:
-        for part in ("single", "short", "medium"):
+        for part in ("single", "short"):
             command += ["--replay", str(args.data / part / "train.json")]
     if args.lora:
         targets = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"

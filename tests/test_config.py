@@ -13,7 +13,7 @@ FINGERPRINTS = {  # since version 0.1.0: another one refuses every run that peop
     "af2-3b": "f01283afdc037aa5",
     "af2-3b-one-stage": "bcb474a68c93e439",
     "af2-3b-two-stages": "f898009ab9596c8c",
-    "finetune": "9a867ac0ea12de18",
+    "finetune": "29ce7863631820a1",
     "finetune-full": "186c3a4150ad09ba",
     "finetune-lora": "37c3dc74c9e3be6e",
     "mini": "275c0ba08bfc560d",
