@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from af2_ray.config import Stage
-from af2_ray.data.samples import Sample
+from af2_ray.data.samples import Sample, fingerprint
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.predict import predict
 from af2_ray.runs.run import Run, finished
@@ -24,16 +24,26 @@ def answers(run: Run, name: str, model: str, questions: Sequence[Sample], stage:
         model: address of the model.
         questions: questions, in the order of the kept answers.
         stage: stage that says how much of a recording is heard.
+
+    Raises:
+        ValueError: the run keeps answers to other questions.
     """
-    folder = run.root / name
-    if finished(folder) is None:
+    folder, asked = run.root / name, fingerprint(questions)
+    done = finished(folder)
+    if done is not None and done["questions"] != asked:
+        raise ValueError(
+            f"{run.address(folder)} has answers to other questions: give the run the tests that it began with, or "
+            "another --run"
+        )
+    if done is None:
         evaluation = run.recipe.evaluation.model_copy(update={"max_windows": stage.max_windows})
         found, failures = predict(model, questions, evaluation, cluster=run.recipe.cluster)
         places = {id(sample): place for place, sample in enumerate(questions)}
         rows = [{"place": places[id(one.sample)], "text": one.text} | one.to_json() for one in found]
         _write(folder, rows)
         right = sum(prediction.right for prediction in found)
-        run.finish(folder, {"name": name, "asked": len(found), "right": right, "unread": len(failures)})
+        facts = {"asked": len(found), "right": right, "unread": len(failures), "questions": asked}
+        run.finish(folder, {"name": name, **facts})
     return [Prediction(questions[int(row["place"])], str(row["text"])) for row in read_rows(folder / FILE)]
 
 

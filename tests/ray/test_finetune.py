@@ -73,6 +73,9 @@ def test_a_folder_of_sounds_is_all_it_takes(
     assert steps(tmp_path / "run") == list(range(1, STEPS + 1))
     assert run_job("finetune", *arguments) == 0, "the same command finds everything done"
     assert json.loads((tmp_path / "run" / "finetune.json").read_text()) == facts
+    capsys.readouterr()
+    assert run_job("finetune", *arguments[:-4], "--run", tmp_path / "run") == 2, "other questions"
+    assert "answers to other questions" in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_ends_it_at_once(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
