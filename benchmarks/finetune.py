@@ -124,9 +124,7 @@ def make_sounds(out: Path, data: Path, task: str, quick: bool) -> None:
 def main() -> None:
     """Render, fine-tune, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", nargs="?", default="runs/demo/stages/long/model", help="the demo's model (%(default)s)"
-    )
+    parser.add_argument("model", nargs="?", default="runs/demo/stages/long/model", help="the demo's model")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="the demo's corpus (%(default)s)")
     parser.add_argument("--task", choices=("instruments", "recordings"), default="instruments", help="%(default)s")
     parser.add_argument("--out", type=Path, help="sounds and runs (runs/finetune-<task>)")

@@ -35,7 +35,8 @@ def test_the_trained_text_length_reaches_the_server(tiny_tokenizer: Any, caplog:
     assert isinstance(short, Answer)
     assert isinstance(long, Answer), "longer than it was trained on: with a warning"
     assert 512 < long.prompt_tokens < positions
-    assert caplog.text.count("the model was trained on 20") == 1
+    # Ray Serve, where it has run in this process before, makes a second record of each line.
+    assert sum("the model was trained on 20" in message for message in {*caplog.messages}) == 1
     assert isinstance(endless, RequestFailure)
     assert f"{positions - 1} tokens" in endless.message
     limited = Engine(model, tiny_tokenizer, Serve(max_prompt_tokens=300))
