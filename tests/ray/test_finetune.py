@@ -69,7 +69,7 @@ def test_a_folder_of_sounds_is_all_it_takes(
     assert facts["test"]["all"]["questions"] == 12
     assert facts["kept_step"] in (3, 6, 9, 12)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "high tone" in page
+    assert "identification" in page
     assert steps(tmp_path / "run") == list(range(1, STEPS + 1))
     assert run_job("finetune", *arguments) == 0, "the same command finds everything done"
     assert json.loads((tmp_path / "run" / "finetune.json").read_text()) == facts
