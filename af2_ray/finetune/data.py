@@ -193,13 +193,15 @@ def check_audio(parts: Parts, max_windows: int, *, cut: bool) -> Parts:
     return replace(parts, num_cut=len(found), remarks=(*parts.remarks, remark))
 
 
-def write_parts(parts: Parts, folder: str) -> dict[str, str]:
-    """Write each part as `<folder>/<name>.jsonl`; the address of each, by name."""
-    written = {}
-    for name, samples in parts.named().items():
-        written[name] = f"{folder.rstrip('/')}/{name}.jsonl"
-        write_samples(written[name], samples)
-    return written
+def places_of(parts: Parts, run: str) -> dict[str, str]:
+    """The address of each part's manifest in a run's directory, by name."""
+    return {name: f"{run.rstrip('/')}/data/{name}.jsonl" for name in parts.named()}
+
+
+def write_parts(parts: Parts, run: str) -> None:
+    """Write each part's manifest to its place in the run's directory."""
+    for name, place in places_of(parts, run).items():
+        write_samples(place, parts.named()[name])
 
 
 def _usable(name: str, datasets: Sequence[Dataset], aside: dict[str, Counter[str]]) -> list[Sample]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from af2_ray.evaluate.answers import Prediction
 from af2_ray.evaluate.paired import Comparison, compare
+from af2_ray.finetune.data import write_parts
 from af2_ray.finetune.plan import Planned
 from af2_ray.finetune.scores import answers
 from af2_ray.runs.run import Run
@@ -52,6 +53,7 @@ def finetune(run: Run, planned: Planned, *, watch: Watch, heading: Heading) -> O
         heading: function that shows what is done next.
     """
     parts, (stage,) = planned.parts, run.recipe.stages
+    write_parts(parts, planned.place)  # only now: the directory may have held a run of another start
     questions = [*parts.test, *parts.old_test]
     heading("scores before")
     before = answers(run, "before", run.address(assemble(run)), questions, stage)

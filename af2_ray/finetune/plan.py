@@ -16,7 +16,7 @@ from af2_ray.data.batching import plan_epoch, text_lengths, window_counts
 from af2_ray.data.packing import Index
 from af2_ray.data.samples import Sample
 from af2_ray.finetune.choice import Choice, choose, gpu_memory_gib
-from af2_ray.finetune.data import Parts, Sources, check_audio, check_lengths, read_parts, write_parts
+from af2_ray.finetune.data import Parts, Sources, check_audio, check_lengths, places_of, read_parts
 from af2_ray.models.configuration_af2 import AudioFlamingo2Config
 from af2_ray.models.start import check_tokenizer, start_config, start_folder
 from af2_ray.storage.places import allow
@@ -60,7 +60,7 @@ class Planned:
 
 
 def plan(request: Request) -> Planned:
-    """Check the model and the data, choose a recipe, and write the data down.
+    """Check the model and the data, and choose a recipe; nothing is written.
 
     Raises:
         ValueError: a model that cannot be trained further, or data that cannot be used (`data.read_parts`).
@@ -93,8 +93,7 @@ def plan(request: Request) -> Planned:
     stage = _with_room(stage)
     per_epoch = _steps_of(parts.train, stage, lengths["train"], first.seed)
     place = request.run or f"{first.storage.rstrip('/')}/finetune-{_stem(request.sources.train[0].manifest)}"
-    written = write_parts(parts, f"{place.rstrip('/')}/data")
-    filled = _filled(stage, parts, written, per_epoch, request.replay_share)
+    filled = _filled(stage, parts, places_of(parts, place), per_epoch, request.replay_share)
     mine = [f"stages.{stage.name}.{key}={json.dumps(value)}" for key, value in filled.items()]
     mine = [override for override in mine if override.partition("=")[0] not in given]
     start = f"model.start={_quoted(request.model)}"

@@ -14,7 +14,7 @@ from af2_ray.config import Dataset
 from af2_ray.data.manifest import read_samples
 from af2_ray.data.manifest_rows import write_samples
 from af2_ray.data.samples import Sample, Turn
-from af2_ray.finetune.data import Sources, check_audio, check_lengths, hold_out, read_parts, write_parts
+from af2_ray.finetune.data import Sources, check_audio, check_lengths, hold_out, places_of, read_parts, write_parts
 
 MakeSound = Callable[..., str]
 
@@ -79,8 +79,8 @@ def test_what_is_not_given_is_held_out(clips: list[str], tmp_path: Path) -> None
     assert len(parts.train) == 36
     assert parts.test == parts.validation
     assert len(parts.remarks) == 2
-    written = write_parts(parts, str(tmp_path / "data"))
-    assert list(read_samples(written["train"])) == list(parts.train)
+    write_parts(parts, str(tmp_path / "run"))
+    assert list(read_samples(places_of(parts, str(tmp_path / "run"))["train"])) == list(parts.train)
     assert [row["part"] for row in parts.counts()] == ["train", "validation", "test"]
 
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from test_train import ROOT, _environment
 from weed import Folder, Server
 
-from af2_ray.runs.run import read_metrics
+from af2_ray.config import load_recipe
+from af2_ray.runs.run import Run, read_metrics
 from af2_ray.storage.stores import send
 
 pytestmark = pytest.mark.slow
@@ -90,6 +91,20 @@ def test_what_cannot_be_used_ends_it_at_once(start: Path, tmp_path: Path, capsys
     assert "no such folder" in capsys.readouterr().err
     assert run_job("finetune", start, sounds, "model.lm.num_layers=7", "--run", run) == 2
     assert "and the start has 2" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_run_of_another_start_keeps_its_data(
+    start: Path, tmp_path: Path, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sounds, run = write_sounds(tmp_path / "sounds"), tmp_path / "run"
+    Run.open(load_recipe("finetune", [f"model.start={start}"]), run)
+    (run / "data").mkdir()
+    (run / "data" / "train.jsonl").write_text("what it trained on")
+    other = write_export(tmp_path / "other", tiny_tokenizer, seed=1)
+    assert run_job("finetune", other, sounds, "--run", run) == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+    assert (run / "data" / "train.jsonl").read_text() == "what it trained on"
 
 
 def run_until_killed(arguments: list[str], run: Path) -> None:
